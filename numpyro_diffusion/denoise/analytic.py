@@ -1,0 +1,162 @@
+r"""Laws whose denoiser is known in closed form: the truth that everything else is tested against.
+
+If $x$ follows a mixture $\sum_k w_k N(\mu_k, \Sigma_k)$, then so does $x_t = \alpha_t x + \sigma_t \varepsilon$, with
+means $\alpha_t \mu_k$ and covariances $S_k = \alpha_t^2 \Sigma_k + \sigma_t^2 I$. Hence the diffused density is exact
+at every time, and so is
+
+$$E[x \mid x_t] = \sum_k r_k(x_t) \left( \mu_k + \alpha_t \Sigma_k S_k^{-1} (x_t - \alpha_t \mu_k) \right), \qquad
+r_k \propto w_k N(x_t; \alpha_t \mu_k, S_k).$$
+
+Covariances are decomposed once, $\Sigma_k = U_k \Lambda_k U_k^\top$, so that no step factorises a matrix; isotropic
+and diagonal ones skip the rotation. Networks are not here: see `network`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from numpyro_diffusion import _checks
+from numpyro_diffusion.denoise.prediction import Prediction
+from numpyro_diffusion.noise import VE, Schedule
+
+
+@jax.tree_util.register_pytree_node_class
+class GaussianMixture:
+    r"""The exact denoiser of a Gaussian mixture $\sum_k w_k N(\mu_k, \Sigma_k)$ in $d$ dimensions.
+
+    Args:
+        weights: mixture weights, shape (K,), non-negative; they are normalised.
+        means: component means, shape (K, d).
+        covariances: a scalar variance for all, or shape (K,) isotropic, (K, d) diagonal or (K, d, d) full.
+        schedule: the noising process, in the units of the data.
+
+    Raises:
+        ValueError: if shapes do not agree, a value is not finite or a variance is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_diffusion.denoise import GaussianMixture
+        >>> mixture = GaussianMixture([0.5, 0.5], jnp.array([[-3.0], [3.0]]), 1.0)
+        >>> float(mixture(jnp.array([0.0]), 0.5).x0[0])
+        0.0
+    """
+
+    def __init__(
+        self, weights: ArrayLike, means: ArrayLike, covariances: ArrayLike = 1.0, schedule: Schedule | None = None
+    ) -> None:
+        weights, means, covariances = (jnp.asarray(a, jnp.result_type(float)) for a in (weights, means, covariances))
+        if means.ndim != 2:
+            raise ValueError(f"means must have shape (components, dimensions); got {means.shape}")
+        count, dimension = means.shape
+        _checks.shape("weights", weights, (count,))
+        self.log_weights = jax.nn.log_softmax(jnp.log(weights))
+        self.means = means
+        self.variances, self.rotations = _decompose(covariances, count, dimension)
+        self.schedule = VE() if schedule is None else schedule
+        for name, value in {"weights": weights, "means": means, "covariances": covariances}.items():
+            if not isinstance(value, jax.core.Tracer):
+                _checks.finite(name, value)
+        if not isinstance(self.variances, jax.core.Tracer) and not bool((self.variances > 0).all()):
+            raise ValueError("covariances must be positive definite; got an eigenvalue at or below zero")
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return (self.means.shape[-1],)
+
+    @property
+    def location(self) -> jax.Array:
+        """The mean of the mixture, shape (d,)."""
+        return jnp.exp(self.log_weights) @ self.means
+
+    @property
+    def scale(self) -> jax.Array:
+        """The root mean square distance to the mean per dimension, a scalar."""
+        spread = jnp.mean((self.means - self.location) ** 2 + self.variances, axis=-1)
+        return jnp.sqrt(jnp.exp(self.log_weights) @ spread)
+
+    def _rotate(self, x: jax.Array) -> jax.Array:
+        return x if self.rotations is None else jnp.einsum("kij,ki->kj", self.rotations, x)
+
+    def _unrotate(self, x: jax.Array) -> jax.Array:
+        return x if self.rotations is None else jnp.einsum("kij,kj->ki", self.rotations, x)
+
+    def _components(self, x_t: jax.Array, t: ArrayLike) -> tuple[jax.Array, jax.Array]:
+        """Log of weight times density of each component at `x_t`, (K,), and their posterior means, (K, d)."""
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        variances = alpha**2 * self.variances + sigma**2
+        residual = self._rotate(x_t - alpha * self.means)
+        quadratic = jnp.sum(residual**2 / variances + jnp.log(2.0 * math.pi * variances), axis=-1)
+        gain = alpha * self.variances / variances
+        return self.log_weights - 0.5 * quadratic, self.means + self._unrotate(gain * residual)
+
+    def __call__(self, x_t: jax.Array, t: ArrayLike, cond: None = None) -> Prediction:
+        log_joint, means = self._components(x_t, t)
+        return Prediction(jax.nn.softmax(log_joint) @ means, x_t, t, self.schedule)
+
+    def log_density(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
+        r"""The diffused log-density $\log p_t(x_t)$, normalised, in nats.
+
+        Args:
+            x_t: noisy point, shape (d,).
+            t: its time, a scalar.
+
+        Returns:
+            A scalar.
+        """
+        return jax.nn.logsumexp(self._components(x_t, t)[0])
+
+    def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
+        """Exact draws of the clean law, shape `sample_shape + (d,)`."""
+        key_component, key_noise = jax.random.split(key)
+        k = jax.random.categorical(key_component, self.log_weights, shape=sample_shape)
+        noise = jnp.sqrt(self.variances)[k] * jax.random.normal(key_noise, (*sample_shape, *self.event_shape))
+        if self.rotations is not None:
+            noise = jnp.einsum("...ij,...j->...i", self.rotations[k], noise)
+        return self.means[k] + noise
+
+    def tree_flatten(self):
+        return (self.log_weights, self.means, self.variances, self.rotations, self.schedule), None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        self = object.__new__(cls)
+        self.log_weights, self.means, self.variances, self.rotations, self.schedule = leaves
+        return self
+
+
+@jax.tree_util.register_pytree_node_class
+class Gaussian(GaussianMixture):
+    r"""The exact denoiser of $N(\mu, \Sigma)$ in $d$ dimensions: a mixture of one.
+
+    Args:
+        mean: shape (d,).
+        covariance: a scalar variance, or shape (d,) diagonal or (d, d) full.
+        schedule: the noising process, in the units of the data.
+
+    Raises:
+        ValueError: if shapes do not agree, a value is not finite or a variance is not positive.
+    """
+
+    def __init__(self, mean: ArrayLike, covariance: ArrayLike = 1.0, schedule: Schedule | None = None) -> None:
+        mean, covariance = jnp.asarray(mean), jnp.asarray(covariance)
+        if mean.ndim != 1:
+            raise ValueError(f"mean must have shape (dimensions,); got {mean.shape}")
+        super().__init__(jnp.ones(1), mean[None], covariance if covariance.ndim == 0 else covariance[None], schedule)
+
+
+def _decompose(covariances: jax.Array, count: int, dimension: int) -> tuple[jax.Array, jax.Array | None]:
+    """Eigenvalues (K, d) and eigenvectors (K, d, d), the latter None where covariances are diagonal."""
+    if covariances.ndim == 3:
+        _checks.shape("covariances", covariances, (count, dimension, dimension))
+        return jnp.linalg.eigh(covariances)
+    if covariances.ndim == 2:
+        _checks.shape("covariances", covariances, (count, dimension), "a full covariance is (components, d, d)")
+        return covariances, None
+    if covariances.shape not in ((), (count,)):
+        raise ValueError(
+            f"covariances must be a scalar or have shape ({count},), ({count}, {dimension}) or "
+            f"({count}, {dimension}, {dimension}); got {covariances.shape}"
+        )
+    return jnp.broadcast_to(covariances.reshape(-1, 1), (count, dimension)), None
