@@ -1,0 +1,61 @@
+r"""Noise space: sample the solver's noise, report where it lands.
+
+A deterministic solver is a map $x = F(z)$ with $z \sim N(0, I)$. Sampling $z$ instead of $x$ turns a diffusion site
+into a standard normal one followed by a deterministic one, so that any NumPyro kernel, SVI guide or optimiser applies,
+and is exact for the law that the solver pushes forward: no density, no log-determinant, no inverse is needed.
+`infer.NoiseSpace` does this to a whole model and reports the original sites.
+
+References:
+    Papaspiliopoulos, Roberts, Sköld, A general framework for the parametrization of hierarchical models, 2007,
+    https://doi.org/10.1214/088342307000000014.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from numpyro.infer.reparam import Reparam
+
+from numpyro_diffusion.distributions import DiffusionPrior
+
+
+class NoiseReparam(Reparam):
+    """Replaces a `DiffusionPrior` site `x` by a standard normal site `x_noise` and a deterministic `x`.
+
+    Example:
+        >>> import jax, numpyro
+        >>> from numpyro.handlers import reparam, seed, trace
+        >>> from numpyro_diffusion.denoise import Gaussian
+        >>> from numpyro_diffusion.distributions import DiffusionPrior
+        >>> from numpyro_diffusion.reparam import NoiseReparam
+        >>> def model():
+        ...     numpyro.sample("x", DiffusionPrior(Gaussian([0.0, 0.0])))
+        >>> noisy = reparam(model, config={"x": NoiseReparam()})
+        >>> [(s["name"], s["type"]) for s in trace(seed(noisy, 0)).get_trace().values()]
+        [('x_noise', 'sample'), ('x', 'deterministic')]
+    """
+
+    def __call__(self, name: str, fn: dist.Distribution, obs: jax.Array | None) -> tuple[None, jax.Array]:
+        """Called by `numpyro.handlers.reparam`.
+
+        Args:
+            name: the site.
+            fn: its distribution, a `DiffusionPrior`, possibly in plates.
+            obs: its observed value; there must be none.
+
+        Returns:
+            None and the point of the flow, which makes the site deterministic.
+
+        Raises:
+            TypeError: if the site is no `DiffusionPrior`.
+            ValueError: if the site is observed.
+        """
+        if obs is not None:
+            raise ValueError(f"site {name!r} is observed: its noise cannot be sampled; drop the reparameterisation")
+        prior, expand_shape, event_dim = self._unwrap(fn)
+        if not isinstance(prior, DiffusionPrior):
+            raise TypeError(f"NoiseReparam needs a DiffusionPrior at site {name!r}; got {type(prior).__name__}")
+        extra = event_dim - prior.event_dim
+        noise = dist.Normal(jnp.zeros(prior.noise_shape), 1.0).to_event(len(prior.noise_shape))
+        noise = noise.expand(expand_shape).to_event(extra)
+        return None, prior.flow(numpyro.sample(f"{name}_noise", noise))
