@@ -1,0 +1,210 @@
+r"""A NumPyro model, split: its diffusion sites on one side, everything else on the other.
+
+The joint density of a model with diffusion sites $x$ and other latent sites $\theta$ is
+
+$$p(x, \theta, y) = \underbrace{\prod_i p(x_i)}_{\text{priors}} \;
+\underbrace{p(\theta)\, p(y \mid x, \theta)}_{\text{rest}}.$$
+
+A kernel that moves $x$ by prior-reversible proposals needs the second factor alone. `drop_prior` is a handler that
+takes the first out of a model: the sites stay where they are (values, supports, plates), their `log_prob` is never
+called.
+
+With a constrained support, the Jacobian of the support belongs to the prior as well. The rest is therefore evaluated at
+constrained values, never through NumPyro's unconstrained potential, which would count it.
+
+This file only reads models; it moves nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from numpyro.distributions import biject_to
+from numpyro.distributions.util import is_identically_one
+from numpyro.handlers import seed, substitute, trace
+from numpyro.infer.gibbs import conditioned
+from numpyro.infer.util import log_density
+from numpyro.ops.provenance import eval_provenance
+from numpyro.primitives import Messenger
+
+from numpyro_diffusion.distributions import DiffusionPrior
+
+Model = Callable[..., Any]
+_DROPPED = "_diffusion_prior_dropped"
+
+
+class drop_prior(Messenger):  # noqa: N801
+    """Handler: the log-density of latent diffusion sites counts as zero and is never evaluated.
+
+    Args:
+        fn: the model.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro
+        >>> import numpyro.distributions as dist
+        >>> from numpyro.infer.util import log_density
+        >>> from numpyro_diffusion.denoise import Gaussian
+        >>> from numpyro_diffusion.distributions import DiffusionPrior
+        >>> from numpyro_diffusion.infer import drop_prior
+        >>> def model(y):
+        ...     x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0]), density="none"))
+        ...     numpyro.sample("y", dist.Normal(x[0], 1.0), obs=y)
+        >>> round(float(log_density(drop_prior(model), (1.0,), {}, {"x": jnp.ones(1)})[0]), 3)
+        -0.919
+    """
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if is_diffusion_site(msg) and _DROPPED not in msg["infer"]:
+            msg["infer"] = {**msg["infer"], _DROPPED: True}
+            msg["fn"] = msg["fn"].mask(False)
+
+
+def _prior_of(fn: Any, through_masks: bool = False) -> DiffusionPrior | None:
+    """The `DiffusionPrior` inside plates and, if asked, masks; None if there is none."""
+    wrappers = (dist.Independent, dist.ExpandedDistribution, *([dist.MaskedDistribution] if through_masks else []))
+    while isinstance(fn, wrappers):
+        fn = fn.base_dist
+    return fn if isinstance(fn, DiffusionPrior) else None
+
+
+def is_diffusion_site(site: Mapping[str, Any]) -> bool:
+    """Whether a message or trace entry is a latent site with a `DiffusionPrior`."""
+    return site["type"] == "sample" and not site["is_observed"] and _prior_of(site["fn"], True) is not None
+
+
+def undropped(site: Mapping[str, Any]) -> dist.Distribution:
+    """The distribution of a site without the mask of `drop_prior`."""
+    return site["fn"].base_dist if _DROPPED in site["infer"] else site["fn"]
+
+
+@dataclass(frozen=True)
+class PriorSite:
+    """A latent diffusion site as found in a trace.
+
+    Args:
+        prior: the distribution of one point.
+        batch_shape: the plates around it.
+        support: of the whole site, as NumPyro sees it.
+    """
+
+    prior: DiffusionPrior
+    batch_shape: tuple[int, ...]
+    support: Any
+
+    def constrain(self, z: jax.Array) -> jax.Array:
+        """From NumPyro's unconstrained coordinates to the support."""
+        return biject_to(self.support)(z)
+
+    def unconstrain(self, x: jax.Array) -> jax.Array:
+        """From the support to NumPyro's unconstrained coordinates."""
+        return biject_to(self.support).inv(x)
+
+    def to_denoiser(self, z: jax.Array) -> jax.Array:
+        """From NumPyro's unconstrained coordinates to the denoiser's own space."""
+        return z if self._same_coordinates else self.prior.transform.inv(self.constrain(z))
+
+    def from_denoiser(self, u: jax.Array) -> jax.Array:
+        """From the denoiser's own space to NumPyro's unconstrained coordinates."""
+        return u if self._same_coordinates else self.unconstrain(self.prior.transform(u))
+
+    @property
+    def _same_coordinates(self) -> bool:
+        transform, numpyros = self.prior.transform, biject_to(self.support)
+        while isinstance(numpyros, dist.transforms.IndependentTransform):
+            numpyros = numpyros.base_transform
+        return transform is None or type(transform) is type(numpyros) and transform == numpyros
+
+
+def traced(model: Model, args: tuple, kwargs: Mapping[str, Any], values: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """Runs a model at given values of its latent sites; the ones not given are drawn."""
+    model = seed(substitute(conditioned(model), data=dict(values)), jax.random.key(0))
+    return trace(model).get_trace(*args, **kwargs)
+
+
+def prior_sites(
+    model: Model, args: tuple, kwargs: Mapping[str, Any], values: Mapping[str, jax.Array] | None = None
+) -> dict[str, PriorSite]:
+    """Finds the latent diffusion sites of a model.
+
+    Args:
+        model: NumPyro model.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        values: constrained values of latent sites, for priors that depend on other sites.
+
+    Returns:
+        The sites by name.
+
+    Raises:
+        ValueError: if there is none, if those there are observed, or if one is masked, scaled or subsampled, so that
+            its term in the model is not its density.
+    """
+    found, observed = {}, []
+    for name, site in traced(model, args, kwargs, values or {}).items():
+        if site["type"] == "sample" and site["is_observed"] and _prior_of(site["fn"], True) is not None:
+            observed.append(name)
+        if not is_diffusion_site(site):
+            continue
+        prior = _prior_of(undropped(site))
+        if prior is None or not (site["scale"] is None or is_identically_one(site["scale"])):
+            raise ValueError(
+                f"site {name!r} must carry its DiffusionPrior unmasked and unscaled; got a mask, a scale handler or a "
+                "subsampling plate around it"
+            )
+        found[name] = PriorSite(prior, tuple(site["fn"].batch_shape), site["fn"].support)
+    if not found:
+        reason = f"the DiffusionPrior sites {observed} are observed" if observed else "it has no DiffusionPrior site"
+        raise ValueError(f"the model needs a latent DiffusionPrior site; {reason}")
+    return found
+
+
+def other_latent_sites(model: Model, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
+    """Names of the latent sites that are not diffusion sites."""
+    trace = traced(model, args, kwargs, {})
+    return [
+        name
+        for name, site in trace.items()
+        if site["type"] == "sample" and not site["is_observed"] and not is_diffusion_site(site)
+    ]
+
+
+def log_rest(model: Model, args: tuple, kwargs: Mapping[str, Any], x: Mapping[str, jax.Array]) -> jax.Array:
+    """The log-density of everything but the diffusion priors.
+
+    Args:
+        model: NumPyro model.
+        args: its arguments.
+        kwargs: its keyword arguments, with the values that a composite kernel conditions on.
+        x: constrained values of all latent sites that are not conditioned on.
+
+    Returns:
+        A scalar, up to no constant: normalised where the model is.
+    """
+    rest = seed(drop_prior(conditioned(model)), jax.random.key(0))
+    return jnp.asarray(log_density(rest, args, dict(kwargs), dict(x))[0])
+
+
+def with_deterministic(
+    model: Model, args: tuple, kwargs: Mapping[str, Any], values: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """The given constrained values of all latent sites, and the model's deterministic sites there."""
+    sites = traced(model, args, kwargs, values).items()
+    return {**values, **{name: site["value"] for name, site in sites if site["type"] == "deterministic"}}
+
+
+def dependent_priors(model: Model, args: tuple, kwargs: Mapping[str, Any]) -> set[str]:
+    """Names of the diffusion sites whose prior depends on another latent site."""
+    latent = {
+        name: site["value"]
+        for name, site in traced(model, args, kwargs, {}).items()
+        if site["type"] == "sample" and not site["is_observed"]
+    }
+
+    def prior_arrays(**values: jax.Array) -> dict[str, list[jax.Array]]:
+        return {name: jax.tree.leaves(site.prior) for name, site in prior_sites(model, args, kwargs, values).items()}
+
+    provenance = eval_provenance(prior_arrays, **latent)
+    return {name for name, leaves in provenance.items() if any(origins - {name} for origins in leaves)}

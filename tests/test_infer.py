@@ -1,0 +1,431 @@
+"""Every kernel against posteriors in closed form, under every chain method, and its refusals."""
+
+import pickle
+from functools import partial
+
+import arviz as az
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
+from numpyro.distributions import transforms
+from numpyro.infer import HMC, MCMC, NUTS, Predictive, log_likelihood
+
+from numpyro_diffusion.denoise import Gaussian, GaussianMixture
+from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.infer import DiffusionGibbs, DiffusionPCN, NoiseSpace
+from numpyro_diffusion.noise import VE, VP
+from numpyro_diffusion.solve import Ancestral, Heun, StochasticHeun
+
+CHAINS = 8
+Y = jnp.array([3.0, -1.0])
+SCHEDULE = VE(0.01, 40.0)
+SAMPLER = StochasticHeun(48)
+STANDARD = DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=SAMPLER)
+SCORE_ONLY = DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=SAMPLER, density="none")
+
+
+def known_noise(y, prior=STANDARD):
+    """Posterior N(y / 2, 1/2) in each dimension: 1.5 where y is 3."""
+    x = numpyro.sample("x", prior)
+    numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+
+def unknown_noise(y, prior=STANDARD):
+    x = numpyro.sample("x", prior)
+    noise = numpyro.sample("noise", dist.LogNormal(0.0, 0.5))
+    numpyro.deterministic("twice", 2.0 * x)
+    numpyro.sample("y", dist.Normal(x, noise).to_event(1), obs=y)
+
+
+def positive(y):
+    """The exponential of a standard normal u, observed with unit noise: u has the posterior of `known_noise`."""
+    x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=SAMPLER, transform=EXP))
+    numpyro.sample("y", dist.Normal(jnp.log(x), 1.0).to_event(1), obs=y)
+
+
+def softplus(y):
+    """Like `positive`, through a transform that is not NumPyro's own for the support."""
+    x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=SAMPLER, transform=SOFTPLUS))
+    numpyro.sample("y", dist.Normal(SOFTPLUS.inv(x), 1.0).to_event(1), obs=y)
+
+
+EXP, SOFTPLUS = transforms.ExpTransform(), transforms.SoftplusTransform()
+
+
+def run(
+    kernel, *args, num_warmup=300, num_samples=600, chains=CHAINS, method="vectorized", fields=(), seed=0, **kwargs
+):
+    options = {"num_chains": chains, "chain_method": method, "progress_bar": False}
+    mcmc = MCMC(kernel, num_warmup=num_warmup, num_samples=num_samples, **options, **kwargs)
+    mcmc.run(jax.random.key(seed), *args, extra_fields=fields)
+    return mcmc
+
+
+def assert_moments(draws, mean, variance, errors=4.0):
+    """Mean and variance of (chains, draws, ...) within Monte Carlo standard errors, by effective sample size."""
+    draws = np.asarray(draws, np.float64)
+    mean, variance = np.broadcast_to(mean, draws.shape[2:]), np.broadcast_to(variance, draws.shape[2:])
+    squares = (draws - mean) ** 2
+    for values, truth, name in [(draws, mean, "mean"), (squares, variance, "variance")]:
+        error = values.std((0, 1)) / np.sqrt(effective_sample_size(values))
+        off = np.abs(values.mean((0, 1)) - truth) / error
+        assert (off < errors).all(), f"{name}: {values.mean((0, 1))} against {truth}, {off} standard errors"
+
+
+def quadrature():
+    """Posterior moments of `unknown_noise`, the noise on a grid and x in closed form given it."""
+    log_noise = np.linspace(-4.0, 4.0, 4001)
+    s2 = np.exp(2.0 * log_noise)
+    y = np.asarray(Y)[:, None]
+    log_weight = -0.5 * (log_noise / 0.5) ** 2 - 0.5 * (y**2 / (1 + s2) + np.log(1 + s2)).sum(0)
+    weight = np.exp(log_weight - log_weight.max())
+    weight /= weight.sum()
+    mean, variance = y / (1 + s2), s2 / (1 + s2)
+    x_mean = (weight * mean).sum(1)
+    x_variance = (weight * (variance + mean**2)).sum(1) - x_mean**2
+    noise_mean = (weight * np.exp(log_noise)).sum()
+    return x_mean, x_variance, noise_mean, (weight * s2).sum() - noise_mean**2
+
+
+KERNELS = {
+    "pcn": DiffusionPCN,
+    "pcn_4_proposals": partial(DiffusionPCN, num_proposals=4),
+    "pcn_only_global": partial(DiffusionPCN, global_fraction=1.0),
+    "pcn_only_adapted": partial(DiffusionPCN, global_fraction=0.0),
+    "noise_space_nuts": NoiseSpace,
+    "noise_space_hmc": partial(NoiseSpace, inner=HMC, num_steps=4, trajectory_length=None),
+}
+
+
+@pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS)
+def test_known_noise(make):
+    """With y = 3 the posterior mean is 1.5; a kernel that loses the prior returns 3."""
+    mcmc = run(make(known_noise), Y)
+    assert set(mcmc.get_samples()) == {"x"}
+    assert_moments(mcmc.get_samples(group_by_chain=True)["x"], Y / 2, 0.5)
+
+
+@pytest.mark.parametrize("kernel", [NUTS(known_noise)], ids=["nuts_on_the_flow_density"])
+def test_plain_numpyro_kernels(kernel):
+    mcmc = run(kernel, Y, num_warmup=150, num_samples=200, chains=2, method="sequential")
+    assert_moments(mcmc.get_samples(group_by_chain=True)["x"], Y / 2, 0.5)
+
+
+@pytest.mark.parametrize("model", [positive, softplus])
+@pytest.mark.parametrize("make", [DiffusionPCN, NoiseSpace])
+def test_transform(make, model):
+    """The Jacobian belongs to the prior and enters once or not at all, never in the acceptance."""
+    x = run(make(model), Y).get_samples(group_by_chain=True)["x"]
+    assert (x > 0).all()
+    assert_moments(jnp.log(x) if model is positive else SOFTPLUS.inv(x), Y / 2, 0.5)
+
+
+GIBBS = {
+    "pcn": DiffusionGibbs,
+    "pcn_4_proposals": partial(DiffusionGibbs, x_kernel=partial(DiffusionPCN, num_proposals=4)),
+    "noise_space": partial(DiffusionGibbs, x_kernel=NoiseSpace),
+    "joint_noise_space": NoiseSpace,
+}
+
+
+@pytest.mark.parametrize("make", GIBBS.values(), ids=GIBBS)
+def test_unknown_noise(make):
+    x_mean, x_variance, noise_mean, noise_variance = quadrature()
+    mcmc = run(make(unknown_noise), Y, num_warmup=400, num_samples=1000)
+    samples = mcmc.get_samples(group_by_chain=True)
+    assert set(samples) == {"x", "noise", "twice"}
+    assert_moments(samples["x"], x_mean, x_variance)
+    assert_moments(samples["noise"], noise_mean, noise_variance)
+    np.testing.assert_allclose(samples["twice"], 2.0 * samples["x"], rtol=1e-6)
+
+
+def test_score_only_prior_needs_no_density():
+    """The rest-block never evaluates the prior: log_prob would raise."""
+    run(DiffusionGibbs(unknown_noise), Y, SCORE_ONLY, num_warmup=2, num_samples=2, chains=1)
+    with pytest.raises(NotImplementedError, match="NoiseSpace.*DiffusionPCN or infer.DiffusionGibbs"):
+        run(NUTS(known_noise), Y, SCORE_ONLY, num_warmup=2, num_samples=2, chains=1)
+
+
+def test_multimodal_weights():
+    """Separated modes: the weights of a mixture posterior, which depend on moves between modes."""
+    means = jnp.array([[-6.0, 0.0], [6.0, 0.0]])
+    prior = DiffusionPrior(GaussianMixture([0.3, 0.7], means, 1.0, VE(0.01, 80.0)), sampler=StochasticHeun(48))
+
+    def model(y):
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x[0], 8.0), obs=y)
+
+    evidence = np.array([0.3, 0.7]) * np.exp(-0.5 * (np.array([-6.0, 6.0]) + 4.0) ** 2 / 65.0)
+    right = evidence[1] / evidence.sum()
+    x = run(DiffusionPCN(model), -4.0, num_samples=1000).get_samples(group_by_chain=True)["x"]
+    assert_moments((x[..., 0] > 0).astype(float), right, right * (1 - right))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_proposals", [1, 3])
+def test_one_step_leaves_the_posterior_invariant(num_proposals):
+    """20,000 exact draws, one step each: ranks against as many fresh draws, by a Kolmogorov-Smirnov distance."""
+    count = 20_000
+    weights, means = jnp.array([0.4, 0.6]), jnp.array([[-2.0, 0.5], [1.5, -1.0]])
+    prior = DiffusionPrior(GaussianMixture(weights, means, 0.5, SCHEDULE), sampler=StochasticHeun(64))
+
+    def model(y):
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x[0] + x[1], 0.7), obs=y)
+
+    direction = jnp.ones(2)
+    gain = 0.5 * direction / (1.0 + 0.49)
+    log_weight = jnp.log(weights) - 0.5 * (1.0 - means.sum(1)) ** 2 / 1.49
+    covariance = 0.5 * jnp.eye(2) - jnp.outer(gain, 0.5 * direction)
+
+    def exact(key):
+        key_k, key_x = jax.random.split(key)
+        k = jax.random.categorical(key_k, log_weight, shape=(count,))
+        centre = means[k] + (1.0 - means[k].sum(1))[:, None] * gain
+        return centre + jax.random.normal(key_x, (count, 2)) @ jnp.linalg.cholesky(covariance).T
+
+    start, fresh = exact(jax.random.key(1)), exact(jax.random.key(2))
+    kernel = DiffusionPCN(model, num_proposals=num_proposals, global_fraction=1.0)
+    keys = jax.random.split(jax.random.key(3), count)
+    state = kernel.init(keys, 0, {"x": start}, (1.0,), {})
+    step = jax.jit(lambda state: kernel.sample(state, (1.0,), {}))
+    for _ in range(4):
+        state = step(state)
+    moved = state.z["x"]
+    assert float(jnp.mean(jnp.any(moved != start, axis=1))) > 0.3
+    for project in (direction, jnp.array([1.0, -1.0]), jnp.array([1.0, 0.0])):
+        a, b = np.sort(moved @ project), np.sort(fresh @ project)
+        grid = np.concatenate([a, b])
+        distance = np.abs(np.searchsorted(a, grid) - np.searchsorted(b, grid)).max() / count
+        assert distance < 1.95 * np.sqrt(2.0 / count)  # the 0.1 % point of the two-sample statistic
+
+
+METHODS = {"sequential": "sequential", "vectorized": "vectorized", "parallel": "parallel", "jax.vmap": jax.vmap}
+ALL = {
+    "pcn": (DiffusionPCN, known_noise),
+    "noise_space": (NoiseSpace, unknown_noise),
+    "gibbs": (DiffusionGibbs, unknown_noise),
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize(("make", "model"), ALL.values(), ids=ALL)
+def test_chain_methods(make, model, method):
+    """Right shapes and law, extra fields, and a run continued from the last state."""
+    fields = ("accept_prob", "num_score_evals")
+    mcmc = run(make(model), Y, num_warmup=100, num_samples=150, chains=2, method=method, fields=fields)
+    x = mcmc.get_samples(group_by_chain=True)["x"]
+    assert x.shape == (2, 150, 2)
+    extra = mcmc.get_extra_fields(group_by_chain=True)
+    assert extra["diverging"].shape == extra["accept_prob"].shape == extra["num_score_evals"].shape == (2, 150)
+    assert (extra["num_score_evals"] > 0).all() and not np.array_equal(x[0], x[1])
+    mcmc.post_warmup_state = mcmc.last_state
+    mcmc.run(mcmc.last_state.rng_key, Y, extra_fields=fields)
+    more = mcmc.get_samples(group_by_chain=True)["x"]
+    assert not np.array_equal(np.asarray(more), np.asarray(x))
+    both = np.concatenate([x, more], axis=1)
+    error = both.std((0, 1)) / np.sqrt(effective_sample_size(both))
+    truth = Y / 2 if model is known_noise else quadrature()[0]
+    assert (np.abs(both.mean((0, 1)) - truth) < 5 * error).all()
+
+
+@pytest.mark.parametrize(("make", "model"), ALL.values(), ids=ALL)
+def test_pickling_thinning_arviz_and_predictive(make, model):
+    kernel = pickle.loads(pickle.dumps(make(model)))
+    fields = ("accept_prob", "num_score_evals")
+    mcmc = run(kernel, Y, num_warmup=20, num_samples=30, chains=2, fields=fields, thinning=3)
+    mcmc = pickle.loads(pickle.dumps(mcmc))
+    assert mcmc.get_samples(group_by_chain=True)["x"].shape == (2, 10, 2)
+    idata = az.from_numpyro(mcmc)
+    assert idata["posterior"]["x"].shape == (2, 10, 2)
+    stats = set(idata["sample_stats"].data_vars)
+    assert {"acceptance_rate", "diverging", "num_score_evals"} <= stats
+    assert {"x_noise"} & set(idata["posterior"].data_vars) == set()
+    samples = mcmc.get_samples()
+    assert log_likelihood(model, samples, Y)["y"].shape == (20,)
+    predictive = Predictive(model, samples)(jax.random.key(0), None)
+    assert predictive["y"].shape == (20, 2)
+
+
+@pytest.mark.parametrize(("make", "model"), ALL.values(), ids=ALL)
+def test_second_run_with_new_data_and_weights_does_not_trace(make, model):
+    """Data and prior are model arguments; a second run of the same shapes finds everything compiled."""
+    traces = []
+
+    def counted(y, prior):
+        traces.append(None)
+        model(y, prior)
+
+    options = {"num_warmup": 5, "num_samples": 5, "num_chains": 2, "chain_method": "vectorized"}
+    mcmc = MCMC(make(counted), **options, jit_model_args=True)
+    mcmc.run(jax.random.key(0), Y, STANDARD)
+    first = len(traces)
+    compiles = []
+    listener = lambda event, *_, **__: compiles.append(event) if "backend_compile" in event else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        other = DiffusionPrior(Gaussian([1.0, 0.0], 2.0, SCHEDULE), sampler=SAMPLER)
+        mcmc.run(jax.random.key(1), Y + 1.0, other)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert first > 0 and compiles == []
+
+
+def test_two_sites():
+    """The sum of two sources is observed: their posterior is Gaussian with correlation -1/2 (kernels move both)."""
+    a = DiffusionPrior(Gaussian([0.0], 1.0, SCHEDULE), sampler=SAMPLER)
+    b = DiffusionPrior(Gaussian([1.0], 1.0, VP()), sampler=SAMPLER)
+
+    def model(y):
+        total = numpyro.sample("a", a) + numpyro.sample("b", b)
+        numpyro.sample("y", dist.Normal(total[0], 1.0), obs=y)
+
+    for make in (DiffusionPCN, NoiseSpace):
+        samples = run(make(model), 4.0).get_samples(group_by_chain=True)
+        assert_moments(samples["a"][..., 0], 1.0, 2.0 / 3.0)
+        assert_moments(samples["b"][..., 0], 2.0, 2.0 / 3.0)
+        assert_moments((samples["a"] + samples["b"])[..., 0], 3.0, 2.0 / 3.0)
+
+
+@pytest.mark.parametrize("make", [DiffusionPCN, NoiseSpace, DiffusionGibbs])
+def test_plates(make):
+    """Several points in a plate, with a shared site for Gibbs."""
+    data = jnp.array([[3.0, -1.0], [0.0, 2.0], [1.0, 1.0]])
+
+    def model(y):
+        shift = numpyro.sample("shift", dist.Normal(0.0, 0.001)) if make is DiffusionGibbs else 0.0
+        with numpyro.plate("points", 3):
+            x = numpyro.sample("x", STANDARD)
+            numpyro.sample("y", dist.Normal(x + shift, 1.0).to_event(1), obs=y)
+
+    x = run(make(model), data, num_warmup=300, num_samples=1200).get_samples(group_by_chain=True)["x"]
+    assert x.shape == (CHAINS, 1200, 3, 2)
+    assert_moments(x, data / 2, 0.5)
+
+
+def test_prior_that_depends_on_a_latent_site():
+    """A hierarchy: the rest-block must keep the prior's density, and noise-space blocks must refuse."""
+
+    def model(y):
+        centre = numpyro.sample("centre", dist.Normal(0.0, 1.0))
+        prior = DiffusionPrior(Gaussian(jnp.full(1, centre), 1.0, SCHEDULE), sampler=SAMPLER, density_solver=Heun(24))
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x[0], 1.0), obs=y)
+
+    for make, draws in [(DiffusionGibbs, 400), (NoiseSpace, 600)]:
+        samples = run(make(model), 3.0, num_warmup=200, num_samples=draws, chains=4).get_samples(group_by_chain=True)
+        assert_moments(samples["centre"], 1.0, 2.0 / 3.0)
+        assert_moments(samples["x"][..., 0], 2.0, 2.0 / 3.0)
+    with pytest.raises(ValueError, match="depend on other latent sites"):
+        run(DiffusionGibbs(model, x_kernel=NoiseSpace), 3.0, num_warmup=1, num_samples=1)
+
+
+def test_hard_constraint_and_nan_likelihood():
+    """Minus infinity outside a half-space is sampled; NaN is rejected and counted."""
+
+    def truncated(nan_below):
+        x = numpyro.sample("x", STANDARD)
+        numpyro.factor("above", jnp.where(x[0] > 0.5, 0.0, jnp.where(x[0] < nan_below, jnp.nan, -jnp.inf)))
+
+    for nan_below in (-jnp.inf, 0.0):
+        mcmc = run(DiffusionPCN(truncated), nan_below, num_samples=800)
+        x = mcmc.get_samples(group_by_chain=True)["x"][..., 0]
+        assert (x > 0.5).all()
+        tail = dist.Normal(0.0, 1.0)
+        hazard = float(jnp.exp(tail.log_prob(0.5)) / (1.0 - tail.cdf(0.5)))
+        assert_moments(x, hazard, 1.0 + 0.5 * hazard - hazard**2)
+        assert bool(mcmc.get_extra_fields()["diverging"].any()) == (nan_below == 0.0)
+
+
+def test_x64():
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        prior = DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=StochasticHeun(32))
+        for make in (DiffusionPCN, NoiseSpace):
+            x = run(make(known_noise), jnp.asarray(Y, jnp.float64), prior, num_warmup=20, num_samples=20).get_samples()[
+                "x"
+            ]
+            assert x.dtype == jnp.float64 and bool(jnp.isfinite(x).all())
+
+
+def no_prior(y):
+    numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+
+def observed_prior(y):
+    numpyro.sample("x", STANDARD, obs=y)
+
+
+def masked_prior(y):
+    with numpyro.handlers.mask(mask=False):
+        numpyro.sample("x", STANDARD)
+
+
+def scaled_prior(y):
+    with numpyro.handlers.scale(scale=0.5):
+        numpyro.sample("x", STANDARD)
+
+
+def impossible(y):
+    numpyro.sample("x", STANDARD)
+    numpyro.factor("never", -jnp.inf)
+
+
+def chained_priors(y):
+    x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0])))
+    numpyro.sample("z", DiffusionPrior(Gaussian(x)))
+
+
+REFUSED = {
+    "no_site": (DiffusionPCN, no_prior, "it has no DiffusionPrior site"),
+    "no_site_noise_space": (NoiseSpace, no_prior, "it has no DiffusionPrior site"),
+    "no_site_gibbs": (DiffusionGibbs, no_prior, "it has no DiffusionPrior site"),
+    "observed": (NoiseSpace, observed_prior, r"sites \['x'\] are observed"),
+    "masked": (DiffusionPCN, masked_prior, "unmasked and unscaled"),
+    "scaled": (NoiseSpace, scaled_prior, "unmasked and unscaled"),
+    "other_sites": (DiffusionPCN, unknown_noise, r"latent sites \['noise'\]. Use DiffusionGibbs"),
+    "nothing_else": (DiffusionGibbs, known_noise, "no latent sites besides"),
+    "impossible": (DiffusionPCN, impossible, "not finite at 100 draws of the prior, in 2 of 2 chains"),
+    "chained": (DiffusionPCN, chained_priors, r"\['z'\] depend on other diffusion sites"),
+}
+
+
+@pytest.mark.parametrize(("make", "model", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_models(make, model, message):
+    with pytest.raises(ValueError, match=message):
+        run(make(model), Y, num_warmup=1, num_samples=1, chains=2)
+
+
+BAD_ARGUMENTS = {
+    "num_proposals": (
+        lambda: DiffusionPCN(known_noise, num_proposals=0),
+        ValueError,
+        "num_proposals must be at least 1",
+    ),
+    "num_proposals_float": (lambda: DiffusionPCN(known_noise, num_proposals=1.5), TypeError, "whole number"),
+    "fraction": (
+        lambda: DiffusionPCN(known_noise, global_fraction=1.5),
+        ValueError,
+        r"global_fraction must lie in \[0",
+    ),
+    "solver": (lambda: DiffusionPCN(known_noise, solver=Heun()), TypeError, "stochastic solver"),
+    "ddim": (lambda: DiffusionPCN(known_noise, solver=Ancestral(eta=0.0)), TypeError, "stochastic solver"),
+    "model": (lambda: NoiseSpace(3), TypeError, "must be a NumPyro model"),
+    "inner": (lambda: NoiseSpace(known_noise, inner=lambda model: model), TypeError, "must make an MCMCKernel"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_bad_arguments(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_mixing_of_the_showcase_kernels():
+    """R-hat near one and effective sizes that a user can count on, for a well-behaved posterior."""
+    x = run(NoiseSpace(known_noise), Y).get_samples(group_by_chain=True)["x"]
+    assert (split_gelman_rubin(np.asarray(x)) < 1.02).all()
+    assert (effective_sample_size(np.asarray(x)) > 0.3 * CHAINS * 600).all()
