@@ -1,6 +1,7 @@
 """Denoisers: what is the clean point behind a noisy one, and how do we know?"""
 
 from numpyro_diffusion.denoise.analytic import Gaussian, GaussianMixture
+from numpyro_diffusion.denoise.network import NetworkDenoiser
 from numpyro_diffusion.denoise.prediction import Denoiser, Prediction
 
-__all__ = ["Denoiser", "Gaussian", "GaussianMixture", "Prediction"]
+__all__ = ["Denoiser", "Gaussian", "GaussianMixture", "NetworkDenoiser", "Prediction"]

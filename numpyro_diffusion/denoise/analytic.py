@@ -15,6 +15,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
@@ -33,7 +34,8 @@ class GaussianMixture:
         schedule: the noising process, in the units of the data.
 
     Raises:
-        ValueError: if shapes do not agree, a value is not finite or a variance is not positive.
+        ValueError: if shapes do not agree, a value is not finite, a weight is negative or all are zero, or a covariance
+            is not symmetric and positive definite.
 
     Example:
         >>> import jax.numpy as jnp
@@ -50,16 +52,27 @@ class GaussianMixture:
         if means.ndim != 2:
             raise ValueError(f"means must have shape (components, dimensions); got {means.shape}")
         count, dimension = means.shape
-        _checks.shape("weights", weights, (count,))
+        if weights.shape != (count,):
+            raise ValueError(f"weights must have shape ({count},), one for each of the means; got {weights.shape}")
         self.log_weights = jax.nn.log_softmax(jnp.log(weights))
         self.means = means
         self.variances, self.rotations = _decompose(covariances, count, dimension)
         self.schedule = VE() if schedule is None else schedule
-        for name, value in {"weights": weights, "means": means, "covariances": covariances}.items():
-            if not isinstance(value, jax.core.Tracer):
-                _checks.finite(name, value)
-        if not isinstance(self.variances, jax.core.Tracer) and not bool((self.variances > 0).all()):
-            raise ValueError("covariances must be positive definite; got an eigenvalue at or below zero")
+        self._check_values({"weights": weights, "means": means, "covariances": covariances})
+
+    def _check_values(self, given: dict[str, jax.Array]) -> None:
+        """Checks those of the arguments that are known, in numpy: inside jit even a constant's sum is traced."""
+        known = {name: np.asarray(value) for name, value in given.items() if not isinstance(value, jax.core.Tracer)}
+        for name, value in known.items():
+            _checks.finite(name, value)
+        if "weights" in known and not ((known["weights"] >= 0).all() and known["weights"].any()):
+            raise ValueError(f"weights must be non-negative with a positive sum; got {known['weights']}")
+        if "covariances" in known:
+            values = known["covariances"]
+            if values.ndim == 3 and not np.allclose(values, values.swapaxes(-1, -2), atol=1e-5 * values.max()):
+                raise ValueError("covariances must be symmetric; got one that is not. Is it a Cholesky factor?")
+            if not ((np.linalg.eigvalsh(values) if values.ndim == 3 else values) > 0).all():
+                raise ValueError("covariances must be positive definite; got an eigenvalue at or below zero")
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -84,6 +97,8 @@ class GaussianMixture:
 
     def _components(self, x_t: jax.Array, t: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """Log of weight times density of each component at `x_t`, (K,), and their posterior means, (K, d)."""
+        if jnp.shape(x_t) != self.event_shape:
+            raise ValueError(f"x_t must be one point of shape {self.event_shape}; got {jnp.shape(x_t)}. Use jax.vmap")
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         variances = alpha**2 * self.variances + sigma**2
         residual = self._rotate(x_t - alpha * self.means)

@@ -1,0 +1,244 @@
+r"""Saving a trained denoiser to one file, and getting exactly it back.
+
+A denoiser is more than its weights: the same numbers under another schedule, target or scale are a different, wrong
+denoiser, and nothing would say so. So one safetensors file carries the whole definition,
+
+$$\text{file} = \{\text{weights}, m, c\} \;+\; \mathrm{JSON}\{\text{schedule and its constants},\ \text{target},\
+\text{network and its sizes},\ \text{event shape},\ \text{precision},\ \text{versions},\ \text{digest}\},$$
+
+and loading rebuilds the network from the JSON, checks the name, shape and precision of every tensor against it, and
+the digest against all that was read. What loads is what was saved, bit for bit, and saving it again gives the same
+bytes.
+
+Files come from strangers: nothing is unpickled, and no class is imported by a name from a file. Names of networks and
+schedules are looked up among this library's own; a user's network is given by its class. States of optimisers are not
+saved, nor are exact denoisers: those are a line of code.
+
+References:
+    The safetensors format, https://huggingface.co/docs/safetensors.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import nnx
+
+import numpyro_diffusion
+from numpyro_diffusion import nn, noise
+from numpyro_diffusion.denoise import NetworkDenoiser
+
+FORMAT = 1
+_KEY = "numpyro_diffusion"  # one metadata key only: with more, their order in the file would be random
+_SCHEDULES = {cls.__name__: cls for cls in (noise.VP, noise.SubVP, noise.VE, noise.Cosine, noise.Rectified)}
+_BACKBONES = {cls.__name__: cls for cls in (nn.MLP,)}
+_PRECISIONS = ("float16", "float32", "float64")
+
+
+def save(path: str | os.PathLike, denoiser: NetworkDenoiser) -> None:
+    """Writes a learned denoiser to a safetensors file, replacing what was there in one move.
+
+    Args:
+        path: file to write, in a folder that exists.
+        denoiser: a `NetworkDenoiser`. Its backbone is one of `numpyro_diffusion.nn`, or has a `config` of plain JSON
+            values from which `type(backbone)(**config, rngs=...)` rebuilds it.
+
+    Raises:
+        TypeError: if `denoiser` is not a `NetworkDenoiser`, or its backbone has no `config`.
+        ValueError: if the schedule is not one of `noise`, the weights are not of one precision, or the backbone's
+            `config` does not rebuild it.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from flax import nnx
+        >>> from numpyro_diffusion import checkpoint
+        >>> from numpyro_diffusion.denoise import NetworkDenoiser
+        >>> from numpyro_diffusion.nn import MLP
+        >>> denoiser = NetworkDenoiser(MLP((2,), rngs=nnx.Rngs(0)), scale=3.0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "denoiser.safetensors"
+        ...     checkpoint.save(path, denoiser)
+        ...     float(checkpoint.load(path).scale)
+        3.0
+    """
+    if not isinstance(denoiser, NetworkDenoiser):
+        raise TypeError(f"denoiser must be a NetworkDenoiser to be saved; got {type(denoiser).__name__}")
+    description = _describe(denoiser)
+    tensors = {name: np.asarray(leaf, order="C") for name, leaf in _named_leaves(denoiser).items()}
+    try:
+        _check_tensors(tensors, _rebuild(description, type(denoiser.backbone)), description["dtype"])
+    except ValueError as error:
+        raise ValueError(f"denoiser could not be loaded again: {error}") from error
+    metadata = {_KEY: _canonical(description | {"sha256": _digest(description, tensors)})}
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(safetensors.numpy.save(tensors, metadata))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike, *, backbone_class: type[nnx.Module] | None = None) -> NetworkDenoiser:
+    """Reads a denoiser that `save` wrote.
+
+    Args:
+        path: file to read.
+        backbone_class: class of the network, for one that is not in `numpyro_diffusion.nn`.
+
+    Returns:
+        The denoiser, frozen.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, not one of this library's, of a newer format, or does not agree with the
+            network that it describes; the message says which.
+    """
+    try:
+        description, tensors = _read(path)
+        digest = description.pop("sha256", None)
+        template = _rebuild(description, backbone_class or _look_up("network", description, _BACKBONES))
+        _check_tensors(tensors, template, description["dtype"])
+        if digest != _digest(description, tensors):
+            raise ValueError("the content is not what was saved: the file is corrupt. Copy or save it again")
+    except ValueError as error:
+        raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
+    return _fill(template, tensors)
+
+
+def _describe(denoiser: NetworkDenoiser) -> dict[str, Any]:
+    """Everything but the tensors, as plain JSON values."""
+    backbone, schedule = denoiser.backbone, denoiser.schedule.base
+    name = type(schedule).__name__
+    if _SCHEDULES.get(name) is not type(schedule):
+        raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)} to be saved; got {name}")
+    if not isinstance(getattr(backbone, "config", None), dict):
+        raise TypeError(f"backbone must have a dict `config` to be saved; {type(backbone).__name__} has none")
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(denoiser)}
+    if len(dtypes) != 1 or not dtypes <= set(_PRECISIONS):
+        raise ValueError(f"weights must all be one of {', '.join(_PRECISIONS)} to be saved; got {sorted(dtypes)}")
+    description = {
+        "format": FORMAT,
+        "version": numpyro_diffusion.__version__,
+        "network": {"class": type(backbone).__name__, "config": backbone.config},
+        "schedule": {"class": name, "config": {k: float(v) for k, v in dataclasses.asdict(schedule).items()}},
+        "target": denoiser.target,
+        "event_shape": list(denoiser.event_shape),
+        "dtype": dtypes.pop(),
+    }
+    return json.loads(_canonical(description))
+
+
+def _canonical(description: dict[str, Any]) -> str:
+    return json.dumps(description, sort_keys=True, separators=(",", ":"))
+
+
+def _digest(description: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
+    """A hash of all that the file says."""
+    digest = hashlib.sha256(_canonical(description).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
+        digest.update(tensors[name].tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Description and tensors of a file of this library, of a format that this version knows."""
+    with open(path, "rb"):  # a missing file is Python's own FileNotFoundError
+        pass
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if _KEY not in metadata:
+                raise ValueError("it is a safetensors file, but numpyro_diffusion did not write it")
+            description = json.loads(metadata[_KEY])
+            newest = description["format"]
+            if newest > FORMAT:
+                raise ValueError(
+                    f"it has format {newest}; this version reads up to {FORMAT}. Upgrade numpyro_diffusion"
+                )
+            _check_fields(description)
+            return description, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"it is truncated, corrupt or not a safetensors file ({error})") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"its description is damaged ({error!r})") from error
+
+
+def _check_fields(description: dict[str, Any]) -> None:
+    """Raises `TypeError` unless everything is there and of the right kind."""
+    named = {
+        f"{kind}.{part}": description[kind][part] for kind in ("network", "schedule") for part in ("class", "config")
+    }
+    expected = {"network.class": str, "network.config": dict, "schedule.class": str, "schedule.config": dict}
+    for name, kind in (expected | {"target": str, "event_shape": list, "dtype": str}).items():
+        value = (named | description)[name]
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is {value!r}")
+
+
+def _look_up(kind: str, description: dict[str, Any], known: dict[str, type]) -> type:
+    name = description[kind]["class"]
+    if name not in known:
+        cure = "Give it as backbone_class=" if kind == "network" else "Upgrade numpyro_diffusion"
+        raise ValueError(f"its {kind} class {name!r} is none of {', '.join(known)}. {cure}")
+    return known[name]
+
+
+def _rebuild(description: dict[str, Any], backbone_class: type[nnx.Module]) -> NetworkDenoiser:
+    """The denoiser described, with shapes in place of arrays: nothing is initialised."""
+    schedule_class = _look_up("schedule", description, _SCHEDULES)
+    network = description["network"]
+    if backbone_class.__name__ != network["class"]:
+        raise ValueError(f"its network is a {network['class']}; backbone_class is {backbone_class.__name__}")
+    if description["dtype"] == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError("its weights are float64, which JAX would round. Set jax_enable_x64")
+
+    def build() -> NetworkDenoiser:
+        backbone = backbone_class(**network["config"], rngs=nnx.Rngs(0))
+        schedule = schedule_class(**description["schedule"]["config"])
+        return NetworkDenoiser(backbone, schedule=schedule, target=description["target"])
+
+    try:
+        template = jax.eval_shape(build)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"its network cannot be rebuilt from its config ({error})") from error
+    if list(template.event_shape) != description["event_shape"]:
+        raise ValueError(f"its event_shape is {description['event_shape']}; its network's is {template.event_shape}")
+    return template
+
+
+def _named_leaves(denoiser: NetworkDenoiser) -> dict[str, Any]:
+    """Every array of a denoiser under a name: the path of a weight, joined by slashes, or `location` or `scale`."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(denoiser.weights))
+    named = {"/".join(["weights", *(str(key.key) for key in path)]): leaf for path, leaf in paths}
+    return named | {"location": denoiser.location, "scale": denoiser.scale}
+
+
+def _check_tensors(tensors: dict[str, np.ndarray], template: NetworkDenoiser, dtype: str) -> None:
+    """Raises unless names, shapes and precision are those of the network described."""
+    expected = _named_leaves(template)
+    if different := expected.keys() ^ tensors.keys():
+        missing, unknown = sorted(expected.keys() & different), sorted(tensors.keys() & different)
+        raise ValueError(f"its tensors are not those of its network: missing {missing[:5]}, unknown {unknown[:5]}")
+    for name, leaf in expected.items():
+        got = tensors[name]
+        if got.shape != leaf.shape or str(got.dtype) != dtype:
+            raise ValueError(f"{name} must be {dtype} of shape {leaf.shape}; got {got.dtype} of shape {got.shape}")
+
+
+def _fill(template: NetworkDenoiser, tensors: dict[str, np.ndarray]) -> NetworkDenoiser:
+    """The template with arrays in place of shapes."""
+    names = iter(_named_leaves(template))
+    weights = jax.tree.map(lambda _: jnp.asarray(tensors[next(names)]), nnx.to_pure_dict(template.weights))
+    nnx.replace_by_pure_dict(template.weights, weights)
+    (state, _, _), static = template.tree_flatten()
+    units = jnp.asarray(tensors["location"]), jnp.asarray(tensors["scale"])
+    return NetworkDenoiser.tree_unflatten(static, (state, *units))

@@ -1,0 +1,6 @@
+"""Backbones: the networks inside a learned denoiser, each written for one point and one noise level."""
+
+from numpyro_diffusion.nn.embed import FourierEmbedding
+from numpyro_diffusion.nn.mlp import MLP
+
+__all__ = ["MLP", "FourierEmbedding"]
