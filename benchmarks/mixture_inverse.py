@@ -1,7 +1,7 @@
 """Mixture priors with a linear observation: how far is each sampler from the exact posterior?
 
 The prior has 25 Gaussian components in dx dimensions, the likelihood is y = A x + sigma eps with dy rows, and the
-posterior is a mixture in closed form (Cardoso et al., Monte Carlo guided diffusion for Bayesian linear inverse problems,
+posterior is a mixture in closed form (Cardoso et al., Monte Carlo guided diffusion for Bayesian linear inverse problems
 2024, https://arxiv.org/abs/2308.07983). Every method is given the exact denoiser. The distance is the sliced W1 of 1000
 draws to 10,000 exact ones over 1000 projections; the floor is that of 1000 other exact draws.
 

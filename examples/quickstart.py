@@ -30,7 +30,7 @@ from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import DiffusionGibbs, DiffusionPCN, NoiseSpace
 from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.noise import VE
-from numpyro_diffusion.solve import Ancestral
+from numpyro_diffusion.solve import Heun
 from numpyro_diffusion.train import fit
 
 OUTPUT = Path(__file__).parent / "output"
@@ -50,8 +50,8 @@ def trained(images: jax.Array, num_steps: int, path: Path) -> NetworkDenoiser:
         print(f"loading {path}")
         return checkpoint.load(path)
     backbone = MLP((8, 8), features=128, num_blocks=3, rngs=nnx.Rngs(0))
-    # dequantisation is noise of 0.05 standard deviations: there is nothing to learn below half of that
-    result = fit(jax.random.key(0), backbone, images, schedule=VE(0.02, 80.0), num_steps=num_steps, batch_size=128)
+    # in units of the standard deviation: dequantisation is noise of 0.05, the widest direction is 3
+    result = fit(jax.random.key(0), backbone, images, schedule=VE(0.02, 20.0), num_steps=num_steps, batch_size=128)
     path.parent.mkdir(exist_ok=True)
     if not result.interrupted:
         checkpoint.save(path, result.denoiser)
@@ -121,16 +121,16 @@ def main() -> None:
     images, held_out = digits(jax.random.key(42))
     stem = "quickstart-fast" if options.fast else "quickstart"
     denoiser = trained(images, 200 if options.fast else 3000, OUTPUT / f"{stem}.safetensors")
-    prior = DiffusionPrior(denoiser, flow_solver=Ancestral(16, eta=0.0))
+    prior = DiffusionPrior(denoiser, flow_solver=Heun(8))
     print(f"prior ready after {time.perf_counter() - started:.0f} s")
 
     truth = held_out[options.digit]
     y = truth[:ROWS] + 1.0 * jax.random.normal(jax.random.key(3), (ROWS, 8))
-    num_draws = 10 if options.fast else 250
-    mcmc = run("NoiseSpace (NUTS)", NoiseSpace(model, max_tree_depth=5), num_draws, num_draws, y, prior)
+    num_warmup, num_draws = (10, 10) if options.fast else (200, 400)
+    mcmc = run("NoiseSpace (NUTS)", NoiseSpace(model, max_tree_depth=5), num_draws, num_warmup, y, prior)
     draw_picture(OUTPUT / f"{stem}.png", truth, y, np.asarray(mcmc.get_samples()["x"]))
     gibbs = DiffusionGibbs(model, x_kernel=partial(DiffusionPCN, num_proposals=8))
-    run("DiffusionGibbs (PCN, NUTS)", gibbs, 2 * num_draws, 2 * num_draws, y, prior)
+    run("DiffusionGibbs (PCN, NUTS)", gibbs, num_draws, num_warmup, y, prior)
     print(f"\n{time.perf_counter() - started:.0f} s in all; the true noise is 1.0")
 
 

@@ -44,6 +44,9 @@ def log_prob(denoiser: Denoiser, x: jax.Array, solver: Heun = Heun(64)) -> jax.A
     Returns:
         A scalar, in nats. Its gradient in `x` is the score at the smallest noise level.
 
+    Raises:
+        ValueError: if `x` is not of `event_shape`.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from numpyro_diffusion.denoise import Gaussian
@@ -51,6 +54,9 @@ def log_prob(denoiser: Denoiser, x: jax.Array, solver: Heun = Heun(64)) -> jax.A
         >>> round(float(log_prob(Gaussian([0.0]), jnp.zeros(1))), 2)
         -0.92
     """
+    x = jnp.asarray(x, jnp.result_type(x, float))
+    if x.shape != denoiser.event_shape:
+        raise ValueError(f"x must be one point of shape {denoiser.event_shape}; got {x.shape}. Use jax.vmap")
     return _log_prob(solver, denoiser, x)
 
 

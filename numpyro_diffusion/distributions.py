@@ -89,6 +89,8 @@ class DiffusionPrior(dist.Distribution):
             raise TypeError(f"sampler must be a stochastic solver such as solve.StochasticHeun(); got {sampler!r}")
         if not (isinstance(flow_solver, Solver) and not flow_solver.stochastic):
             raise TypeError(f"flow_solver must be a deterministic solver such as solve.Heun(); got {flow_solver!r}")
+        if not isinstance(density_solver, Heun) or density_solver.stochastic:
+            raise TypeError(f"density_solver must be solve.Heun with its grid; got {density_solver!r}")
         _checks.one_of("density", density, ("ode", "none"))
         self._parts = (denoiser, transform)
         self.sampler = sampler
@@ -156,7 +158,9 @@ class DiffusionPrior(dist.Distribution):
 
         Raises:
             NotImplementedError: if the prior was made with `density="none"`.
+            ValueError: if `value` does not end with `event_shape`.
         """
+        _checks.shape("value", value, self.event_shape)
         if self.density == "none":
             raise NotImplementedError(
                 'this DiffusionPrior has density="none": it has a score but no log_prob. Sample it with '
@@ -194,5 +198,4 @@ def _flow(solver: Solver, denoiser: Denoiser, z: jax.Array) -> jax.Array:
 
 @jax.jit
 def _log_prob(solver: Heun, denoiser: Denoiser, x: jax.Array) -> jax.Array:
-    x = jnp.asarray(x, jnp.result_type(float, x))
     return _over_batch(lambda x: density.log_prob(denoiser, x, solver), x, len(denoiser.event_shape))

@@ -10,7 +10,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
+from numpyro.diagnostics import effective_sample_size
 from numpyro.distributions import transforms
 from numpyro.infer import HMC, MCMC, NUTS, Predictive, log_likelihood
 
@@ -61,7 +61,7 @@ def run(
 ):
     options = {"num_chains": chains, "chain_method": method, "progress_bar": False}
     mcmc = MCMC(kernel, num_warmup=num_warmup, num_samples=num_samples, **options, **kwargs)
-    mcmc.run(jax.random.key(seed), *args, extra_fields=fields)
+    mcmc.run(jax.random.key(seed), *args)
     return mcmc
 
 
@@ -71,7 +71,9 @@ def assert_moments(draws, mean, variance, errors=4.0):
     mean, variance = np.broadcast_to(mean, draws.shape[2:]), np.broadcast_to(variance, draws.shape[2:])
     squares = (draws - mean) ** 2
     for values, truth, name in [(draws, mean, "mean"), (squares, variance, "variance")]:
-        error = values.std((0, 1)) / np.sqrt(effective_sample_size(values))
+        size = values.shape[0] * values.shape[1]  # anticorrelated chains have more, or no finite, effective size
+        effective = np.minimum(np.nan_to_num(effective_sample_size(values), nan=size), size)
+        error = values.std((0, 1)) / np.sqrt(effective)
         off = np.abs(values.mean((0, 1)) - truth) / error
         assert (off < errors).all(), f"{name}: {values.mean((0, 1))} against {truth}, {off} standard errors"
 
@@ -94,7 +96,6 @@ def quadrature():
 KERNELS = {
     "pcn": DiffusionPCN,
     "pcn_4_proposals": partial(DiffusionPCN, num_proposals=4),
-    "pcn_only_global": partial(DiffusionPCN, global_fraction=1.0),
     "pcn_only_adapted": partial(DiffusionPCN, global_fraction=0.0),
     "noise_space_nuts": NoiseSpace,
     "noise_space_hmc": partial(NoiseSpace, inner=HMC, num_steps=4, trajectory_length=None),
@@ -122,6 +123,21 @@ def test_transform(make, model):
     x = run(make(model), Y).get_samples(group_by_chain=True)["x"]
     assert (x > 0).all()
     assert_moments(jnp.log(x) if model is positive else SOFTPLUS.inv(x), Y / 2, 0.5)
+
+
+def positive_unknown_noise(y):
+    """The exponential of `unknown_noise`'s x."""
+    x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=SAMPLER, transform=EXP))
+    noise = numpyro.sample("noise", dist.LogNormal(0.0, 0.5))
+    numpyro.sample("y", dist.Normal(jnp.log(x), noise).to_event(1), obs=y)
+
+
+@pytest.mark.slow
+def test_transform_in_gibbs():
+    x_mean, x_variance, noise_mean, noise_variance = quadrature()
+    samples = run(DiffusionGibbs(positive_unknown_noise), Y, num_samples=1000).get_samples(group_by_chain=True)
+    assert_moments(jnp.log(samples["x"]), x_mean, x_variance)
+    assert_moments(samples["noise"], noise_mean, noise_variance)
 
 
 GIBBS = {
@@ -204,7 +220,13 @@ def test_one_step_leaves_the_posterior_invariant(num_proposals):
         assert distance < 1.95 * np.sqrt(2.0 / count)  # the 0.1 % point of the two-sample statistic
 
 
-METHODS = {"sequential": "sequential", "vectorized": "vectorized", "parallel": "parallel", "jax.vmap": jax.vmap}
+SLOW = pytest.mark.slow
+METHODS = [
+    pytest.param("sequential", id="sequential", marks=SLOW),
+    pytest.param("vectorized", id="vectorized"),
+    pytest.param("parallel", id="parallel", marks=SLOW),
+    pytest.param(jax.vmap, id="jax.vmap", marks=SLOW),
+]
 ALL = {
     "pcn": (DiffusionPCN, known_noise),
     "noise_space": (NoiseSpace, unknown_noise),
@@ -212,19 +234,18 @@ ALL = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("make", "model"), ALL.values(), ids=ALL)
 def test_chain_methods(make, model, method):
     """Right shapes and law, extra fields, and a run continued from the last state."""
-    fields = ("accept_prob", "num_score_evals")
-    mcmc = run(make(model), Y, num_warmup=100, num_samples=150, chains=2, method=method, fields=fields)
+    mcmc = run(make(model), Y, num_warmup=100, num_samples=150, chains=2, method=method)
     x = mcmc.get_samples(group_by_chain=True)["x"]
     assert x.shape == (2, 150, 2)
     extra = mcmc.get_extra_fields(group_by_chain=True)
     assert extra["diverging"].shape == extra["accept_prob"].shape == extra["num_score_evals"].shape == (2, 150)
     assert (extra["num_score_evals"] > 0).all() and not np.array_equal(x[0], x[1])
     mcmc.post_warmup_state = mcmc.last_state
-    mcmc.run(mcmc.last_state.rng_key, Y, extra_fields=fields)
+    mcmc.run(mcmc.last_state.rng_key, Y)
     more = mcmc.get_samples(group_by_chain=True)["x"]
     assert not np.array_equal(np.asarray(more), np.asarray(x))
     both = np.concatenate([x, more], axis=1)
@@ -236,14 +257,14 @@ def test_chain_methods(make, model, method):
 @pytest.mark.parametrize(("make", "model"), ALL.values(), ids=ALL)
 def test_pickling_thinning_arviz_and_predictive(make, model):
     kernel = pickle.loads(pickle.dumps(make(model)))
-    fields = ("accept_prob", "num_score_evals")
-    mcmc = run(kernel, Y, num_warmup=20, num_samples=30, chains=2, fields=fields, thinning=3)
+    mcmc = run(kernel, Y, num_warmup=20, num_samples=30, chains=2, thinning=3)
     mcmc = pickle.loads(pickle.dumps(mcmc))
     assert mcmc.get_samples(group_by_chain=True)["x"].shape == (2, 10, 2)
     idata = az.from_numpyro(mcmc)
     assert idata["posterior"]["x"].shape == (2, 10, 2)
     stats = set(idata["sample_stats"].data_vars)
-    assert {"acceptance_rate", "diverging", "num_score_evals"} <= stats
+    own = "step_size" if make is NoiseSpace else "noise_level"
+    assert {"acceptance_rate", "diverging", "num_score_evals", own} <= stats
     assert {"x_noise"} & set(idata["posterior"].data_vars) == set()
     samples = mcmc.get_samples()
     assert log_likelihood(model, samples, Y)["y"].shape == (20,)
@@ -252,8 +273,10 @@ def test_pickling_thinning_arviz_and_predictive(make, model):
 
 
 @pytest.mark.parametrize(("make", "model"), ALL.values(), ids=ALL)
-def test_second_run_with_new_data_and_weights_does_not_trace(make, model):
+def test_second_run_with_new_data_and_weights_does_not_trace(make, model, monkeypatch):
     """Data and prior are model arguments; a second run of the same shapes finds everything compiled."""
+    for variable in ("CI", "PYTEST_XDIST_WORKER"):  # there NumPyro turns the progress bar off, which recompiles
+        monkeypatch.delenv(variable, raising=False)
     traces = []
 
     def counted(y, prior):
@@ -266,10 +289,10 @@ def test_second_run_with_new_data_and_weights_does_not_trace(make, model):
     first = len(traces)
     compiles = []
     listener = lambda event, *_, **__: compiles.append(event) if "backend_compile" in event else None  # noqa: E731
+    other, y, key = DiffusionPrior(Gaussian([1.0, 0.0], 2.0, SCHEDULE), sampler=SAMPLER), Y + 1.0, jax.random.key(1)
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
-        other = DiffusionPrior(Gaussian([1.0, 0.0], 2.0, SCHEDULE), sampler=SAMPLER)
-        mcmc.run(jax.random.key(1), Y + 1.0, other)
+        mcmc.run(key, y, other)
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
     assert first > 0 and compiles == []
@@ -307,6 +330,7 @@ def test_plates(make):
     assert_moments(x, data / 2, 0.5)
 
 
+@pytest.mark.slow
 def test_prior_that_depends_on_a_latent_site():
     """A hierarchy: the rest-block must keep the prior's density, and noise-space blocks must refuse."""
 
@@ -422,10 +446,3 @@ BAD_ARGUMENTS = {
 def test_bad_arguments(make, error, message):
     with pytest.raises(error, match=message):
         make()
-
-
-def test_mixing_of_the_showcase_kernels():
-    """R-hat near one and effective sizes that a user can count on, for a well-behaved posterior."""
-    x = run(NoiseSpace(known_noise), Y).get_samples(group_by_chain=True)["x"]
-    assert (split_gelman_rubin(np.asarray(x)) < 1.02).all()
-    assert (effective_sample_size(np.asarray(x)) > 0.3 * CHAINS * 600).all()

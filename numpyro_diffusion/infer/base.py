@@ -51,6 +51,8 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
     """
 
     sample_field = "z"
+    statistics: ClassVar[tuple[str, ...]] = ("accept_prob", "num_score_evals")
+    """State fields collected on every draw, besides the sites and `diverging`."""
     binds_on_start: ClassVar[bool] = False
     """Whether `_start` leaves closures behind that must not come from inside a transformation."""
 
@@ -87,7 +89,7 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
 
     @property
     def default_fields(self) -> tuple[str, ...]:
-        return (self.sample_field, "diverging")
+        return (self.sample_field, "diverging", *self.statistics)
 
     def init(
         self, rng_key: jax.Array, num_warmup: int, init_params: Any, model_args: tuple, model_kwargs: dict | None

@@ -72,6 +72,7 @@ class DiffusionGibbs(DiffusionKernel):
         ['noise', 'x']
     """
 
+    statistics = ("accept_prob", "noise_level", "num_score_evals")
     binds_on_start = True
 
     def __init__(

@@ -86,6 +86,7 @@ class NoiseSpace(DiffusionKernel):
         ['x']
     """
 
+    statistics = ("accept_prob", "step_size", "num_score_evals")
     binds_on_start = True
 
     def __init__(self, model: Model, inner: Callable[..., MCMCKernel] = NUTS, **inner_options: Any) -> None:

@@ -118,6 +118,8 @@ class DiffusionPCN(DiffusionKernel):
         True
     """
 
+    statistics = ("accept_prob", "noise_level", "num_score_evals")
+
     def __init__(
         self,
         model: Model,

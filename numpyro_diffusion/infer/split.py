@@ -119,8 +119,19 @@ class PriorSite:
 
 
 def traced(model: Model, args: tuple, kwargs: Mapping[str, Any], values: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """Runs a model at given values of its latent sites; the ones not given are drawn."""
-    model = seed(substitute(conditioned(model), data=dict(values)), jax.random.key(0))
+    """Runs a model at given values of its latent sites.
+
+    Those not given are drawn, diffusion sites excepted: these stand at the origin of their unconstrained coordinates,
+    so that reading a model never solves a reverse process.
+    """
+
+    def given_or_origin(site: Mapping[str, Any]) -> jax.Array | None:
+        if site["type"] == "sample" and site["name"] not in values and is_diffusion_site(site):
+            to_support = biject_to(site["fn"].support)
+            return to_support(jnp.zeros(to_support.inverse_shape(site["fn"].shape())))
+        return values.get(site["name"])
+
+    model = seed(substitute(conditioned(model), substitute_fn=given_or_origin), jax.random.key(0))
     return trace(model).get_trace(*args, **kwargs)
 
 

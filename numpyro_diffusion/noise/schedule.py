@@ -1,4 +1,4 @@
-r"""The noising process: one Gaussian family, and the clocks that run through it.
+r"""The noising process: one Gaussian family, many clocks.
 
 A clean point $x$ is noised to time $t \in [0, 1]$ by
 
@@ -16,14 +16,12 @@ $f = \mathrm{d} \log \alpha / \mathrm{d}t$ and $g^2 = \mathrm{d} \sigma^2 / \mat
 from automatic differentiation, so that a new schedule is two functions and an inverse.
 
 Some schedules reach $\sigma = 0$ or $\alpha = 0$ at the ends, where the SNR is infinite or zero: `t_min` and `t_max`
-bound the part that is used for training and sampling. Time grids are at the end of this file; how a point is moved
-along them is the matter of `solve`.
+bound the part that is used for training and sampling. Where on it a solver stops is the matter of `grid`; how a point
+is moved, that of `solve`.
 
 References:
     Song et al., Score-based generative modeling through stochastic differential equations, 2021,
     https://arxiv.org/abs/2011.13456.
-    Karras et al., Elucidating the design space of diffusion-based generative models, 2022,
-    https://arxiv.org/abs/2206.00364.
 """
 
 import abc
@@ -316,56 +314,3 @@ def perturb(key: jax.Array, schedule: Schedule, x: jax.Array, t: ArrayLike) -> j
         The noisy point, of the shape of `x`.
     """
     return schedule.alpha(t) * x + schedule.sigma(t) * jax.random.normal(key, jnp.shape(x), jnp.result_type(x))
-
-
-class TimeGrid(abc.ABC):
-    """A rule for placing the times of a solver; frozen, hashable, and called as `grid(schedule, num_times)`."""
-
-    @abc.abstractmethod
-    def __call__(self, schedule: Schedule, num_times: int) -> jax.Array:
-        """`num_times` decreasing times from `schedule.t_max` to `schedule.t_min`, both included."""
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class UniformTime(TimeGrid):
-    """Times evenly spaced in `t`."""
-
-    def __call__(self, schedule: Schedule, num_times: int) -> jax.Array:
-        return jnp.linspace(schedule.t_max, schedule.t_min, num_times)
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class UniformLogSNR(TimeGrid):
-    """Times evenly spaced in log-SNR: noise levels in geometric progression."""
-
-    def __call__(self, schedule: Schedule, num_times: int) -> jax.Array:
-        ends = schedule.log_snr(schedule.t_max), schedule.log_snr(schedule.t_min)
-        return _pin_ends(schedule, schedule.inverse_log_snr(jnp.linspace(*ends, num_times)))
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class Karras(TimeGrid):
-    r"""Noise levels evenly spaced after the power $1 / \rho$: denser near the data than in geometric progression.
-
-    Args:
-        rho: exponent; 1 is linear in the noise level, and the limit of large values is `UniformLogSNR`.
-
-    References:
-        Karras et al. 2022, equation 5, https://arxiv.org/abs/2206.00364.
-    """
-
-    rho: float = 7.0
-
-    def __post_init__(self) -> None:
-        _checks.positive(rho=self.rho)
-
-    def __call__(self, schedule: Schedule, num_times: int) -> jax.Array:
-        ends = [schedule.noise_level(t) ** (1.0 / self.rho) for t in (schedule.t_max, schedule.t_min)]
-        return _pin_ends(schedule, schedule.inverse_noise_level(jnp.linspace(*ends, num_times) ** self.rho))
-
-
-def _pin_ends(schedule: Schedule, times: jax.Array) -> jax.Array:
-    return times.at[0].set(schedule.t_max).at[-1].set(schedule.t_min)

@@ -1,0 +1,30 @@
+"""The noising process and the times at which it is looked at."""
+
+from numpyro_diffusion.noise.grid import Karras, TimeGrid, UniformLogSNR, UniformTime
+from numpyro_diffusion.noise.schedule import (
+    VE,
+    VP,
+    Cosine,
+    Rectified,
+    Scaled,
+    Schedule,
+    SubVP,
+    perturb,
+    value_and_slope,
+)
+
+__all__ = [
+    "VE",
+    "VP",
+    "Cosine",
+    "Karras",
+    "Rectified",
+    "Scaled",
+    "Schedule",
+    "SubVP",
+    "TimeGrid",
+    "UniformLogSNR",
+    "UniformTime",
+    "perturb",
+    "value_and_slope",
+]

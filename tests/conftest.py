@@ -1,0 +1,29 @@
+"""Test session: two host devices for parallel chains, and compiled programs kept between runs."""
+
+from pathlib import Path
+
+import jax
+import numpyro
+import pytest
+
+numpyro.set_host_device_count(2)
+if jax.config.jax_compilation_cache_dir is None:  # the environment's JAX_COMPILATION_CACHE_DIR goes first
+    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture
+def x64():
+    """Double precision for one test: arrays must be made inside it."""
+    enable = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # the latter in older jax
+    with enable(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+    """Less work for the compiler, for modules of many small programs: a third of their time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
