@@ -14,30 +14,33 @@ from numpyro_diffusion.noise import VE, VP, Cosine, Rectified, SubVP
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-MEAN = np.array([0.5, -1.0])
-FULL = np.array([[1.0, 0.6], [0.6, 2.0]])
+D = 3  # in two dimensions eigenvectors may form a symmetric matrix, and a transposed rotation goes unseen
+MEAN = np.array([0.5, -1.0, 0.2])
+FULL = np.array([[1.0, 0.6, -0.3], [0.6, 2.0, 0.5], [-0.3, 0.5, 0.7]])
 WEIGHTS = np.array([0.2, 0.5, 0.3])
-MEANS = np.array([[-2.0, 0.0], [1.0, 1.5], [2.0, -2.0]])
-FULLS = np.array([FULL, np.diag([0.3, 0.7]), [[0.5, -0.3], [-0.3, 0.4]]])
+MEANS = np.array([[-2.0, 0.0, 1.0], [1.0, 1.5, 0.0], [2.0, -2.0, -1.0]])
+FULLS = np.array([FULL, np.diag([0.3, 0.7, 1.2]), 0.5 * FULL[::-1, ::-1]])
+DIAGONAL = np.array([0.5, 2.0, 1.0])
+DIAGONALS = np.array([[0.2, 0.4, 0.3], [0.5, 0.5, 1.5], [1.0, 0.1, 0.8]])
 VE_WIDE = VE(sigma_min=0.05, sigma_max=8.0)  # at t = 0.5 its noise is as large as the spread of the data
 
 # name: (denoiser, weights, means, full covariances), made where they are used: in double precision.
 LAWS = {
-    "Gaussian isotropic": lambda s: (Gaussian(MEAN, 0.7, s), [1.0], [MEAN], [0.7 * np.eye(2)]),
-    "Gaussian diagonal": lambda s: (Gaussian(MEAN, [0.5, 2.0], s), [1.0], [MEAN], [np.diag([0.5, 2.0])]),
+    "Gaussian isotropic": lambda s: (Gaussian(MEAN, 0.7, s), [1.0], [MEAN], [0.7 * np.eye(D)]),
+    "Gaussian diagonal": lambda s: (Gaussian(MEAN, DIAGONAL, s), [1.0], [MEAN], [np.diag(DIAGONAL)]),
     "Gaussian full": lambda s: (Gaussian(MEAN, FULL, s), [1.0], [MEAN], [FULL]),
-    "mixture scalar": lambda s: (GaussianMixture(WEIGHTS, MEANS, 0.4, s), WEIGHTS, MEANS, [0.4 * np.eye(2)] * 3),
+    "mixture scalar": lambda s: (GaussianMixture(WEIGHTS, MEANS, 0.4, s), WEIGHTS, MEANS, [0.4 * np.eye(D)] * 3),
     "mixture isotropic": lambda s: (
         GaussianMixture(WEIGHTS, MEANS, [0.2, 0.5, 1.0], s),
         WEIGHTS,
         MEANS,
-        [v * np.eye(2) for v in (0.2, 0.5, 1.0)],
+        [v * np.eye(D) for v in (0.2, 0.5, 1.0)],
     ),
     "mixture diagonal": lambda s: (
-        GaussianMixture(10 * WEIGHTS, MEANS, [[0.2, 0.4], [0.5, 0.5], [1.0, 0.1]], s),  # weights are normalised
+        GaussianMixture(10 * WEIGHTS, MEANS, DIAGONALS, s),  # weights are normalised
         WEIGHTS,
         MEANS,
-        [np.diag(v) for v in ([0.2, 0.4], [0.5, 0.5], [1.0, 0.1])],
+        [np.diag(v) for v in DIAGONALS],
     ),
     "mixture full": lambda s: (GaussianMixture(WEIGHTS, MEANS, FULLS, s), WEIGHTS, MEANS, FULLS),
 }
@@ -49,7 +52,7 @@ each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHE
 
 
 def points():
-    return 2.0 * jax.random.normal(jax.random.key(0), (7, 2))
+    return 2.0 * jax.random.normal(jax.random.key(0), (7, D))
 
 
 @jax.jit
@@ -81,7 +84,7 @@ def test_diffused_density_score_and_posterior_mean(law, schedule, x64):
         alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
         log_joint, posterior_means = [], []
         for w, m, c in zip(weights, means, covariances, strict=True):
-            noisy = alpha**2 * c + sigma**2 * np.eye(2)
+            noisy = alpha**2 * c + sigma**2 * np.eye(D)
             log_joint.append(np.log(w) + multivariate_normal(alpha * m, noisy).logpdf(x_t))
             posterior_means.append(m + (x_t - alpha * m) @ (alpha * c @ np.linalg.inv(noisy)).T)
         evidence = logsumexp(log_joint, axis=0)
@@ -143,19 +146,19 @@ def test_draws_have_the_moments_of_the_mixture(law):
     assert (abs(x.mean(0) - mean) < 4.5 * x.std(0) / n**0.5).all()
     assert (abs(products.mean(0) - covariance) < 4.5 * products.std(0) / n**0.5).all()
     np.testing.assert_allclose(denoiser.location, mean, atol=1e-5)
-    np.testing.assert_allclose(denoiser.scale, np.sqrt(np.trace(covariance) / 2), rtol=1e-5)
+    np.testing.assert_allclose(denoiser.scale, np.sqrt(np.trace(covariance) / D), rtol=1e-5)
 
 
 def test_sample_shapes():
     denoiser, *_ = LAWS["mixture full"](VP())
     for sample_shape in ((), (3, 4)):
         x = jax.eval_shape(lambda key, shape=sample_shape: denoiser.sample(key, shape), jax.random.key(0))
-        assert x.shape == (*sample_shape, 2)
+        assert x.shape == (*sample_shape, D)
 
 
 def test_all_forms_of_a_covariance_agree(x64):
     """One law written with a scalar, (K,), (K, d) and (K, d, d) covariances."""
-    forms = [0.4, np.full(3, 0.4), np.full((3, 2), 0.4), np.broadcast_to(0.4 * np.eye(2), (3, 2, 2))]
+    forms = [0.4, np.full(3, 0.4), np.full((3, D), 0.4), np.broadcast_to(0.4 * np.eye(D), (3, D, D))]
     first, *others = [views(GaussianMixture(WEIGHTS, MEANS, c, VP()), points(), 0.4) for c in forms]
     for other in others:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), first, other)
@@ -164,19 +167,19 @@ def test_all_forms_of_a_covariance_agree(x64):
 def test_is_a_denoiser_and_a_pytree():
     denoiser, *_ = LAWS["mixture full"](VP())
     assert isinstance(denoiser, Denoiser)
-    assert denoiser.event_shape == (2,)
+    assert denoiser.event_shape == (D,)
     again = jax.tree.unflatten(*reversed(jax.tree.flatten(denoiser)))
     assert type(again) is GaussianMixture and again.schedule == VP()
-    prediction = jax.jit(lambda d, x: d(x, 0.5))(denoiser, jnp.ones(2))
+    prediction = jax.jit(lambda d, x: d(x, 0.5))(denoiser, jnp.ones(D))
     assert isinstance(prediction, Prediction)
-    np.testing.assert_allclose(prediction.x0, denoiser(jnp.ones(2), 0.5).x0, rtol=1e-5)
+    np.testing.assert_allclose(prediction.x0, denoiser(jnp.ones(D), 0.5).x0, rtol=1e-5)
     assert isinstance(Gaussian([0.0]).schedule, VE)
     assert not isinstance(lambda x_t, t: x_t, Denoiser)
 
 
 def test_gradient_in_the_arrays(x64):
     """Under jit, through construction: d log p_t / d mean = alpha S^-1 (x_t - alpha m), and weights by hand."""
-    t, x_t = 0.3, jnp.array([0.3, -0.7])
+    t, x_t = 0.3, jnp.array([0.3, -0.7, 0.1])
     alpha, sigma = VP().alpha(t), VP().sigma(t)
 
     @jax.jit
@@ -184,7 +187,7 @@ def test_gradient_in_the_arrays(x64):
     def gradient(mean):
         return Gaussian(mean, FULL, VP()).log_density(x_t, t)
 
-    noisy = alpha**2 * FULL + sigma**2 * np.eye(2)
+    noisy = alpha**2 * FULL + sigma**2 * np.eye(D)
     np.testing.assert_allclose(gradient(MEAN), alpha * np.linalg.solve(noisy, x_t - alpha * MEAN), rtol=1e-9)
 
     def log_density(weights, means):

@@ -20,6 +20,7 @@ from numpyro_diffusion.infer import DiffusionGibbs, DiffusionPCN, NoiseSpace
 from numpyro_diffusion.noise import VE, VP
 from numpyro_diffusion.solve import Ancestral, Heun, StochasticHeun
 
+SLOW = pytest.mark.slow
 CHAINS = 8
 Y = jnp.array([3.0, -1.0])
 SCHEDULE = VE(0.01, 40.0)
@@ -71,8 +72,9 @@ def assert_moments(draws, mean, variance, errors=4.0):
     mean, variance = np.broadcast_to(mean, draws.shape[2:]), np.broadcast_to(variance, draws.shape[2:])
     squares = (draws - mean) ** 2
     for values, truth, name in [(draws, mean, "mean"), (squares, variance, "variance")]:
-        size = values.shape[0] * values.shape[1]  # anticorrelated chains have more, or no finite, effective size
-        effective = np.minimum(np.nan_to_num(effective_sample_size(values), nan=size), size)
+        size = values.shape[0] * values.shape[1]  # anticorrelated draws have a larger or negative effective size
+        effective = effective_sample_size(values)
+        effective = np.where((effective > 0) & (effective < size), effective, size)
         error = values.std((0, 1)) / np.sqrt(effective)
         off = np.abs(values.mean((0, 1)) - truth) / error
         assert (off < errors).all(), f"{name}: {values.mean((0, 1))} against {truth}, {off} standard errors"
@@ -98,7 +100,7 @@ KERNELS = {
     "pcn_4_proposals": partial(DiffusionPCN, num_proposals=4),
     "pcn_only_adapted": partial(DiffusionPCN, global_fraction=0.0),
     "noise_space_nuts": NoiseSpace,
-    "noise_space_hmc": partial(NoiseSpace, inner=HMC, num_steps=4, trajectory_length=None),
+    "noise_space_hmc": partial(NoiseSpace, inner=HMC, num_steps=3, trajectory_length=None),
 }
 
 
@@ -132,7 +134,7 @@ def positive_unknown_noise(y):
     numpyro.sample("y", dist.Normal(jnp.log(x), noise).to_event(1), obs=y)
 
 
-@pytest.mark.slow
+@SLOW
 def test_transform_in_gibbs():
     x_mean, x_variance, noise_mean, noise_variance = quadrature()
     samples = run(DiffusionGibbs(positive_unknown_noise), Y, num_samples=1000).get_samples(group_by_chain=True)
@@ -148,7 +150,9 @@ GIBBS = {
 }
 
 
-@pytest.mark.parametrize("make", GIBBS.values(), ids=GIBBS)
+@pytest.mark.parametrize(
+    "make", [pytest.param(make, id=name, marks=SLOW if "_" in name else ()) for name, make in GIBBS.items()]
+)
 def test_unknown_noise(make):
     x_mean, x_variance, noise_mean, noise_variance = quadrature()
     mcmc = run(make(unknown_noise), Y, num_warmup=400, num_samples=1000)
@@ -181,7 +185,7 @@ def test_multimodal_weights():
     assert_moments((x[..., 0] > 0).astype(float), right, right * (1 - right))
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("num_proposals", [1, 3])
 def test_one_step_leaves_the_posterior_invariant(num_proposals):
     """20,000 exact draws, one step each: ranks against as many fresh draws, by a Kolmogorov-Smirnov distance."""
@@ -220,7 +224,6 @@ def test_one_step_leaves_the_posterior_invariant(num_proposals):
         assert distance < 1.95 * np.sqrt(2.0 / count)  # the 0.1 % point of the two-sample statistic
 
 
-SLOW = pytest.mark.slow
 METHODS = [
     pytest.param("sequential", id="sequential", marks=SLOW),
     pytest.param("vectorized", id="vectorized"),
@@ -298,6 +301,7 @@ def test_second_run_with_new_data_and_weights_does_not_trace(make, model, monkey
     assert first > 0 and compiles == []
 
 
+@SLOW
 def test_two_sites():
     """The sum of two sources is observed: their posterior is Gaussian with correlation -1/2 (kernels move both)."""
     a = DiffusionPrior(Gaussian([0.0], 1.0, SCHEDULE), sampler=SAMPLER)
@@ -314,7 +318,9 @@ def test_two_sites():
         assert_moments((samples["a"] + samples["b"])[..., 0], 3.0, 2.0 / 3.0)
 
 
-@pytest.mark.parametrize("make", [DiffusionPCN, NoiseSpace, DiffusionGibbs])
+@pytest.mark.parametrize(
+    "make", [DiffusionPCN, pytest.param(NoiseSpace, marks=SLOW), pytest.param(DiffusionGibbs, marks=SLOW)]
+)
 def test_plates(make):
     """Several points in a plate, with a shared site for Gibbs."""
     data = jnp.array([[3.0, -1.0], [0.0, 2.0], [1.0, 1.0]])
@@ -330,7 +336,7 @@ def test_plates(make):
     assert_moments(x, data / 2, 0.5)
 
 
-@pytest.mark.slow
+@SLOW
 def test_prior_that_depends_on_a_latent_site():
     """A hierarchy: the rest-block must keep the prior's density, and noise-space blocks must refuse."""
 
@@ -365,6 +371,7 @@ def test_hard_constraint_and_nan_likelihood():
         assert bool(mcmc.get_extra_fields()["diverging"].any()) == (nan_below == 0.0)
 
 
+@SLOW
 def test_x64():
     with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
         prior = DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=StochasticHeun(32))
@@ -403,7 +410,18 @@ def chained_priors(y):
     numpyro.sample("z", DiffusionPrior(Gaussian(x)))
 
 
+def different_samplers(y):
+    numpyro.sample("x", STANDARD)
+    numpyro.sample("z", DiffusionPrior(Gaussian([0.0]), sampler=StochasticHeun(16)))
+
+
+def few_steps(y):
+    numpyro.sample("x", DiffusionPrior(Gaussian([0.0]), sampler=StochasticHeun(5)))
+
+
 REFUSED = {
+    "different_samplers": (DiffusionPCN, different_samplers, r"different samplers; give one .* DiffusionPCN\(solver"),
+    "few_steps": (DiffusionPCN, few_steps, "num_steps >= 6; got 5"),
     "no_site": (DiffusionPCN, no_prior, "it has no DiffusionPrior site"),
     "no_site_noise_space": (NoiseSpace, no_prior, "it has no DiffusionPrior site"),
     "no_site_gibbs": (DiffusionGibbs, no_prior, "it has no DiffusionPrior site"),

@@ -18,8 +18,8 @@ $$a = \min\left(1, \frac{\sum_{i \ge 1} L_i}{\sum_{i \ge 0, i \ne j} L_i}\right)
 
 keeps the posterior too (Metropolised Gibbs over the $M + 1$ points; $M = 1$ is the test above).
 
-**What is approximate.** Only the reverse process: it is solved in finitely many steps. The error falls with the number
-of steps of the prior's `sampler`, as its square for `StochasticHeun`.
+**What is approximate.** Only the reverse process: it is solved in finitely many steps. `StochasticHeun` keeps the prior
+to second order in the step; that the walk is reversible, on which the test relies too, holds in the limit of many.
 
 References:
     Cotter, Roberts, Stuart, White, MCMC methods for functions, 2013, https://arxiv.org/abs/1202.0709.
@@ -167,8 +167,11 @@ class DiffusionPCN(DiffusionKernel):
     def _solver_of(self, sites: dict[str, PriorSite]) -> Solver:
         solvers = {site.prior.sampler for site in sites.values()} if self._solver is None else {self._solver}
         if len(solvers) > 1:
-            raise ValueError(f"diffusion sites have different samplers, {solvers}; give DiffusionPCN(solver=...)")
-        return solvers.pop()
+            raise ValueError("diffusion sites have different samplers; give one for all by DiffusionPCN(solver=...)")
+        solver = solvers.pop()
+        if solver.num_steps < _MIN_STEPS + 2:
+            raise ValueError(f"DiffusionPCN needs a solver with num_steps >= {_MIN_STEPS + 2}; got {solver.num_steps}")
+        return solver
 
     def _log_likelihood(self, sites: dict[str, PriorSite], z: dict, args: tuple, kwargs: dict) -> jax.Array:
         x = {name: site.constrain(z[name]) for name, site in sites.items()}
