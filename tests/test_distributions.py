@@ -109,7 +109,7 @@ def test_is_a_pytree_of_the_denoisers_arrays():
 
 
 def test_new_weights_are_not_traced_again():
-    """As an argument of a jitted function and of an eager method; another solver is another program."""
+    """As an argument of a jitted function and of the eager methods; another solver is another program."""
     traces = []
 
     @jax.tree_util.register_pytree_node_class
@@ -127,6 +127,7 @@ def test_new_weights_are_not_traced_again():
         density, _ = jitted(with_mean(mean), MEAN)
         close(density, EXACT.log_prob(MEAN - mean), atol=5e-3)
         with_mean(mean).sample(jax.random.key(0), (2,))
+        with_mean(mean).log_prob(MEAN)
         if mean == 0.0:
             seen = len(traces)
     assert len(traces) == seen > 0
@@ -212,6 +213,7 @@ def test_pickle_and_copy():
 
 def test_leaf_order_is_the_same_in_every_process(tmp_path):
     """Another process, with other hashes of strings, flattens a pickled prior to the same leaves in the same order."""
+    assert len(DiffusionPrior.gather_pytree_data_fields()) == 1  # NumPyro puts several in the order of a set
     loc = np.array([1.0, 2.0])
     law = GaussianMixture([0.2, 0.3, 0.5], np.arange(6.0).reshape(3, 2), np.arange(1.0, 7.0).reshape(3, 2), VP())
     p = DiffusionPrior(law, transform=transforms.AffineTransform(loc, 3.0))

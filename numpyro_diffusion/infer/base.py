@@ -40,6 +40,10 @@ def _across_chains(collective: Callable[[jax.Array], jax.Array], value: jax.Arra
         return value
 
 
+def _any_traced(tree: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
 class DiffusionKernel(MCMCKernel, abc.ABC):
     """Base of the kernels: wears NumPyro's contract, leaves the mathematics to `_start` and `_step`.
 
@@ -102,15 +106,14 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
             self._compiled_start = jax.jit(self._start_all)
         self._check_model(model_args, kwargs)
         state = self._run_start(rng_key, init_params, model_args, kwargs)
-        if not isinstance(jax.tree.leaves(state)[0], jax.core.Tracer):
+        if not _any_traced(state):
             self._check_start(state)
         self._sample_fn = self._step  # MCMC starts afresh on every run where this is None
         return state
 
     def _run_start(self, keys: jax.Array, init_params: Any, args: tuple, kwargs: dict) -> NamedTuple:
         """Compiled if all arguments are arrays, so that a second run on new data finds it compiled."""
-        leaves = jax.tree.leaves((keys, init_params, args, kwargs))
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        if _any_traced((keys, init_params, args, kwargs)):
             return self._start_all(keys, init_params, args, kwargs)
         self._just_traced = False
         try:
