@@ -19,7 +19,7 @@ $$a = \min\left(1, \frac{\sum_{i \ge 1} L_i}{\sum_{i \ge 0, i \ne j} L_i}\right)
 keeps the posterior too (Metropolised Gibbs over the $M + 1$ points; $M = 1$ is the test above).
 
 **What is approximate.** Only the reverse process: it is solved in finitely many steps. `StochasticHeun` keeps the prior
-to second order in the step; that the walk is reversible, on which the test relies too, holds in the limit of many.
+to second order in the step, but is reversible, on which the test relies too, to first order only.
 
 References:
     Cotter, Roberts, Stuart, White, MCMC methods for functions, 2013, https://arxiv.org/abs/1202.0709.
