@@ -4,7 +4,7 @@ Trains a diffusion prior on real 8x8 digits (or loads the one it trained before)
 it has never seen, adds noise of a standard deviation that the model must infer too, and samples the posterior with
 `numpyro.infer.MCMC`: in noise space by NUTS and, for comparison, by DiffusionGibbs.
 
-    python examples/quickstart.py          # about two minutes on two cores; again: about one
+    python examples/quickstart.py          # trains and samples; a second time it loads what it trained
     python examples/quickstart.py --fast   # a few seconds of training, short chains: to test the installation
 
 Writes examples/output/quickstart.png.
