@@ -1,10 +1,10 @@
 r"""The log-density of a diffusion model, by its probability flow.
 
-Along the flow $\dot w(\theta)$ of `solve.ode` the density changes by the divergence of the velocity. It ends in
-$N(0, I)$ and starts at $w = (x - m) \cos\theta_0 / s$, so
+Along the flow $\dot w(\varphi)$ of `solve.ode` the density changes by the divergence of the velocity. It ends in
+$N(0, I)$ and starts at $w = (x - m) / \rho_0$, so
 
-$$\log p(x) = \log N(w_{\theta_1}; 0, I) + \int_{\theta_0}^{\theta_1} \mathrm{tr}\, \frac{\partial \dot w}{\partial w}
-\, \mathrm{d}\theta - d \log \frac{s}{\cos\theta_0},$$
+$$\log p(x) = \log N(w_1; 0, I) + \int_{\varphi_0}^{\varphi_1} \mathrm{tr}\, \frac{\partial \dot w}{\partial w}\,
+\mathrm{d}\varphi - d \log \rho_0,$$
 
 one augmented solve by Heun's method with the exact trace ($d$ Jacobian-vector products an evaluation).
 
@@ -72,21 +72,19 @@ def _velocity_and_trace(denoiser: Denoiser, w: jax.Array, t: jax.Array) -> tuple
 
 def _solve(solver: Heun, denoiser: Denoiser, x: jax.Array) -> jax.Array:
     times = solver.times(denoiser)[::-1]
-    angles = ode.angle(denoiser, times)
+    ticks = jnp.diff(ode.clock(denoiser, times))
 
     def step(carry, k):
-        w, integral, (velocity, trace) = carry
-        turn = angles[k + 1] - angles[k]
-        velocity_there, trace_there = _velocity_and_trace(denoiser, w + turn * velocity, times[k + 1])
-        w = w + 0.5 * turn * (velocity + velocity_there)
-        integral = integral + 0.5 * turn * (trace + trace_there)
-        return (w, integral, _velocity_and_trace(denoiser, w, times[k + 1])), None
+        w, integral = carry
+        velocity, trace = _velocity_and_trace(denoiser, w, times[k])
+        velocity_there, trace_there = _velocity_and_trace(denoiser, w + ticks[k] * velocity, times[k + 1])
+        w = w + 0.5 * ticks[k] * (velocity + velocity_there)
+        return (w, integral + 0.5 * ticks[k] * (trace + trace_there)), None
 
     start = ode.to_rest(denoiser, denoiser.schedule.alpha(times[0]) * x, times[0]).reshape(-1)
-    carry = start, jnp.zeros((), x.dtype), _velocity_and_trace(denoiser, start, times[0])
-    (w, integral, _), _ = jax.lax.scan(step, carry, jnp.arange(solver.num_steps - 1))
-    log_scale = jnp.log(denoiser.scale / jnp.cos(angles[0]))
-    return norm.logpdf(w).sum() + integral - x.size * log_scale
+    carry = start, jnp.zeros((), x.dtype)
+    (w, integral), _ = jax.lax.scan(step, carry, jnp.arange(solver.num_steps - 1))
+    return norm.logpdf(w).sum() + integral - x.size * jnp.log(ode.spread(denoiser, times[0]))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

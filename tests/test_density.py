@@ -68,11 +68,11 @@ def test_mixture_density_within_a_hundredth_of_a_nat():
     assert np.abs(error).max() < 1e-2 and np.abs(error).mean() < 2e-3, np.abs(error).max()
 
 
-def test_mixture_density_on_another_schedule(x64):
-    """The ladder of VP ends at noise level 151, not 80: the same steps are spread a little wider."""
-    x = np.asarray(draws())
+def test_mixture_density_on_another_schedule():
+    """The ladder of VP ends at noise level 152, not 80: the same steps are spread a little wider."""
+    x = draws()
     error = log_probs(Heun(64), mixture(VP()), x) - true_log_density(x)
-    assert np.abs(error).max() < 1.5e-2 and np.abs(error).mean() < 3e-3, np.abs(error).max()
+    assert np.abs(error).max() < 1e-2 and np.abs(error).mean() < 2e-3, np.abs(error).max()
 
 
 def test_order_two(x64):
@@ -160,7 +160,7 @@ def test_gradient_in_the_arrays_is_the_solves(x64):
         return GaussianMixture(weights, means, variances).log_density(x, 0.0)
 
     def by_flow(weights, means, variances, x):
-        return log_prob(GaussianMixture(weights, means, variances), x, Heun(64))
+        return log_prob(GaussianMixture(weights, means, variances), x)
 
     arrays = WEIGHTS, MEANS, np.diagonal(COVARIANCES, axis1=1, axis2=2), np.array([0.3, -0.5])
     expected = jax.jit(jax.grad(exact, (0, 1, 2, 3)))(*arrays)

@@ -1,22 +1,23 @@
 r"""The probability flow: the deterministic path with the same marginals as the reverse process.
 
-Let $m$ and $s$ be the denoiser's location and scale, $\lambda = \sigma_t / \alpha_t$ the noise level, and turn by the
-angle $\theta = \arctan(\lambda / s)$ from data to noise:
+Let $m$ and $s$ be the denoiser's location and scale, $\lambda = \sigma_t / \alpha_t$ the noise level,
+$\rho = \sqrt{s^2 + \lambda^2}$, and run the clock $\varphi = \operatorname{asinh}(\lambda / s)$ from data to noise:
 
-$$w = \frac{\cos\theta}{s} \left( \frac{x_t}{\alpha_t} - m \right), \qquad
-\frac{\mathrm{d}w}{\mathrm{d}\theta} = \cos\theta\, \hat\varepsilon - \sin\theta\, \frac{\hat x_0 - m}{s}.$$
+$$w = \frac{1}{\rho} \left( \frac{x_t}{\alpha_t} - m \right), \qquad
+\frac{\mathrm{d}w}{\mathrm{d}\varphi} = \frac{s^2\, \hat\varepsilon - \lambda\, (\hat x_0 - m)}{\rho^2}.$$
 
 Every schedule is the same flow in these coordinates, the terminal law is $w \sim N(0, I)$, and the velocity is zero if
-the data are $N(m, s^2 I)$: steps are spent on what is not Gaussian. Heun's method averages the velocities at
-both ends of a step and is of order two; Euler's method in $\lambda$ is `Ancestral(eta=0)`.
+the data are $N(m, s^2 I)$: steps are spent on what is not Gaussian. The clock is linear in $\lambda$ below the scale of
+the data and logarithmic above it. Heun's method averages the velocities at both ends of a step and is of order two;
+Euler's method in $\lambda$ is `Ancestral(eta=0)`.
 
 A flow keeps the law but is no reversible move: it is the map behind `NoiseReparam`, not a proposal.
 
 References:
     Karras et al., Elucidating the design space of diffusion-based generative models, 2022,
     https://arxiv.org/abs/2206.00364.
-    Lu and Song, Simplifying, stabilizing and scaling continuous-time consistency models, 2024 (the angle),
-    https://arxiv.org/abs/2410.11081.
+    Lu and Song, Simplifying, stabilizing and scaling continuous-time consistency models, 2024 (coordinates at rest,
+    with an angle for a clock), https://arxiv.org/abs/2410.11081.
 """
 
 from dataclasses import dataclass
@@ -30,27 +31,31 @@ from numpyro_diffusion.noise import Karras, TimeGrid
 from numpyro_diffusion.solve.base import Solver
 
 
-def angle(denoiser: Denoiser, t: ArrayLike) -> jax.Array:
-    r"""$\theta = \arctan(\lambda_t / s)$, from 0 (data) to $\pi / 2$ (noise)."""
-    return jnp.arctan2(denoiser.schedule.noise_level(t), denoiser.scale)
+def clock(denoiser: Denoiser, t: ArrayLike) -> jax.Array:
+    r"""$\varphi = \operatorname{asinh}(\lambda_t / s)$, from data to noise."""
+    return jnp.arcsinh(denoiser.schedule.noise_level(t) / denoiser.scale)
+
+
+def spread(denoiser: Denoiser, t: ArrayLike) -> jax.Array:
+    r"""$\rho = \sqrt{s^2 + \lambda_t^2}$, the scale of the data with their noise."""
+    return jnp.hypot(denoiser.scale, denoiser.schedule.noise_level(t))
 
 
 def to_rest(denoiser: Denoiser, x_t: jax.Array, t: ArrayLike) -> jax.Array:
     """The coordinate `w` of a noisy point."""
-    centred = x_t / denoiser.schedule.alpha(t) - denoiser.location
-    return jnp.cos(angle(denoiser, t)) / denoiser.scale * centred
+    return (x_t / denoiser.schedule.alpha(t) - denoiser.location) / spread(denoiser, t)
 
 
 def from_rest(denoiser: Denoiser, w: jax.Array, t: ArrayLike) -> jax.Array:
     """The noisy point at a coordinate `w`."""
-    return denoiser.schedule.alpha(t) * (denoiser.location + denoiser.scale / jnp.cos(angle(denoiser, t)) * w)
+    return denoiser.schedule.alpha(t) * (denoiser.location + spread(denoiser, t) * w)
 
 
 def velocity(denoiser: Denoiser, w: jax.Array, t: ArrayLike, cond: jax.Array | None = None) -> jax.Array:
-    r"""$\mathrm{d}w / \mathrm{d}\theta$ of the probability flow."""
-    theta = angle(denoiser, t)
+    r"""$\mathrm{d}w / \mathrm{d}\varphi$ of the probability flow."""
     prediction = denoiser(from_rest(denoiser, w, t), t, cond)
-    return jnp.cos(theta) * prediction.eps - jnp.sin(theta) / denoiser.scale * (prediction.x0 - denoiser.location)
+    drawn = denoiser.schedule.noise_level(t) * (prediction.x0 - denoiser.location)
+    return (denoiser.scale**2 * prediction.eps - drawn) / spread(denoiser, t) ** 2
 
 
 @jax.tree_util.register_static
@@ -81,7 +86,7 @@ class Heun(Solver):
         key: None = None,
         cond: jax.Array | None = None,
     ) -> jax.Array:
-        w, turn = to_rest(denoiser, x_t, t), angle(denoiser, s) - angle(denoiser, t)
+        w, tick = to_rest(denoiser, x_t, t), clock(denoiser, s) - clock(denoiser, t)
         here = velocity(denoiser, w, t, cond)
-        there = velocity(denoiser, w + turn * here, s, cond)
-        return from_rest(denoiser, w + 0.5 * turn * (here + there), s)
+        there = velocity(denoiser, w + tick * here, s, cond)
+        return from_rest(denoiser, w + 0.5 * tick * (here + there), s)
