@@ -37,7 +37,9 @@ from numpyro_diffusion.denoise import NetworkDenoiser
 
 FORMAT = 1
 _KEY = "numpyro_diffusion"  # one metadata key only: with more, their order in the file would be random
-_SCHEDULES = {cls.__name__: cls for cls in (noise.VP, noise.SubVP, noise.VE, noise.Cosine, noise.Rectified)}
+_SCHEDULES = {
+    cls.__name__: cls for cls in (noise.VP, noise.SubVP, noise.VE, noise.Cosine, noise.Rectified, noise.Tabulated)
+}
 _BACKBONES = {cls.__name__: cls for cls in (nn.MLP,)}
 _PRECISIONS = ("float16", "float32", "float64")
 
@@ -128,7 +130,10 @@ def _describe(denoiser: NetworkDenoiser) -> dict[str, Any]:
         "format": FORMAT,
         "version": numpyro_diffusion.__version__,
         "network": {"class": type(backbone).__name__, "config": backbone.config},
-        "schedule": {"class": name, "config": {k: float(v) for k, v in dataclasses.asdict(schedule).items()}},
+        "schedule": {
+            "class": name,
+            "config": {k: np.asarray(v, float).tolist() for k, v in dataclasses.asdict(schedule).items()},
+        },
         "target": denoiser.target,
         "event_shape": list(denoiser.event_shape),
         "dtype": dtypes.pop(),

@@ -21,6 +21,7 @@ SCHEDULES = [
     noise.SubVP(beta_max=11.0),
     noise.Cosine(t_min=0.003),
     noise.Rectified(t_max=0.97),
+    noise.Tabulated([11.0, 2.5, -9.0]),
 ]
 
 
@@ -265,7 +266,7 @@ def edit_missing(description, tensors):
         (edit_names, r"missing \['weights/input_layer/kernel'\], unknown \['weights/stem/kernel'\]"),
         (edit_dtype, r"scale must be float32 of shape \(\); got float16 of shape \(\)"),
         (edit_network, "its network class 'Transformer' is none of MLP. Give it as backbone_class="),
-        (edit_schedule_class, "its schedule class 'Sigmoid' is none of VP, SubVP, VE, Cosine, Rectified. Upgrade"),
+        (edit_schedule_class, "its schedule class 'Sigmoid' is none of VP, SubVP, VE, Cosine, Rectified, Tabulated. Upgrade"),
         (edit_event_shape, r"its event_shape is \[6\]; its network's is \(2, 3\)"),
         (edit_target, "its network cannot be rebuilt from its config .*target must be one of"),
         (edit_missing, r"its description is damaged \(KeyError\('dtype'\)\)"),
@@ -324,7 +325,7 @@ class Steps(noise.Rectified):
         ),
         (
             ValueError,
-            "schedule must be one of VP, SubVP, VE, Cosine, Rectified to be saved; got Steps",
+            "schedule must be one of VP, SubVP, VE, Cosine, Rectified, Tabulated to be saved; got Steps",
             lambda: make(Steps()),
         ),
         (

@@ -15,6 +15,7 @@ from numpyro_diffusion.noise import (
     Rectified,
     Scaled,
     SubVP,
+    Tabulated,
     TimeGrid,
     UniformLogSNR,
     UniformTime,
@@ -31,6 +32,7 @@ SCHEDULES = {
     "VE narrow": VE(sigma_min=0.1, sigma_max=3.0),
     "Cosine": Cosine(),
     "Rectified": Rectified(),
+    "Tabulated": Tabulated([12.0, 3.0, 1.0, -9.0]),
     "Scaled VP": Scaled(VP(), 2.5),
     "Scaled Rectified": Scaled(Rectified(), 0.3),
 }
@@ -71,7 +73,7 @@ def test_drift_and_diffusion_are_the_textbook_ones(name, x64):
     np.testing.assert_allclose(schedule.diffusion(t) ** 2, g2(schedule, np.asarray(t)), rtol=1e-9)
 
 
-@each_schedule
+@pytest.mark.parametrize("schedule", [s for s in SCHEDULES.values() if not isinstance(s, Tabulated)], ids=repr)
 def test_moments_solve_their_differential_equations(schedule, x64):
     """The ODE d(alpha) = f alpha dt, d(sigma^2) = (2 f sigma^2 + g^2) dt, by Runge-Kutta over the middle of [0, 1]."""
     times = jnp.linspace(0.2, 0.8, 401)
@@ -171,6 +173,26 @@ def test_grids_follow_their_formulas(schedule, x64):
     np.testing.assert_allclose(steps, (schedule.t_min - schedule.t_max) / (n - 1), rtol=1e-12)
 
 
+def test_tabulated_interpolates_and_preserves_variance(x64):
+    """Between knots the log-SNR is linear; its slope is what the drift and the diffusion are made of."""
+    schedule = Tabulated([12.0, 3.0, 1.0, -9.0])
+    t = jnp.linspace(0.0, 1.0, 13)
+    np.testing.assert_allclose(schedule.log_snr(t), np.interp(t, np.arange(4) / 3, schedule.knots), atol=1e-12)
+    np.testing.assert_allclose(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, 1.0, rtol=1e-12)
+    t = jnp.array([0.1, 0.5, 0.9])
+    g2 = 3 * np.array([9.0, 2.0, 10.0]) * schedule.sigma(t) ** 2  # g^2 = -sigma^2 d(log SNR)/dt if variance is kept
+    np.testing.assert_allclose(schedule.diffusion(t) ** 2, g2, rtol=1e-9)
+
+
+def test_tabulated_from_density_spends_time_where_the_density_is(x64):
+    """Uniform times: the share of them in a bin is its share of the mass; and any density but its factor."""
+    edges, density = np.array([-8.0, -2.0, 0.0, 9.0]), np.array([1.0, 6.0, 2.0])
+    schedule = Tabulated.from_density(edges, density, num_knots=37)  # mass 6 + 12 + 18: edges fall on knots
+    assert (schedule.knots[0], schedule.knots[-1]) == (9.0, -8.0)
+    np.testing.assert_allclose(schedule.inverse_log_snr(edges), [1.0, 5 / 6, 1 / 2, 0.0], atol=1e-12)
+    np.testing.assert_allclose(Tabulated.from_density(edges, 7 * density, 37).knots, schedule.knots, rtol=1e-12)
+
+
 @pytest.mark.parametrize("base", [VP(), VE(), Rectified()], ids=repr)
 def test_scaled_is_the_base_in_other_units(base):
     """Noising c x by the scaled schedule is c times noising x by the base."""
@@ -227,6 +249,13 @@ BAD = {
     "Cosine t_max": (lambda: Cosine(t_max=1.0), "1 must exceed t_max=1.0; got 1.0"),
     "Rectified t_max": (lambda: Rectified(t_max=1.0), "1 must exceed t_max=1.0; got 1.0"),
     "Rectified range": (lambda: Rectified(t_min=0.9, t_max=0.2), "t_max must exceed t_min=0.9; got 0.2"),
+    "Tabulated rising": (lambda: Tabulated([3.0, 5.0]), "knots must be strictly decreasing; got 3.0 and then 5.0"),
+    "Tabulated flat": (lambda: Tabulated([3.0, 3.0]), "knots must be strictly decreasing; got 3.0 and then 3.0"),
+    "Tabulated short": (lambda: Tabulated([3.0]), "knots must be a list of two or more log-SNRs"),
+    "Tabulated NaN": (lambda: Tabulated([3.0, float("nan")]), "knots"),
+    "Tabulated range": (lambda: Tabulated([3.0, 0.0], t_min=0.9, t_max=0.2), "t_max must exceed t_min=0.9"),
+    "Tabulated edges": (lambda: Tabulated.from_density([1.0, 0.0], [1.0]), "edges must increase"),
+    "Tabulated empty bin": (lambda: Tabulated.from_density([0.0, 1.0, 2.0], [1.0, 0.0]), "density must be positive"),
     "Karras rho": (lambda: Karras(rho=0.0), "rho must be positive and finite; got 0.0"),
 }
 

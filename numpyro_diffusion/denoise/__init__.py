@@ -3,5 +3,6 @@
 from numpyro_diffusion.denoise.analytic import Gaussian, GaussianMixture
 from numpyro_diffusion.denoise.network import NetworkDenoiser
 from numpyro_diffusion.denoise.prediction import Denoiser, Prediction
+from numpyro_diffusion.denoise.reschedule import Rescheduled, reschedule
 
-__all__ = ["Denoiser", "Gaussian", "GaussianMixture", "NetworkDenoiser", "Prediction"]
+__all__ = ["Denoiser", "Gaussian", "GaussianMixture", "NetworkDenoiser", "Prediction", "Rescheduled", "reschedule"]

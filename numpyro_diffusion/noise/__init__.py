@@ -12,6 +12,7 @@ from numpyro_diffusion.noise.schedule import (
     perturb,
     value_and_slope,
 )
+from numpyro_diffusion.noise.tabulated import Tabulated
 
 __all__ = [
     "VE",
@@ -22,6 +23,7 @@ __all__ = [
     "Scaled",
     "Schedule",
     "SubVP",
+    "Tabulated",
     "TimeGrid",
     "UniformLogSNR",
     "UniformTime",
