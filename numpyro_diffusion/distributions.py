@@ -198,4 +198,4 @@ def _flow(solver: Solver, denoiser: Denoiser, z: jax.Array) -> jax.Array:
 
 @jax.jit
 def _log_prob(solver: Heun, denoiser: Denoiser, x: jax.Array) -> jax.Array:
-    return _over_batch(lambda x: density.log_prob(denoiser, x, solver), x, len(denoiser.event_shape))
+    return _over_batch(lambda x: density.log_prob(denoiser, x, solver).value, x, len(denoiser.event_shape))

@@ -266,7 +266,10 @@ def edit_missing(description, tensors):
         (edit_names, r"missing \['weights/input_layer/kernel'\], unknown \['weights/stem/kernel'\]"),
         (edit_dtype, r"scale must be float32 of shape \(\); got float16 of shape \(\)"),
         (edit_network, "its network class 'Transformer' is none of MLP. Give it as backbone_class="),
-        (edit_schedule_class, "its schedule class 'Sigmoid' is none of VP, SubVP, VE, Cosine, Rectified, Tabulated. Upgrade"),
+        (
+            edit_schedule_class,
+            "its schedule class 'Sigmoid' is none of VP, SubVP, VE, Cosine, Rectified, Tabulated. Upgrade",
+        ),
         (edit_event_shape, r"its event_shape is \[6\]; its network's is \(2, 3\)"),
         (edit_target, "its network cannot be rebuilt from its config .*target must be one of"),
         (edit_missing, r"its description is damaged \(KeyError\('dtype'\)\)"),

@@ -14,6 +14,8 @@ from numpyro_diffusion.denoise import Gaussian, GaussianMixture
 from numpyro_diffusion.noise import VE, VP, Cosine, Karras, Rectified, SubVP, UniformLogSNR
 from numpyro_diffusion.solve import (
     Ancestral,
+    EulerMaruyama,
+    ExponentialEuler,
     Heun,
     Solver,
     StochasticHeun,
@@ -50,6 +52,8 @@ SOLVERS = {
     "Ancestral": Ancestral(9),
     "Ancestral eta 0.5": Ancestral(9, eta=0.5),
     "Ancestral eta 0": Ancestral(9, eta=0.0),
+    "EulerMaruyama": EulerMaruyama(9),
+    "ExponentialEuler eta 0.5": ExponentialEuler(9, eta=0.5),
     "Heun": Heun(9),
     "Heun log-SNR": Heun(9, grid=UniformLogSNR()),
     "StochasticHeun": StochasticHeun(9),
@@ -156,6 +160,8 @@ def propagate(solver, denoiser, mean, variance):
 WEAK = {
     "Ancestral": (Ancestral, 1),
     "Ancestral eta 0.5": (partial(Ancestral, eta=0.5), 1),
+    "EulerMaruyama": (EulerMaruyama, 1),
+    "ExponentialEuler eta 0.5": (partial(ExponentialEuler, eta=0.5), 1),
     "StochasticHeun": (StochasticHeun, 2),
 }
 
@@ -172,7 +178,7 @@ def test_weak_order_in_the_variance(make, expected, x64):
     assert errors[-1] < (2e-3 if expected == 2 else 0.1)
 
 
-@pytest.mark.parametrize("make", [Ancestral, StochasticHeun])
+@pytest.mark.parametrize("make", [Ancestral, EulerMaruyama, StochasticHeun])
 def test_the_reverse_process_and_not_another_with_its_marginals(make, x64):
     """From a point x_t at level 2, slope and variance of x | x_t are Bayes', up to first order in the step.
 
@@ -278,7 +284,8 @@ def test_noise_along_the_way():
         first, again, other = (run(solver, gaussian(), x, jax.random.key(i)) for i in (0, 0, 1))
         np.testing.assert_array_equal(first, again)
         assert (first != other).all()
-    assert [s.stochastic for s in SOLVERS.values()] == [True, True, False, False, False, True, True]
+    deterministic = [name for name, solver in SOLVERS.items() if not solver.stochastic]
+    assert deterministic == ["Ancestral eta 0", "Heun", "Heun log-SNR"]
 
 
 def test_gradient_through_the_flow(x64):

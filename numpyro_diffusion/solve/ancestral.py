@@ -8,6 +8,8 @@ $$x_s = \alpha_s \hat x_0 + \sqrt{\sigma_s^2 - \tilde\sigma^2}\, \hat\varepsilon
 
 $\eta = 1$ is DDPM, whose walk is the reverse-time stochastic process in the limit of many steps; $\eta = 0$ is DDIM,
 the Euler method for the probability flow. The reverse process, and not the flow, is what `infer.DiffusionPCN` needs.
+The Euler-Maruyama method for that process has the same mean and the noise of the noisier end, $\lambda_t$ in place of
+$\lambda_s$: the two choices of variance of Ho et al., too small and too large.
 Its noise forgets that the clean point is uncertain, so at few steps the draws are too narrow: by a factor
 $\lambda_s^2 / \lambda_t^2$ in the variance of the noise where the law of $x$ is flat on the scale of $\lambda_t$.
 `StochasticHeun` does not pay this.
@@ -75,3 +77,41 @@ class Ancestral(Solver):
         noise = self.eta * sigma * jnp.sqrt(1.0 - ratio**2)
         mean = schedule.alpha(s) * prediction.x0 + jnp.sqrt(sigma**2 - noise**2) * prediction.eps
         return mean + noise * jax.random.normal(key, x_t.shape, x_t.dtype)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class EulerMaruyama(Solver):
+    r"""The Euler-Maruyama method for the reverse process, in $u = x_t / \alpha_t$ and the clock $\lambda^2$.
+
+    $u_s = u_t + (\lambda_t^2 - \lambda_s^2) \nabla \log p(u_t; \lambda_t) + \sqrt{\lambda_t^2 - \lambda_s^2}\, z$,
+    of weak order one.
+
+    Args:
+        num_steps: number of times visited, one denoiser evaluation each.
+        grid: where the times lie.
+
+    Raises:
+        ValueError: if `num_steps` is below 2.
+    """
+
+    num_steps: int = 64
+    grid: TimeGrid = Karras()
+
+    stochastic = True
+    evaluations_per_step = 1
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        x_t: jax.Array,
+        t: ArrayLike,
+        s: ArrayLike,
+        key: jax.Array | None = None,
+        cond: jax.Array | None = None,
+    ) -> jax.Array:
+        schedule = denoiser.schedule
+        high, low = schedule.noise_level(t), schedule.noise_level(s)
+        drop = (high - low) * (high + low)
+        noise = jnp.sqrt(drop) * jax.random.normal(key, x_t.shape, x_t.dtype)
+        return schedule.alpha(s) * (x_t / schedule.alpha(t) - drop / high * denoiser(x_t, t, cond).eps + noise)

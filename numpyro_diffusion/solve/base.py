@@ -11,11 +11,12 @@ scale $s$. The true law at $t = 1$ has these moments on average but is not Gauss
 $\alpha_1 s / \sigma_1$, 0.013 for `VE()` on standardised data.
 
 The loop is written once, here, for one point; a step never allocates more than the next point, whatever the number of
-steps. Which step to take is the matter of `ancestral`, `ode` and `sde`.
+steps. Which step to take is the matter of the other files. Most steps depend on the point alone; a solver that looks
+back, or carries moments, has a memory (`remember`, `advance`).
 """
 
 import abc
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ from jax.typing import ArrayLike
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.noise import TimeGrid
+
+Memory = Any  # a pytree of arrays that a solver carries from step to step
 
 
 class Solver(abc.ABC):
@@ -69,6 +72,23 @@ class Solver(abc.ABC):
         Returns:
             The point at time `s`.
         """
+
+    def remember(self, denoiser: Denoiser, x_t: jax.Array) -> Memory:
+        """What a solver with a memory knows before its first step, of fixed shapes; the others remember nothing."""
+        return ()
+
+    def advance(
+        self,
+        denoiser: Denoiser,
+        x_t: jax.Array,
+        memory: Memory,
+        t: ArrayLike,
+        s: ArrayLike,
+        key: jax.Array | None = None,
+        cond: jax.Array | None = None,
+    ) -> tuple[jax.Array, Memory]:
+        """`step` with a memory of the steps before: the point at time `s`, and what to remember."""
+        return self.step(denoiser, x_t, t, s, key, cond), memory
 
     def evaluations(self, start: ArrayLike = 0) -> ArrayLike:
         """Number of denoiser evaluations of a walk that begins at the `start`-th time of the grid."""
@@ -116,15 +136,18 @@ def solve(
     """
     times = solver.times(denoiser)
 
-    def step(k: ArrayLike, x_t: jax.Array) -> jax.Array:
+    def step(k: ArrayLike, carry: tuple[jax.Array, Memory]) -> tuple[jax.Array, Memory]:
+        x_t, memory = carry
         step_key = None if key is None else jax.random.fold_in(key, k)
-        return solver.step(denoiser, x_t, times[k], times[k + 1], step_key, cond).astype(x_t.dtype)
+        x_s, memory = solver.advance(denoiser, x_t, memory, times[k], times[k + 1], step_key, cond)
+        return x_s.astype(x_t.dtype), memory
 
+    carry = x_t, solver.remember(denoiser, x_t)
     if isinstance(start, int) and start == 0:
-        body = jax.checkpoint(lambda x_t, k: (step(k, x_t), None))
-        x_t, _ = jax.lax.scan(body, x_t, jnp.arange(solver.num_steps - 1))
+        body = jax.checkpoint(lambda carry, k: (step(k, carry), None))
+        (x_t, _), _ = jax.lax.scan(body, carry, jnp.arange(solver.num_steps - 1))
     else:
-        x_t = jax.lax.fori_loop(start, solver.num_steps - 1, step, x_t)
+        x_t, _ = jax.lax.fori_loop(start, solver.num_steps - 1, step, carry)
     return denoiser(x_t, times[-1], cond).x0
 
 

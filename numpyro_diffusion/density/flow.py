@@ -1,0 +1,193 @@
+r"""The log-density of a diffusion model, by its probability flow.
+
+Along the flow $\dot w(\varphi)$ of `solve.ode` the density changes by the divergence of the velocity. It ends in
+$N(0, I)$ and starts at $w = (x - m) / \rho_0$, so
+
+$$\log p(x) = \log N(w_1; 0, I) + \int_{\varphi_0}^{\varphi_1} \mathrm{tr}\, \frac{\partial \dot w}{\partial w}\,
+\mathrm{d}\varphi - d \log \rho_0,$$
+
+one augmented solve by Heun's method or an adaptive one. The trace takes $d$ Jacobian-vector products an evaluation, or
+it is estimated: $\mathrm{tr}\, A = E[z^\top A z]$ for probes with $E[z z^\top] = I$ (Hutchinson), drawn once and held
+along the path, so that the integral is unbiased and its spread over the probes is its standard error.
+
+Three errors, none hidden: the solver's, of order two in the step; the smoothing of $p$ by the smallest noise level
+$\lambda_0$, of order $\lambda_0^2$; and the terminal law, a Gaussian with the data's overall location and scale, where
+the truth is the data's law under the largest noise. The last is zero only for an isotropic Gaussian; it is of order
+$(s / \lambda_1)^2$ in nats.
+
+The gradient in $x$ is *defined* as the score, in forward and reverse mode, and is never taken through the solve. In the
+denoiser's own arrays the derivative is that of the solve.
+
+References:
+    Chen et al., Neural ordinary differential equations, 2018, https://arxiv.org/abs/1806.07366.
+    Grathwohl et al., FFJORD: free-form continuous dynamics for scalable reversible generative models, 2019 (probes held
+    along the path), https://arxiv.org/abs/1810.01367.
+    Song et al., Score-based generative modeling through stochastic differential equations, 2021, section 4.3,
+    https://arxiv.org/abs/2011.13456.
+"""
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.scipy.stats import norm
+from jax.typing import ArrayLike
+
+from numpyro_diffusion import _checks
+from numpyro_diffusion.denoise import Denoiser
+from numpyro_diffusion.solve import AdaptiveFlow, Heun, ode
+
+
+class LogProb(NamedTuple):
+    """A log-density with what is known of its error and its cost."""
+
+    value: jax.Array  # nats, a scalar; its gradient in x is the score
+    standard_error: jax.Array  # of the probes: 0 for the exact trace, NaN for a single probe
+    num_evals: jax.Array  # denoiser evaluations, each with its Jacobian-vector products
+
+
+def log_prob(
+    denoiser: Denoiser,
+    x: jax.Array,
+    solver: Heun | AdaptiveFlow = Heun(64),  # noqa: B008
+    *,
+    num_probes: int | None = None,
+    key: jax.Array | None = None,
+    probes: Literal["rademacher", "normal"] = "rademacher",
+    cond: ArrayLike | None = None,
+) -> LogProb:
+    r"""The normalised log-density of a clean point under the model's probability flow.
+
+    Args:
+        denoiser: the model.
+        x: clean point of `event_shape`.
+        solver: `Heun`, for its grid and number of times, or `AdaptiveFlow`, for its tolerances.
+        num_probes: number of Hutchinson probes; None for the exact trace.
+        key: random key of the probes.
+        probes: their law; Rademacher probes have the smaller variance.
+        cond: what a conditional denoiser is conditioned on.
+
+    Returns:
+        A `LogProb`. The gradient of its value in `x` is the score at the smallest noise level, that in the arrays of
+        the denoiser and in `cond` is the solve's.
+
+    Raises:
+        ValueError: if `x` is not of `event_shape`, `num_probes` is below one or `probes` unknown, or a key is missing
+            or idle.
+        TypeError: if `solver` is of another kind.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_diffusion.denoise import Gaussian
+        >>> from numpyro_diffusion.density import log_prob
+        >>> round(float(log_prob(Gaussian([0.0]), jnp.zeros(1)).value), 2)
+        -0.92
+    """
+    x = jnp.asarray(x, jnp.result_type(x, float))
+    if x.shape != denoiser.event_shape:
+        raise ValueError(f"x must be one point of shape {denoiser.event_shape}; got {x.shape}. Use jax.vmap")
+    if not isinstance(solver, AdaptiveFlow) and type(solver) is not Heun:
+        raise TypeError(f"solver must be Heun or AdaptiveFlow; got {solver!r}")
+    drawn = _draw_probes(x, num_probes, key, probes)
+    value, standard_error, num_evals = _log_prob(solver, (denoiser, cond), x, drawn)
+    return LogProb(value, standard_error, num_evals)
+
+
+def _draw_probes(x: jax.Array, num_probes: int | None, key: jax.Array | None, law: str) -> jax.Array | None:
+    _checks.one_of("probes", law, ("rademacher", "normal"))
+    if num_probes is None:
+        if key is not None:
+            raise ValueError("key is for probes; the exact trace draws none. Give num_probes=, or no key")
+        return None
+    _checks.at_least(1, num_probes=num_probes)
+    if key is None:
+        raise ValueError(f"num_probes={num_probes} needs a key=")
+    draw = jax.random.rademacher if law == "rademacher" else jax.random.normal
+    return draw(key, (num_probes, x.size), x.dtype)
+
+
+def _velocity_and_traces(
+    denoiser: Denoiser, cond: ArrayLike | None, w: jax.Array, t: ArrayLike, probes: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The velocity of the flow and its divergence: one number if exact, one per probe if not."""
+
+    def flat_velocity(w: jax.Array) -> jax.Array:
+        return ode.velocity(denoiser, w.reshape(denoiser.event_shape), t, cond).reshape(-1).astype(w.dtype)
+
+    value, jvp = jax.linearize(flat_velocity, w)
+    if probes is None:
+        return value, jnp.trace(jax.vmap(jvp)(jnp.eye(w.size, dtype=w.dtype)))[None]
+    return value, jnp.sum(probes * jax.vmap(jvp)(probes), axis=-1)
+
+
+def _solve(
+    solver: Heun | AdaptiveFlow, model: tuple[Denoiser, ArrayLike | None], x: jax.Array, probes: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    denoiser, cond = model
+    times = solver.times(denoiser)[::-1]
+    start = ode.to_rest(denoiser, denoiser.schedule.alpha(times[0]) * x, times[0]).reshape(-1).astype(x.dtype)
+    state = start, jnp.zeros(1 if probes is None else len(probes), x.dtype)
+
+    def slopes(t: ArrayLike, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _velocity_and_traces(denoiser, cond, w, t, probes)
+
+    if isinstance(solver, AdaptiveFlow):
+        velocity = lambda t, state: slopes(t, state[0])  # noqa: E731
+        (w, integrals), num_evals = solver.follow(denoiser, velocity, state, times[0], times[-1])
+    else:
+        ticks = jnp.diff(ode.clock(denoiser, times)).astype(x.dtype)
+
+        def step(state, k):
+            w, integrals = state
+            velocity, traces = slopes(times[k], w)
+            velocity_there, traces_there = slopes(times[k + 1], w + ticks[k] * velocity)
+            w = w + 0.5 * ticks[k] * (velocity + velocity_there)
+            return (w, integrals + 0.5 * ticks[k] * (traces + traces_there)), None
+
+        (w, integrals), _ = jax.lax.scan(step, state, jnp.arange(solver.num_steps - 1))
+        num_evals = jnp.asarray(2 * (solver.num_steps - 1))
+    log_start = norm.logpdf(w).sum() - x.size * jnp.log(ode.spread(denoiser, times[0])).astype(x.dtype)
+    if probes is None:
+        standard_error = jnp.zeros((), x.dtype)
+    else:
+        spread = jnp.std(integrals, ddof=1) if len(integrals) > 1 else jnp.full((), jnp.nan, x.dtype)
+        standard_error = spread / jnp.sqrt(jnp.asarray(len(integrals), x.dtype))
+    return log_start + jnp.mean(integrals), jax.lax.stop_gradient(standard_error), num_evals
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _log_prob(solver, model, x, probes):
+    return _solve(solver, model, x, probes)
+
+
+@partial(_log_prob.defjvp, symbolic_zeros=True)
+def _log_prob_jvp(solver, primals, tangents):
+    model, x, probes = primals
+    model_dot, x_dot, _ = tangents
+    leaves, structure = jax.tree.flatten(model)
+    dots = jax.tree.leaves(model_dot, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
+    moving = [i for i, dot in enumerate(dots) if not isinstance(dot, SymbolicZero)]
+
+    def in_arrays(*moved: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        replaced = list(leaves)
+        for i, leaf in zip(moving, moved, strict=True):
+            replaced[i] = leaf
+        value, *rest = _solve(solver, jax.tree.unflatten(structure, replaced), x, probes)
+        return value, tuple(rest)
+
+    if moving:
+        value, dot, rest = jax.jvp(in_arrays, [leaves[i] for i in moving], [dots[i] for i in moving], has_aux=True)
+    else:
+        value, *rest = _log_prob(solver, model, x, probes)
+        dot = jnp.zeros((), x.dtype)
+    if not isinstance(x_dot, SymbolicZero):
+        denoiser, cond = model
+        alpha = denoiser.schedule.alpha(denoiser.schedule.t_min)
+        score = alpha * denoiser(alpha * x, denoiser.schedule.t_min, cond).score
+        dot = dot + jnp.vdot(score, x_dot)
+    standard_error, num_evals = rest
+    still = jnp.zeros_like(standard_error), np.zeros(jnp.shape(num_evals), jax.dtypes.float0)
+    return (value, standard_error, num_evals), (dot.astype(value.dtype), *still)

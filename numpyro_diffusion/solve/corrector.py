@@ -1,0 +1,96 @@
+r"""Predictor and corrector: any solver moves the point down, Langevin steps then settle it at its new level.
+
+The predictor errs in the law of the point; the corrector leaves $p_s$ in place up to its own step and forgets part of
+that error. Whether this is worth its evaluations is a question of the law: `benchmarks/solvers.py` has figures.
+
+References:
+    Song et al., Score-based generative modeling through stochastic differential equations, 2021, algorithm 1,
+    https://arxiv.org/abs/2011.13456.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+from jax.typing import ArrayLike
+
+from numpyro_diffusion import _checks
+from numpyro_diffusion.denoise import Denoiser
+from numpyro_diffusion.noise import TimeGrid
+from numpyro_diffusion.solve.ancestral import Ancestral
+from numpyro_diffusion.solve.base import Memory, Solver
+from numpyro_diffusion.solve.langevin import langevin_step, snr_step_size
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class PredictorCorrector(Solver):
+    r"""A solver whose every step is followed by Langevin steps at the level reached.
+
+    Args:
+        predictor: any solver; it has the grid and the number of times.
+        num_corrections: Langevin steps at each level, one denoiser evaluation each.
+        snr: their size, the ratio of `langevin.snr_step_size`.
+
+    Raises:
+        TypeError: if `predictor` is no solver.
+        ValueError: if `num_corrections` is below one or `snr` not positive.
+    """
+
+    predictor: Solver = field(default_factory=Ancestral)
+    num_corrections: int = 1
+    snr: float = 0.16
+
+    stochastic = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.predictor, Solver):
+            raise TypeError(f"predictor must be a Solver; got {self.predictor!r}")
+        _checks.at_least(1, num_corrections=self.num_corrections)
+        _checks.positive(snr=self.snr)
+
+    @property
+    def num_steps(self) -> int:
+        return self.predictor.num_steps
+
+    @property
+    def grid(self) -> TimeGrid:
+        return self.predictor.grid
+
+    @property
+    def evaluations_per_step(self) -> int:
+        return self.predictor.evaluations_per_step + self.num_corrections
+
+    def remember(self, denoiser: Denoiser, x_t: jax.Array) -> Memory:
+        return self.predictor.remember(denoiser, x_t)
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        x_t: jax.Array,
+        t: ArrayLike,
+        s: ArrayLike,
+        key: jax.Array | None = None,
+        cond: jax.Array | None = None,
+    ) -> jax.Array:
+        return self.advance(denoiser, x_t, self.remember(denoiser, x_t), t, s, key, cond)[0]
+
+    def advance(
+        self,
+        denoiser: Denoiser,
+        x_t: jax.Array,
+        memory: Memory,
+        t: ArrayLike,
+        s: ArrayLike,
+        key: jax.Array | None = None,
+        cond: jax.Array | None = None,
+    ) -> tuple[jax.Array, Memory]:
+        keys = jax.random.split(key, self.num_corrections + 1)
+        x_s, memory = self.predictor.advance(
+            denoiser, x_t, memory, t, s, keys[0] if self.predictor.stochastic else None, cond
+        )
+        step_size = snr_step_size(denoiser.schedule.sigma(s), self.snr)
+
+        def correct(x: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
+            return langevin_step(key, x, denoiser(x, s, cond).score, step_size).astype(x.dtype), None
+
+        return jax.lax.scan(correct, x_s.astype(x_t.dtype), keys[1:])[0], memory

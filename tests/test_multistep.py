@@ -1,0 +1,249 @@
+"""Solvers with a memory, a corrector or a mind of their own, against flows and laws known in closed form."""
+
+import dataclasses
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_solve import (
+    HIGHEST,
+    LADDER,
+    LOWEST,
+    MEAN,
+    VARIANCES,
+    flow_of_gaussian,
+    flow_of_mixture,
+    gaussian,
+    mixture,
+    on_ladder,
+    order,
+    run,
+)
+
+from numpyro_diffusion.denoise import GaussianMixture
+from numpyro_diffusion.noise import VE, VP, Rectified
+from numpyro_diffusion.solve import (
+    AdamFlow,
+    AdaptiveFlow,
+    Ancestral,
+    DPMSolverPP,
+    ExponentialEuler,
+    Heun,
+    PredictorCorrector,
+    sample,
+    solve,
+)
+from numpyro_diffusion.solve.langevin import langevin_step, snr_step_size
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+draw = partial(jax.jit, static_argnums=3)(sample)
+STARTS = HIGHEST * np.array([[-1.6, 1.6], [-0.8, 0.4], [-0.2, 0.8], [0.3, -0.3], [0.9, -1.0], [1.5, -1.5]])
+
+
+@pytest.mark.parametrize(
+    "law, truth, dimension",
+    [(gaussian, flow_of_gaussian, 2), (mixture, flow_of_mixture, 1)],
+    ids=["Gaussian", "mixture"],
+)
+def test_dpm_solver_is_of_order_two(law, truth, dimension, x64):
+    """At one evaluation a step, within 0.2 of the stated order."""
+    steps, x = (65, 129, 257), STARTS[:, :dimension]
+    errors = [np.abs(run(DPMSolverPP(n), law(), x) - truth(x)).max() for n in steps]
+    assert abs(order(np.array(steps) - 1, errors) - 2) < 0.2, errors
+    assert errors[-1] < 2e-3
+
+
+def linear_variance(solver):
+    """Variance at the end of a walk that is linear in its start and its noises, by differentiating it: no draws."""
+    law, spread = gaussian(), np.sqrt(VARIANCES + HIGHEST**2)
+    num_noises = solver.num_steps - 1
+
+    def walk(start, noises):
+        x, memory, times = start, solver.remember(law, start), solver.times(law)
+
+        def step(carry, k):
+            with_noise, without = (solver.advance(law, carry[0], carry[1], times[k], times[k + 1], key) for key in keys)
+            unit = (with_noise[0] - without[0]) / (z[0] - z[1])  # a step is affine in its noise
+            return (without[0] + (noises[k] - z[1]) * unit, without[1]), None
+
+        keys = jax.random.split(jax.random.key(0), 2)
+        z = [jax.random.normal(key, start.shape, start.dtype) for key in keys]
+        return jax.lax.scan(step, (x, memory), jnp.arange(num_noises))[0][0]
+
+    start, noises = jnp.asarray(MEAN), jnp.zeros((num_noises, 2))
+    mean, back = jax.vjp(walk, start, noises)
+    by_start, by_noise = back(jnp.ones(2))  # dimensions do not mix: one pullback has all slopes
+    return mean, (by_start * spread) ** 2 + (by_noise**2).sum(0)
+
+
+def test_the_stochastic_dpm_solver_is_of_weak_order_two(x64):
+    """Its variance on a Gaussian, from the linear map that a walk is; within 0.3 of the stated order."""
+    steps = (65, 129, 257)
+    errors = []
+    for n in steps:
+        mean, variance = jax.jit(linear_variance, static_argnums=0)(DPMSolverPP(n, eta=1.0))
+        np.testing.assert_allclose(mean, MEAN, rtol=1e-8)
+        errors.append(np.abs(variance / (VARIANCES + LOWEST**2) - 1).max())
+    assert abs(order(np.array(steps) - 1, errors) - 2) < 0.3, errors
+
+
+def test_exponential_euler_is_ddim_and_the_ancestral_step(x64):
+    """At the two ends of eta, digit for digit; and the first step of DPM-Solver++ has nothing to remember."""
+    key, x = jax.random.key(0), STARTS
+    np.testing.assert_allclose(run(ExponentialEuler(9), gaussian(), x), run(Ancestral(9, eta=0.0), gaussian(), x))
+    ours, ddpm = (run(solver, gaussian(), x, key) for solver in (ExponentialEuler(9, eta=1.0), Ancestral(9)))
+    np.testing.assert_allclose(ours, ddpm, rtol=1e-12)
+    two = DPMSolverPP(2), ExponentialEuler(2)
+    np.testing.assert_allclose(*(run(solver, gaussian(), x) for solver in two), rtol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [VP(), Rectified()], ids=["VP", "Rectified"])
+@pytest.mark.parametrize(
+    "solver",
+    [DPMSolverPP(9), DPMSolverPP(9, eta=1.0), PredictorCorrector(Ancestral(9), 2), AdamFlow(9), AdaptiveFlow()],
+    ids=["DPM", "SDE-DPM", "corrector", "Adam", "adaptive"],
+)
+def test_all_schedules_are_one_process(solver, schedule, x64):
+    schedule, key = on_ladder(schedule), jax.random.key(2) if solver.stochastic else None
+    got = run(solver, gaussian(schedule), schedule.alpha(schedule.t_max) * STARTS, key)
+    np.testing.assert_allclose(got, run(solver, gaussian(), STARTS, key), rtol=1e-6)
+
+
+def test_a_walk_with_a_memory_can_start_anywhere(x64):
+    """From a traced index the memory is empty: the first step is of order one, the rest of order two."""
+    solver, k = DPMSolverPP(9), 4
+    x, law = jnp.array([3.0, -1.0]), gaussian()
+    got = jax.jit(lambda x, k: solve(solver, law, x, start=k))(x, k)
+    times, memory, step = solver.times(law), solver.remember(law, x), jax.jit(solver.advance)
+    for i in range(k, 8):
+        x, memory = step(law, x, memory, times[i], times[i + 1])
+    np.testing.assert_allclose(got, law(x, times[-1]).x0, rtol=1e-9)
+
+
+def test_the_corrector_mends_what_the_predictor_broke():
+    """DDPM in 17 steps is too narrow; corrections at each level take most of that away. 4,000 draws, 4.5 s.e."""
+    n, law = 4_000, gaussian()
+    ratios = []
+    for solver in (Ancestral(17), PredictorCorrector(Ancestral(17), num_corrections=8, snr=0.4)):
+        x = draw(solver, law, jax.random.key(1), (n,))
+        assert (abs(x.mean(0) - MEAN) < 4.5 * np.sqrt(VARIANCES / n)).all()
+        ratios.append(np.asarray(x.var(0) / VARIANCES))
+    noise = 4.5 * np.sqrt(2 / n)
+    assert ratios[0].min() < 1 - 2 * noise  # the predictor alone is seen to fail
+    assert (abs(ratios[1] - 1) < 0.5 * abs(ratios[0] - 1).max() + noise).all(), ratios
+
+
+def test_langevin_step_has_its_closed_form_variance(x64):
+    """On N(0, 1) the stationary variance is 1 / (1 - h / 2): kept by a step within 4.5 standard errors."""
+    n, h = 200_000, 0.4
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (n,)) / np.sqrt(1 - h / 2)
+    stepped = langevin_step(keys[1], x, -x, h)
+    assert abs(stepped.var() * (1 - h / 2) - 1) < 4.5 * np.sqrt(2 / n)
+    noise = langevin_step(keys[1], jnp.zeros(n), jnp.zeros(n), h)
+    assert abs(noise.var() / (2 * h) - 1) < 4.5 * np.sqrt(2 / n)
+
+
+def test_signal_to_noise_rule(x64):
+    """At a level where noise is all there is, the rule is the published one; elsewhere it is more careful."""
+    x, snr = jax.random.normal(jax.random.key(0), (20_000, 2)), 0.16
+    law = gaussian(VE(LOWEST, 1000.0))
+    scores = jax.jit(jax.vmap(lambda x_t, t: law(x_t, t).score, (0, None)))
+    for level, tolerance in ((500.0, 0.03), (1.0, np.inf)):
+        x_t = MEAN + np.sqrt(VARIANCES + level**2) * x
+        score = scores(x_t, law.schedule.inverse_noise_level(level))
+        published = 2 * snr**2 * 2 / (score**2).sum(1).mean()
+        ours = snr_step_size(level, snr)
+        assert ours <= published * 1.03 and abs(ours / published - 1) < tolerance
+
+
+def test_adaptive_flow_meets_its_tolerance(x64):
+    """Against the closed form of the flow, and back up again; tighter tolerances cost more evaluations."""
+    x, law = STARTS[:, :1], mixture()
+    errors = [np.abs(run(AdaptiveFlow(tol, tol), law, x) - flow_of_mixture(x)).max() for tol in (1e-4, 1e-8)]
+    assert errors[0] < 2e-2 and errors[1] < 1e-6, errors
+
+    @jax.jit
+    def there_and_back(solver, x):
+        down, num_down = solver.integrate(law, x, 1.0, 0.0)
+        return solver.integrate(law, down, 0.0, 1.0)[0], num_down
+
+    counts = []
+    for tol in (1e-4, 1e-8):
+        back, count = there_and_back(AdaptiveFlow(tol, tol), jnp.array([7.0]))
+        np.testing.assert_allclose(back, 7.0, rtol=100 * tol)
+        counts.append(int(count))
+    assert 20 < counts[0] < counts[1]
+
+
+def test_adaptive_flow_that_runs_out_of_steps_says_so():
+    assert jnp.isnan(run(AdaptiveFlow(max_steps=2), mixture(), STARTS[:, :1])).all()
+
+
+def test_adaptive_flow_without_diffrax(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffrax", None)
+    with pytest.raises(ImportError, match=r"AdaptiveFlow needs diffrax: pip install 'numpyro-diffusion\[adaptive\]'"):
+        AdaptiveFlow().step(gaussian(), jnp.zeros(2), 1.0, 0.0)
+    with pytest.raises(NotImplementedError, match="known after it ran"):
+        AdaptiveFlow().evaluations()
+
+
+def test_adam_finds_modes_and_does_not_sample():
+    """Two modes at -3 and 3: nearly every point ends within a tenth of one, where a draw has spread 0.5."""
+    law = GaussianMixture([0.5, 0.5], [[-3.0], [3.0]], 0.25, LADDER)
+    x = draw(AdamFlow(128), law, jax.random.key(0), (500,))[:, 0]
+    right = x > 0
+    assert 0.4 < right.mean() < 0.6
+    distance = np.abs(np.abs(x) - 3.0)
+    assert np.median(distance) < 0.1, np.median(distance)
+    exact = draw(Heun(33), law, jax.random.key(0), (500,))[:, 0]
+    assert np.median(np.abs(np.abs(exact) - 3.0)) > 0.25
+
+
+MEMORIES = {
+    "DPM": DPMSolverPP(9),
+    "corrector": PredictorCorrector(DPMSolverPP(9, eta=1.0), 2),
+    "Adam": AdamFlow(9, num_descents=3),
+}
+
+
+@pytest.mark.parametrize("solver", MEMORIES.values(), ids=MEMORIES)
+def test_evaluations_are_counted_right(solver):
+    calls = []
+    law = gaussian()
+
+    class Counting(type(law)):
+        def __call__(self, x_t, t, cond=None):
+            jax.debug.callback(lambda: calls.append(1))
+            return super().__call__(x_t, t, cond)
+
+    denoiser = Counting(MEAN, VARIANCES, LADDER)
+    jax.block_until_ready(solve(solver, denoiser, jnp.zeros(2), jax.random.key(0)))
+    jax.effects_barrier()
+    assert len(calls) == solver.evaluations() == 8 * solver.evaluations_per_step + 1
+    twin = dataclasses.replace(solver)
+    assert jax.tree.leaves(solver) == [] and twin == solver and hash(twin) == hash(solver)
+
+
+BAD = {
+    "eta": (lambda: ExponentialEuler(eta=1.5), ValueError, "eta must lie in"),
+    "steps": (lambda: DPMSolverPP(1), ValueError, "num_steps must be at least 2; got 1"),
+    "corrections": (lambda: PredictorCorrector(num_corrections=0), ValueError, "num_corrections must be at least 1"),
+    "snr": (lambda: PredictorCorrector(snr=0.0), ValueError, "snr must be positive"),
+    "predictor": (lambda: PredictorCorrector("DDPM"), TypeError, "predictor must be a Solver"),
+    "descents": (lambda: AdamFlow(num_descents=0), ValueError, "num_descents must be at least 1"),
+    "rate": (lambda: AdamFlow(learning_rate=0.0), ValueError, "learning_rate must be positive"),
+    "b2": (lambda: AdamFlow(b2=1.0), ValueError, "b2 must lie in"),
+    "rtol": (lambda: AdaptiveFlow(rtol=0.0), ValueError, "rtol must be positive"),
+    "max_steps": (lambda: AdaptiveFlow(max_steps=0), ValueError, "max_steps must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("make, error, message", BAD.values(), ids=BAD)
+def test_bad_arguments(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
