@@ -1,5 +1,25 @@
-"""Densities: log p(x) of a diffusion model by its probability flow."""
+"""Densities: log p(x) of a diffusion model by its probability flow, and variational bounds on it."""
 
+from numpyro_diffusion.density.bits import bits_per_dim, dequantize
+from numpyro_diffusion.density.bound import (
+    Elbo,
+    ElboGap,
+    elbo,
+    elbo_gap,
+    importance_weighted_bound,
+    learn_variances,
+)
 from numpyro_diffusion.density.flow import LogProb, log_prob
 
-__all__ = ["LogProb", "log_prob"]
+__all__ = [
+    "Elbo",
+    "ElboGap",
+    "LogProb",
+    "bits_per_dim",
+    "dequantize",
+    "elbo",
+    "elbo_gap",
+    "importance_weighted_bound",
+    "learn_variances",
+    "log_prob",
+]
