@@ -2,8 +2,8 @@
 
     python benchmarks/bound.py --json OUT
 
-Mean over draws of a law of the exact log-density minus a bound, in nats, with its standard error; the law is a mixture in
-eight dimensions with its exact denoiser, so that all of the gap is the bound's own.
+Mean over draws of a law of the exact log-density minus a bound, in nats, with its standard error; the law is a mixture
+in eight dimensions with its exact denoiser, so that all of the gap is the bound's own.
 """
 
 import argparse

@@ -40,7 +40,7 @@ _KEY = "numpyro_diffusion"  # one metadata key only: with more, their order in t
 _SCHEDULES = {
     cls.__name__: cls for cls in (noise.VP, noise.SubVP, noise.VE, noise.Cosine, noise.Rectified, noise.Tabulated)
 }
-_BACKBONES = {cls.__name__: cls for cls in (nn.MLP,)}
+_BACKBONES = {cls.__name__: cls for cls in (nn.MLP, nn.UNet)}
 _PRECISIONS = ("float16", "float32", "float64")
 
 

@@ -88,7 +88,7 @@ def rewrite(path, edit):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
-@pytest.mark.parametrize("target", ["edm", "x0", "eps", "v", "score"])
+@pytest.mark.parametrize("target", ["edm", "x0", "eps", "v", "velocity", "score"])
 def test_loaded_denoiser_is_the_saved_one(path, schedule, target):
     denoiser = make(schedule, target)
     checkpoint.save(path, denoiser.unfreeze())
@@ -265,7 +265,7 @@ def edit_missing(description, tensors):
         (edit_unknown_config, "its network cannot be rebuilt from its config .*depth"),
         (edit_names, r"missing \['weights/input_layer/kernel'\], unknown \['weights/stem/kernel'\]"),
         (edit_dtype, r"scale must be float32 of shape \(\); got float16 of shape \(\)"),
-        (edit_network, "its network class 'Transformer' is none of MLP. Give it as backbone_class="),
+        (edit_network, "its network class 'Transformer' is none of MLP, UNet. Give it as backbone_class="),
         (
             edit_schedule_class,
             "its schedule class 'Sigmoid' is none of VP, SubVP, VE, Cosine, Rectified, Tabulated. Upgrade",
@@ -307,7 +307,7 @@ def test_missing_file(path):
 def test_own_backbone_is_given_by_its_class(path):
     checkpoint.save(path, NetworkDenoiser(Gain(3), scale=2.0))
     assert isinstance(checkpoint.load(path, backbone_class=Gain).backbone, Gain)
-    with pytest.raises(ValueError, match="its network class 'Gain' is none of MLP. Give it as backbone_class="):
+    with pytest.raises(ValueError, match="its network class 'Gain' is none of MLP, UNet. Give it as backbone_class="):
         checkpoint.load(path)
     with pytest.raises(ValueError, match="its network is a Gain; backbone_class is MLP"):
         checkpoint.load(path, backbone_class=MLP)

@@ -13,7 +13,7 @@ from numpyro_diffusion.denoise import Denoiser, Gaussian, NetworkDenoiser
 from numpyro_diffusion.nn import MLP
 
 SCHEDULES = [noise.VE(), noise.VP(), noise.SubVP(), noise.Cosine(), noise.Rectified()]
-TARGETS = ["edm", "x0", "eps", "v", "score"]
+TARGETS = ["edm", "x0", "eps", "v", "velocity", "score"]
 LOCATION, SCALE = np.array([3.0, -2.0]), 2.5
 MEAN, COVARIANCE = np.array([3.5, -1.0]), np.array([[4.0, 1.5], [1.5, 2.0]])  # neither is the location or the scale
 
@@ -35,8 +35,19 @@ class Oracle(nnx.Module):
             "x0": truth.x0,
             "eps": truth.eps,
             "v": truth.v,
+            "velocity": truth.velocity,
             "score": sigma * truth.score,
         }[self.target]
+
+
+class Rising(noise.Rectified):
+    """A schedule by a mistaken user: noise at t = 0, data at t = 1."""
+
+    def alpha(self, t):
+        return jnp.asarray(t)
+
+    def sigma(self, t):
+        return 1.0 - jnp.asarray(t)
 
 
 class Seen(nnx.Module):
@@ -227,7 +238,12 @@ def test_it_is_a_denoiser_and_a_pytree_that_compiles_once():
         ),
         (
             ValueError,
-            "target must be one of 'edm', 'x0', 'eps', 'v', 'score'; got 'noise'",
+            "the log-SNR of schedule must decrease from t_min to t_max; that of Rising",
+            lambda: NetworkDenoiser(random_mlp(), schedule=Rising()),
+        ),
+        (
+            ValueError,
+            "target must be one of 'edm', 'x0', 'eps', 'v', 'velocity', 'score'; got 'noise'",
             lambda: NetworkDenoiser(random_mlp(), target="noise"),
         ),
         (

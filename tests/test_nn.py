@@ -82,7 +82,10 @@ def test_config_is_json_and_rebuilds_the_network():
         (lambda: MLP((2,), features=0, rngs=nnx.Rngs(0)), "features must be at least 1; got 0"),
         (lambda: MLP((2,), num_blocks=0, rngs=nnx.Rngs(0)), "num_blocks must be at least 1; got 0"),
         (lambda: MLP((2, 0), rngs=nnx.Rngs(0)), "every entry of event_shape must be at least 1; got 0"),
-        (lambda: awake((3,))(jnp.ones(3), 0.0, jnp.ones(1)), "cond must be None: MLP is unconditional"),
+        (
+            lambda: awake((3,))(jnp.ones(3), 0.0, jnp.ones(1)),
+            "cond must be None: this MLP is unconditional. Make it with cond_shape=",
+        ),
     ],
 )
 def test_mistakes_are_named(build, message):

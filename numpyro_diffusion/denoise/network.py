@@ -15,12 +15,14 @@ schedule. What $F$ stands for is the `target`:
     eps      the noise                          (u_t - sigma F) / alpha
     score    sigma times the score, -eps        (u_t + sigma F) / alpha
     v        alpha eps - sigma u                (alpha u_t - sigma F) / (alpha^2 + sigma^2)
+    velocity alpha' u + sigma' eps              (sigma F - sigma' u_t) / (sigma alpha' - alpha sigma')
     edm      what a linear guess leaves over    (alpha u_t + sigma sqrt(alpha^2 + sigma^2) F) / (alpha^2 + sigma^2)
 
 The last is the preconditioning of Karras et al. for any $(\alpha, \sigma)$: $\alpha / (\alpha^2 + \sigma^2)$ times
 $u_t$ is the best linear guess for data of unit variance, its residual has standard deviation
 $\sigma / \sqrt{\alpha^2 + \sigma^2}$, and $F$ estimates that residual in units of its deviation, of order one at every
-time. It is the default; `eps` and `score` divide by $\alpha$ and lose precision where the noise is large.
+time. It is the default; `eps` and `score` divide by $\alpha$ and lose precision where the noise is large. The velocity
+is that of flow matching and of stochastic interpolants: eps - u for `Rectified`; under `VE` it grows with sigma.
 
 This file evaluates networks; `nn` builds them and `train` trains them.
 
@@ -32,6 +34,7 @@ References:
 """
 
 import copy
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,15 +44,16 @@ from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise.prediction import Prediction
-from numpyro_diffusion.noise import VE, Scaled, Schedule
+from numpyro_diffusion.noise import VE, Scaled, Schedule, value_and_slope
 
-# Posterior mean in standardised units from (u_t, network output, alpha, sigma).
+# Posterior mean in standardised units from (u_t, network output, alpha, sigma, alpha', sigma').
 TARGETS = {
-    "edm": lambda u_t, out, a, s: (a * u_t + s * jnp.sqrt(a**2 + s**2) * out) / (a**2 + s**2),
-    "x0": lambda u_t, out, a, s: out,
-    "eps": lambda u_t, out, a, s: (u_t - s * out) / a,
-    "v": lambda u_t, out, a, s: (a * u_t - s * out) / (a**2 + s**2),
-    "score": lambda u_t, out, a, s: (u_t + s * out) / a,
+    "edm": lambda u_t, out, a, s, *_: (a * u_t + s * jnp.sqrt(a**2 + s**2) * out) / (a**2 + s**2),
+    "x0": lambda u_t, out, a, s, *_: out,
+    "eps": lambda u_t, out, a, s, *_: (u_t - s * out) / a,
+    "v": lambda u_t, out, a, s, *_: (a * u_t - s * out) / (a**2 + s**2),
+    "velocity": lambda u_t, out, a, s, a_slope, s_slope: (s * out - s_slope * u_t) / (s * a_slope - a * s_slope),
+    "score": lambda u_t, out, a, s, *_: (u_t + s * out) / a,
 }
 
 
@@ -68,7 +72,7 @@ class NetworkDenoiser:
         schedule: the noising process in standardised units, where the data has unit variance; `VE()` by default.
         location: centre $m$ of the data, of `event_shape` or a scalar.
         scale: standard deviation $c$ of the data, a positive scalar.
-        target: what the network's output means: "edm", "x0", "eps", "v" or "score".
+        target: what the network's output means: "edm", "x0", "eps", "v", "velocity" or "score".
 
     Raises:
         TypeError: if `backbone` is not a flax module with an `event_shape`, or `schedule` is not a `Schedule`.
@@ -157,18 +161,21 @@ class NetworkDenoiser:
         x_t = jnp.asarray(x_t, jnp.result_type(x_t, float))
         if x_t.shape != self.event_shape:
             raise ValueError(f"x_t must be one point of shape {self.event_shape}; got {x_t.shape}. Use jax.vmap")
-        coefficients = self._base.alpha(t), self._base.sigma(t), -self._base.log_snr(t) / 8.0
-        alpha, sigma, c_noise = (c.astype(x_t.dtype) for c in coefficients)
+        (alpha, alpha_slope), (sigma, sigma_slope) = (
+            value_and_slope(f, t) for f in (self._base.alpha, self._base.sigma)
+        )
+        coefficients = alpha, sigma, alpha_slope, sigma_slope, -self._base.log_snr(t) / 8.0
+        alpha, sigma, *slopes, c_noise = (c.astype(x_t.dtype) for c in coefficients)
         u_t = (x_t - alpha * self.location.astype(x_t.dtype)) / self.scale.astype(x_t.dtype)
         out = self._evaluate(u_t / jnp.sqrt(alpha**2 + sigma**2), c_noise, cond)
-        u0 = TARGETS[self.target](u_t, out.astype(x_t.dtype), alpha, sigma)
+        u0 = TARGETS[self.target](u_t, out.astype(x_t.dtype), alpha, sigma, *slopes)
         x0 = self.location.astype(x_t.dtype) + self.scale.astype(x_t.dtype) * u0
         return Prediction(x0, x_t, t, self.schedule)
 
-    def _evaluate(self, *inputs: jax.Array | None) -> jax.Array:
+    def _evaluate(self, *inputs: Any) -> jax.Array:
         """The network's output, everything cast to the precision of its weights."""
         weights = jax.tree.map(jax.lax.stop_gradient, self.weights) if self.frozen else self.weights
-        out = nnx.merge(self._graphdef, weights)(*(_cast(value, self.dtype) for value in inputs))
+        out = nnx.merge(self._graphdef, weights)(*_cast(inputs, self.dtype))
         if jnp.shape(out) != self.event_shape:
             raise ValueError(f"backbone must return shape {self.event_shape}; got {jnp.shape(out)}")
         return out
@@ -202,11 +209,14 @@ def _deterministic(backbone: nnx.Module) -> nnx.Module:
     return backbone
 
 
-def _cast(value: ArrayLike | None, dtype: jnp.dtype) -> jax.Array | None:
-    if value is None:
-        return None
-    value = jnp.asarray(value)
-    return value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.floating) else value
+def _cast(inputs: Any, dtype: jnp.dtype) -> Any:
+    """Arrays of a pytree, the floating ones in another precision."""
+
+    def cast(value: ArrayLike) -> jax.Array:
+        value = jnp.asarray(value)
+        return value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.floating) else value
+
+    return jax.tree.map(cast, inputs)
 
 
 def _check_schedule(schedule: Schedule) -> Schedule:
@@ -214,6 +224,10 @@ def _check_schedule(schedule: Schedule) -> Schedule:
         raise TypeError(f"schedule must be a noise.Schedule; got {type(schedule).__name__}")
     if isinstance(schedule, Scaled):
         raise TypeError("schedule must be in standardised units; got a Scaled one. Give its base, and scale=")
+    with jax.ensure_compile_time_eval():
+        log_snr = np.asarray(schedule.log_snr(jnp.linspace(schedule.t_min, schedule.t_max, 33)))
+    if not (np.diff(log_snr) < 0).all():
+        raise ValueError(f"the log-SNR of schedule must decrease from t_min to t_max; that of {schedule} does not")
     return schedule
 
 

@@ -22,8 +22,8 @@ $$\tfrac12 \int E\|\varepsilon - \hat\varepsilon\|^2 \, \mathrm{d} \log \mathrm{
 
 of which the sum with the posterior variance is an upper Riemann sum, as errors fall with the SNR.
 
-This is a bound on the density of the *reverse process*. The probability flow (`flow`) has the same law only if the score
-is exact; `elbo_gap` measures the two against each other, and for a learned score its sign is not known beforehand.
+This is a bound on the density of the *reverse process*. The probability flow (`flow`) has the same law only if the
+score is exact; `elbo_gap` measures the two against each other, and for a learned score its sign is not known before.
 
 References:
     Ho, Jain, Abbeel, Denoising diffusion probabilistic models, 2020, https://arxiv.org/abs/2006.11239.

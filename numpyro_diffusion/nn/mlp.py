@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from numpyro_diffusion import _checks
+from numpyro_diffusion.nn.condition import Condition, ConditionEmbedding, embed_condition
 from numpyro_diffusion.nn.embed import FourierEmbedding
 
 
@@ -38,6 +39,7 @@ class MLP(nnx.Module):
         features: width of the hidden layers.
         num_blocks: number of residual blocks, of two layers each.
         embed_features: number of Fourier features of the noise level, even.
+        cond_shape: shape of a condition, None for an unconditional network.
         rngs: source of the initial weights.
 
     Raises:
@@ -59,6 +61,7 @@ class MLP(nnx.Module):
         num_blocks: int = 3,
         embed_features: int = 64,
         *,
+        cond_shape: tuple[int, ...] | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         for size in event_shape:
@@ -68,9 +71,11 @@ class MLP(nnx.Module):
         self.features = features
         self.num_blocks = num_blocks
         self.embed_features = embed_features
+        self.cond_shape = None if cond_shape is None else tuple(cond_shape)
         event_size = math.prod(self.event_shape)
         self.embed = FourierEmbedding(embed_features)
         self.embed_layer = nnx.Linear(embed_features, embed_features, rngs=rngs)
+        self.cond_embed = None if cond_shape is None else ConditionEmbedding(cond_shape, embed_features, rngs=rngs)
         self.input_layer = nnx.Linear(event_size, features, rngs=rngs)
         self.blocks = nnx.List([Block(features, embed_features, rngs=rngs) for _ in range(num_blocks)])
         self.output_norm = nnx.LayerNorm(features, rngs=rngs)
@@ -84,25 +89,25 @@ class MLP(nnx.Module):
             "features": self.features,
             "num_blocks": self.num_blocks,
             "embed_features": self.embed_features,
+            "cond_shape": None if self.cond_shape is None else list(self.cond_shape),
         }
 
-    def __call__(self, x: jax.Array, c_noise: jax.Array, cond: None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, c_noise: jax.Array, cond: Condition | jax.Array | None = None) -> jax.Array:
         """Maps one point at one noise level.
 
         Args:
             x: one point of `event_shape`.
             c_noise: the noise coordinate, a scalar.
-            cond: None; this network is unconditional.
+            cond: a condition of `cond_shape`, or None for its absence.
 
         Returns:
             An array of `event_shape`.
 
         Raises:
-            ValueError: if `cond` is given.
+            ValueError: if `cond` has another shape, or the network is unconditional.
         """
-        if cond is not None:
-            raise ValueError("cond must be None: MLP is unconditional and would ignore it")
-        embedding = jax.nn.silu(self.embed_layer(self.embed(c_noise)))
+        embedding = self.embed_layer(self.embed(c_noise)) + embed_condition(self.cond_embed, cond, "MLP")
+        embedding = jax.nn.silu(embedding)
         h = self.input_layer(jnp.reshape(x, (-1,)))
         for block in self.blocks:
             h = block(h, embedding)
