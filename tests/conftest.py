@@ -15,10 +15,15 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 @pytest.fixture
 def x64():
-    """Double precision for one test: arrays must be made inside it."""
+    """Double precision for one test: arrays must be made inside it.
+
+    Left alone, programs compiled inside are taken for those of single precision afterwards (jax 0.10.2: float32 minus
+    a NumPy float64 array then fails), so they are forgotten.
+    """
     enable = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # the latter in older jax
     with enable(True):
         yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
