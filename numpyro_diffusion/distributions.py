@@ -161,18 +161,23 @@ class DiffusionPrior(dist.Distribution):
             ValueError: if `value` does not end with `event_shape`.
         """
         _checks.shape("value", value, self.event_shape)
+        if self.transform is None:
+            return self._log_density(value)
+        u = self.transform.inv(value)
+        log_det = self.transform.log_abs_det_jacobian(u, value)
+        log_det = sum_rightmost(log_det, jnp.ndim(log_det) - (jnp.ndim(value) - self.event_dim))
+        return self._log_density(u) - log_det
+
+    def _log_density(self, u: jax.Array) -> jax.Array:
+        """The log-density in the denoiser's own space, for any number of points."""
         if self.density == "none":
             raise NotImplementedError(
                 'this DiffusionPrior has density="none": it has a score but no log_prob. Sample it with '
                 "infer.NoiseSpace (gradients through the flow), infer.DiffusionPCN or infer.DiffusionGibbs (the "
-                'likelihood alone), or construct it with density="ode"'
+                "likelihood alone), infer.AnnealedLangevin or infer.ULA (the score, biased), or construct it with "
+                'density="ode"'
             )
-        if self.transform is None:
-            return _log_prob(self.density_solver, self.denoiser, value)
-        u = self.transform.inv(value)
-        log_det = self.transform.log_abs_det_jacobian(u, value)
-        log_det = sum_rightmost(log_det, jnp.ndim(log_det) - (jnp.ndim(value) - self.event_dim))
-        return _log_prob(self.density_solver, self.denoiser, u) - log_det
+        return _log_prob(self.density_solver, self.denoiser, u)
 
 
 def _over_batch(function: Callable[[jax.Array], jax.Array], x: jax.Array, event_dim: int) -> jax.Array:

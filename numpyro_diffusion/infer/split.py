@@ -62,6 +62,18 @@ class drop_prior(Messenger):  # noqa: N801
             msg["fn"] = msg["fn"].mask(False)
 
 
+class only_prior(Messenger):  # noqa: N801
+    """Handler: the opposite of `drop_prior`; every term counts as zero but those of latent diffusion sites.
+
+    Args:
+        fn: the model.
+    """
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "sample" and not is_diffusion_site(msg):
+            msg["fn"] = msg["fn"].mask(False)
+
+
 def _prior_of(fn: Any, through_masks: bool = False) -> DiffusionPrior | None:
     """The `DiffusionPrior` inside plates and, if asked, masks; None if there is none."""
     wrappers = (dist.Independent, dist.ExpandedDistribution, *([dist.MaskedDistribution] if through_masks else []))
@@ -104,14 +116,14 @@ class PriorSite:
 
     def to_denoiser(self, z: jax.Array) -> jax.Array:
         """From NumPyro's unconstrained coordinates to the denoiser's own space."""
-        return z if self._same_coordinates else self.prior.transform.inv(self.constrain(z))
+        return z if self.same_coordinates else self.prior.transform.inv(self.constrain(z))
 
     def from_denoiser(self, u: jax.Array) -> jax.Array:
         """From the denoiser's own space to NumPyro's unconstrained coordinates."""
-        return u if self._same_coordinates else self.unconstrain(self.prior.transform(u))
+        return u if self.same_coordinates else self.unconstrain(self.prior.transform(u))
 
     @property
-    def _same_coordinates(self) -> bool:
+    def same_coordinates(self) -> bool:
         transform, numpyros = self.prior.transform, biject_to(self.support)
         while isinstance(numpyros, dist.transforms.IndependentTransform):
             numpyros = numpyros.base_transform
@@ -136,7 +148,12 @@ def traced(model: Model, args: tuple, kwargs: Mapping[str, Any], values: Mapping
 
 
 def prior_sites(
-    model: Model, args: tuple, kwargs: Mapping[str, Any], values: Mapping[str, jax.Array] | None = None
+    model: Model,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    values: Mapping[str, jax.Array] | None = None,
+    *,
+    required: bool = True,
 ) -> dict[str, PriorSite]:
     """Finds the latent diffusion sites of a model.
 
@@ -145,13 +162,14 @@ def prior_sites(
         args: its arguments.
         kwargs: its keyword arguments.
         values: constrained values of latent sites, for priors that depend on other sites.
+        required: whether there must be one.
 
     Returns:
         The sites by name.
 
     Raises:
-        ValueError: if there is none, if those there are observed, or if one is masked, scaled or subsampled, so that
-            its term in the model is not its density.
+        ValueError: if there is none and there must be one, if those there are observed, or if one is masked, scaled or
+            subsampled, so that its term in the model is not its density.
     """
     found, observed = {}, []
     for name, site in traced(model, args, kwargs, values or {}).items():
@@ -166,7 +184,7 @@ def prior_sites(
                 "subsampling plate around it"
             )
         found[name] = PriorSite(prior, tuple(site["fn"].batch_shape), site["fn"].support)
-    if not found:
+    if not found and required:
         reason = f"the DiffusionPrior sites {observed} are observed" if observed else "it has no DiffusionPrior site"
         raise ValueError(f"the model needs a latent DiffusionPrior site; {reason}")
     return found
@@ -215,7 +233,8 @@ def dependent_priors(model: Model, args: tuple, kwargs: Mapping[str, Any]) -> se
     }
 
     def prior_arrays(**values: jax.Array) -> dict[str, list[jax.Array]]:
-        return {name: jax.tree.leaves(site.prior) for name, site in prior_sites(model, args, kwargs, values).items()}
+        sites = prior_sites(model, args, kwargs, values, required=False)
+        return {name: jax.tree.leaves(site.prior) for name, site in sites.items()}
 
     provenance = eval_provenance(prior_arrays, **latent)
     return {name for name, leaves in provenance.items() if any(origins - {name} for origins in leaves)}
