@@ -243,7 +243,7 @@ def test_it_is_a_denoiser_and_a_pytree_that_compiles_once():
         ),
         (
             ValueError,
-            "target must be one of 'edm', 'x0', 'eps', 'v', 'velocity', 'score'; got 'noise'",
+            "target must be one of 'edm', 'x0', 'eps', 'v', 'velocity', 'score', 'energy'; got 'noise'",
             lambda: NetworkDenoiser(random_mlp(), target="noise"),
         ),
         (

@@ -17,23 +17,38 @@ schedule. What $F$ stands for is the `target`:
     v        alpha eps - sigma u                (alpha u_t - sigma F) / (alpha^2 + sigma^2)
     velocity alpha' u + sigma' eps              (sigma F - sigma' u_t) / (sigma alpha' - alpha sigma')
     edm      what a linear guess leaves over    (alpha u_t + sigma sqrt(alpha^2 + sigma^2) F) / (alpha^2 + sigma^2)
+    energy   a potential whose gradient is F    as edm
 
-The last is the preconditioning of Karras et al. for any $(\alpha, \sigma)$: $\alpha / (\alpha^2 + \sigma^2)$ times
-$u_t$ is the best linear guess for data of unit variance, its residual has standard deviation
+The edm target is the preconditioning of Karras et al. for any $(\alpha, \sigma)$: $u_t$ times
+$\alpha / (\alpha^2 + \sigma^2)$ is the best linear guess for data of unit variance, its residual has standard deviation
 $\sigma / \sqrt{\alpha^2 + \sigma^2}$, and $F$ estimates that residual in units of its deviation, of order one at every
 time. It is the default; `eps` and `score` divide by $\alpha$ and lose precision where the noise is large. The velocity
 is that of flow matching and of stochastic interpolants: eps - u for `Rectified`; under `VE` it grows with sigma.
+
+Under the edm target the score at $w = u_t / \sqrt{\alpha^2 + \sigma^2}$ is $-w + (\alpha / \sigma) F$. So if $F$ is the
+gradient of a scalar $\psi(w)$, the model has a density,
+
+$$\log p_t(x_t) = -\tfrac12 \| w \|^2 + \frac{\alpha_t}{\sigma_t} \psi(w) + \mathrm{const}(t), \qquad F = \nabla \psi,$$
+
+which is what the `energy` target learns, with the same loss and as well scaled as edm. The scalar is either the
+network's own output (a free head, `MLP(..., scalar=True)`), or made from a network $f$ with values of the event's
+shape as $\psi = \tfrac12 \| w \|^2 - \tfrac12 \| w - f(w) \|^2$. A gradient costs two to three evaluations of $f$. What
+the loss fixes is the gradient, and only where the noisy law has mass: between modes that do not overlap at time $t$ a
+difference of log-densities is an extrapolation, as it is for any score.
 
 This file evaluates networks; `nn` builds them and `train` trains them.
 
 References:
     Karras et al., Elucidating the design space of diffusion-based generative models, 2022,
     https://arxiv.org/abs/2206.00364.
+    Salimans and Ho, Should EBMs model the energy or the score?, 2021, https://openreview.net/forum?id=9AS-TF2jRNb.
     Song and Ermon, Improved techniques for training score-based generative models, 2020 (output divided by sigma),
     https://arxiv.org/abs/2006.09011.
 """
 
 import copy
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,6 +70,7 @@ TARGETS = {
     "velocity": lambda u_t, out, a, s, a_slope, s_slope: (s * out - s_slope * u_t) / (s * a_slope - a * s_slope),
     "score": lambda u_t, out, a, s, *_: (u_t + s * out) / a,
 }
+TARGETS["energy"] = TARGETS["edm"]  # of the gradient of the energy
 
 
 @jax.tree_util.register_pytree_node_class
@@ -72,11 +88,12 @@ class NetworkDenoiser:
         schedule: the noising process in standardised units, where the data has unit variance; `VE()` by default.
         location: centre $m$ of the data, of `event_shape` or a scalar.
         scale: standard deviation $c$ of the data, a positive scalar.
-        target: what the network's output means: "edm", "x0", "eps", "v", "velocity" or "score".
+        target: what the network's output means: "edm", "x0", "eps", "v", "velocity", "score" or "energy".
 
     Raises:
         TypeError: if `backbone` is not a flax module with an `event_shape`, or `schedule` is not a `Schedule`.
-        ValueError: if `target` is unknown, `location` has the wrong shape, or `scale` is not a positive scalar.
+        ValueError: if `target` is unknown, or not "energy" for a scalar backbone, `location` has the wrong shape, or
+            `scale` is not a positive scalar.
 
     Example:
         >>> import jax.numpy as jnp
@@ -102,6 +119,8 @@ class NetworkDenoiser:
         if not isinstance(getattr(backbone, "event_shape", None), tuple):
             raise TypeError(f"backbone must have a tuple `event_shape`; {type(backbone).__name__} has none")
         _checks.one_of("target", target, TARGETS)
+        if getattr(backbone, "scalar", False) and target != "energy":
+            raise ValueError(f'target must be "energy" for a backbone that returns a scalar; got {target!r}')
         self.event_shape = backbone.event_shape
         self.target = target
         self.frozen = True
@@ -158,27 +177,67 @@ class NetworkDenoiser:
         return self._replace(frozen=False)
 
     def __call__(self, x_t: jax.Array, t: ArrayLike, cond: ArrayLike | None = None) -> Prediction:
+        x_t, u_t, w, c_noise, coefficients = self._standardize(x_t, t)
+        network = self._network(c_noise, cond)
+        out = (jax.grad(network) if self.target == "energy" else network)(w).astype(x_t.dtype)
+        u0 = TARGETS[self.target](u_t, out, *coefficients)
+        x0 = self.location.astype(x_t.dtype) + self.scale.astype(x_t.dtype) * u0
+        return Prediction(x0, x_t, t, self.schedule)
+
+    def log_density(self, x_t: jax.Array, t: ArrayLike, cond: ArrayLike | None = None) -> jax.Array:
+        r"""The log-density $\log p_t(x_t)$ of an energy, in nats, but for a constant.
+
+        The constant depends on `t` and `cond`: differences between points at one time and condition mean something,
+        others do not. It is chosen so that standard normal data with $\psi = 0$ are normalised.
+
+        Args:
+            x_t: noisy point of `event_shape`.
+            t: its time, a scalar.
+            cond: what the network is conditioned on.
+
+        Returns:
+            A scalar, whose gradient in `x_t` is the score of the prediction.
+
+        Raises:
+            TypeError: if the target is not "energy": another network has a score but no density.
+        """
+        if self.target != "energy":
+            raise TypeError(
+                f'log_density needs target="energy"; a network with target={self.target!r} has a score but no density. '
+                "density.log_prob integrates its probability flow"
+            )
+        x_t, _, w, c_noise, (alpha, sigma, *_) = self._standardize(x_t, t)
+        spread = 2.0 * math.pi * self.scale.astype(x_t.dtype) ** 2 * (alpha**2 + sigma**2)
+        gaussian = -0.5 * jnp.sum(w**2 + jnp.log(spread))
+        return gaussian + alpha / sigma * self._network(c_noise, cond)(w).astype(x_t.dtype)
+
+    def _standardize(self, x_t: jax.Array, t: ArrayLike) -> tuple[jax.Array, ...]:
+        """The point, itself standardised, with unit variance, the noise coordinate, and alpha, sigma, their slopes."""
         x_t = jnp.asarray(x_t, jnp.result_type(x_t, float))
         if x_t.shape != self.event_shape:
             raise ValueError(f"x_t must be one point of shape {self.event_shape}; got {x_t.shape}. Use jax.vmap")
         (alpha, alpha_slope), (sigma, sigma_slope) = (
             value_and_slope(f, t) for f in (self._base.alpha, self._base.sigma)
         )
-        coefficients = alpha, sigma, alpha_slope, sigma_slope, -self._base.log_snr(t) / 8.0
-        alpha, sigma, *slopes, c_noise = (c.astype(x_t.dtype) for c in coefficients)
-        u_t = (x_t - alpha * self.location.astype(x_t.dtype)) / self.scale.astype(x_t.dtype)
-        out = self._evaluate(u_t / jnp.sqrt(alpha**2 + sigma**2), c_noise, cond)
-        u0 = TARGETS[self.target](u_t, out.astype(x_t.dtype), alpha, sigma, *slopes)
-        x0 = self.location.astype(x_t.dtype) + self.scale.astype(x_t.dtype) * u0
-        return Prediction(x0, x_t, t, self.schedule)
+        scalars = -self._base.log_snr(t) / 8.0, alpha, sigma, alpha_slope, sigma_slope
+        c_noise, *coefficients = (c.astype(x_t.dtype) for c in scalars)
+        u_t = (x_t - coefficients[0] * self.location.astype(x_t.dtype)) / self.scale.astype(x_t.dtype)
+        return x_t, u_t, u_t / jnp.hypot(*coefficients[:2]), c_noise, coefficients
 
-    def _evaluate(self, *inputs: Any) -> jax.Array:
-        """The network's output, everything cast to the precision of its weights."""
+    def _network(self, c_noise: jax.Array, cond: Any) -> Callable[[jax.Array], jax.Array]:
+        """The network's output at a point of unit variance; for an energy, the scalar made of it."""
         weights = jax.tree.map(jax.lax.stop_gradient, self.weights) if self.frozen else self.weights
-        out = nnx.merge(self._graphdef, weights)(*_cast(inputs, self.dtype))
-        if jnp.shape(out) != self.event_shape:
-            raise ValueError(f"backbone must return shape {self.event_shape}; got {jnp.shape(out)}")
-        return out
+        backbone = nnx.merge(self._graphdef, weights)
+        scalar = getattr(backbone, "scalar", False)
+
+        def network(w: jax.Array) -> jax.Array:
+            w, *others = _cast((w, c_noise, cond), self.dtype)
+            out, expected = backbone(w, *others), () if scalar else self.event_shape
+            if jnp.shape(out) != expected:
+                raise ValueError(f"backbone must return shape {expected}; got {jnp.shape(out)}")
+            return jnp.sum((w - 0.5 * out) * out) if self.target == "energy" and not scalar else out
+
+        return network
 
     def _replace(self, **changes) -> "NetworkDenoiser":
         other = copy.copy(self)

@@ -52,10 +52,19 @@ class Rescheduled:
         return self.base.scale
 
     def __call__(self, x_t: jax.Array, t: ArrayLike, cond: jax.Array | None = None) -> Prediction:
+        factor, base_t = self._translate(t, jnp.result_type(x_t))
+        return Prediction(self.base(factor * x_t, base_t, cond).x0, x_t, t, self.schedule)
+
+    def log_density(self, x_t: jax.Array, t: ArrayLike, *cond: jax.Array | None) -> jax.Array:
+        """The diffused log-density under the new schedule, where the denoiser has one: up to a constant if it is so."""
+        factor, base_t = self._translate(t, jnp.result_type(x_t))
+        return self.base.log_density(factor * x_t, base_t, *cond) + jnp.size(x_t) * jnp.log(factor)
+
+    def _translate(self, t: ArrayLike, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """The time of the same noise level on the denoiser's clock, after the factor that takes a point there."""
         clock = self.base.schedule
         base_t = jnp.clip(clock.inverse_noise_level(self.schedule.noise_level(t)), clock.t_min, clock.t_max)
-        factor = (clock.alpha(base_t) / self.schedule.alpha(t)).astype(jnp.result_type(x_t))
-        return Prediction(self.base(factor * x_t, base_t, cond).x0, x_t, t, self.schedule)
+        return (clock.alpha(base_t) / self.schedule.alpha(t)).astype(dtype), base_t
 
 
 def reschedule(denoiser: Denoiser, schedule: Schedule) -> Rescheduled:

@@ -40,6 +40,7 @@ class MLP(nnx.Module):
         num_blocks: number of residual blocks, of two layers each.
         embed_features: number of Fourier features of the noise level, even.
         cond_shape: shape of a condition, None for an unconditional network.
+        scalar: whether to return one number, for the "energy" target, instead of an array of `event_shape`.
         rngs: source of the initial weights.
 
     Raises:
@@ -62,6 +63,7 @@ class MLP(nnx.Module):
         embed_features: int = 64,
         *,
         cond_shape: tuple[int, ...] | None = None,
+        scalar: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         for size in event_shape:
@@ -72,6 +74,7 @@ class MLP(nnx.Module):
         self.num_blocks = num_blocks
         self.embed_features = embed_features
         self.cond_shape = None if cond_shape is None else tuple(cond_shape)
+        self.scalar = scalar
         event_size = math.prod(self.event_shape)
         self.embed = FourierEmbedding(embed_features)
         self.embed_layer = nnx.Linear(embed_features, embed_features, rngs=rngs)
@@ -79,7 +82,8 @@ class MLP(nnx.Module):
         self.input_layer = nnx.Linear(event_size, features, rngs=rngs)
         self.blocks = nnx.List([Block(features, embed_features, rngs=rngs) for _ in range(num_blocks)])
         self.output_norm = nnx.LayerNorm(features, rngs=rngs)
-        self.output_layer = nnx.Linear(features, event_size, kernel_init=nnx.initializers.zeros, rngs=rngs)
+        outward = 1 if scalar else event_size
+        self.output_layer = nnx.Linear(features, outward, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -90,6 +94,7 @@ class MLP(nnx.Module):
             "num_blocks": self.num_blocks,
             "embed_features": self.embed_features,
             "cond_shape": None if self.cond_shape is None else list(self.cond_shape),
+            "scalar": self.scalar,
         }
 
     def __call__(self, x: jax.Array, c_noise: jax.Array, cond: Condition | jax.Array | None = None) -> jax.Array:
@@ -101,7 +106,7 @@ class MLP(nnx.Module):
             cond: a condition of `cond_shape`, or None for its absence.
 
         Returns:
-            An array of `event_shape`.
+            An array of `event_shape`, or a scalar if `scalar`.
 
         Raises:
             ValueError: if `cond` has another shape, or the network is unconditional.
@@ -111,7 +116,8 @@ class MLP(nnx.Module):
         h = self.input_layer(jnp.reshape(x, (-1,)))
         for block in self.blocks:
             h = block(h, embedding)
-        return self.output_layer(jax.nn.silu(self.output_norm(h))).reshape(self.event_shape)
+        out = self.output_layer(jax.nn.silu(self.output_norm(h)))
+        return out.reshape(() if self.scalar else self.event_shape)
 
 
 class Block(nnx.Module):

@@ -40,6 +40,8 @@ class UNet(nnx.Module):
         attention: levels with self-attention, 0 the finest; its cost grows with the square of their number of places.
         embed_features: number of Fourier features of the noise level, even.
         cond_shape: shape of a condition, None for an unconditional network.
+        scalar: whether to return one number, the sum over all places, for the "energy" target, instead of an array of
+            `event_shape`.
         rngs: source of the initial weights.
 
     Raises:
@@ -66,6 +68,7 @@ class UNet(nnx.Module):
         attention: Sequence[int] = (),
         embed_features: int = 64,
         cond_shape: tuple[int, ...] | None = None,
+        scalar: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         _check_sizes(tuple(event_shape), spatial, len(multipliers))
@@ -75,7 +78,7 @@ class UNet(nnx.Module):
         self.event_shape, self.spatial, self.features = tuple(event_shape), spatial, features
         self.multipliers, self.num_blocks = tuple(multipliers), num_blocks
         self.attention, self.embed_features = tuple(attention), embed_features
-        self.cond_shape = None if cond_shape is None else tuple(cond_shape)
+        self.cond_shape, self.scalar = None if cond_shape is None else tuple(cond_shape), scalar
 
         def conv(inward: int, outward: int, size: int = 3, stride: int = 1, **options: Any) -> nnx.Conv:
             window = {"kernel_size": (size,) * spatial, "strides": (stride,) * spatial}
@@ -107,7 +110,8 @@ class UNet(nnx.Module):
             width = wider
             if level > 0:
                 self.double.append(conv(width, width))
-        self.output_layer = conv(features * multipliers[0], channels, kernel_init=nnx.initializers.zeros)
+        outward = 1 if scalar else channels
+        self.output_layer = conv(features * multipliers[0], outward, kernel_init=nnx.initializers.zeros)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -121,6 +125,7 @@ class UNet(nnx.Module):
             "attention": list(self.attention),
             "embed_features": self.embed_features,
             "cond_shape": None if self.cond_shape is None else list(self.cond_shape),
+            "scalar": self.scalar,
         }
 
     def __call__(self, x: jax.Array, c_noise: jax.Array, cond: Condition | jax.Array | None = None) -> jax.Array:
@@ -132,7 +137,7 @@ class UNet(nnx.Module):
             cond: a condition of `cond_shape`, or None for its absence.
 
         Returns:
-            An array of `event_shape`.
+            An array of `event_shape`, or a scalar if `scalar`.
 
         Raises:
             ValueError: if `cond` has another shape, or the network is unconditional.
@@ -155,7 +160,8 @@ class UNet(nnx.Module):
                 for axis in range(self.spatial):
                     h = jnp.repeat(h, 2, axis)
                 h = self.double[level](h)
-        return self.output_layer(jax.nn.silu(_group_norm(h))).reshape(self.event_shape)
+        out = self.output_layer(jax.nn.silu(_group_norm(h)))
+        return out.sum() if self.scalar else out.reshape(self.event_shape)
 
 
 class Block(nnx.Module):
