@@ -372,14 +372,11 @@ def test_hard_constraint_and_nan_likelihood():
 
 
 @SLOW
-def test_x64():
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
-        prior = DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=StochasticHeun(32))
-        for make in (DiffusionPCN, NoiseSpace):
-            x = run(make(known_noise), jnp.asarray(Y, jnp.float64), prior, num_warmup=20, num_samples=20).get_samples()[
-                "x"
-            ]
-            assert x.dtype == jnp.float64 and bool(jnp.isfinite(x).all())
+def test_x64(x64):
+    prior = DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=StochasticHeun(32))
+    for make in (DiffusionPCN, NoiseSpace):
+        x = run(make(known_noise), jnp.asarray(Y, float), prior, num_warmup=20, num_samples=20).get_samples()["x"]
+        assert x.dtype == jnp.float64 and bool(jnp.isfinite(x).all())
 
 
 def no_prior(y):

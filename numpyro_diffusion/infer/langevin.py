@@ -113,6 +113,20 @@ def log_transition(q: jax.Array, q_new: jax.Array, gradient: jax.Array, root: Ro
     return -0.25 * jnp.sum(residual**2) / step_size - root.log_det
 
 
+def log_reversal(
+    q: jax.Array,
+    q_new: jax.Array,
+    gradient: jax.Array,
+    gradient_new: jax.Array,
+    root: Root,
+    root_new: Root,
+    step_size: jax.Array,
+) -> jax.Array:
+    """Log-density of proposing the way back minus that of the way there."""
+    there = log_transition(q, q_new, gradient, root, step_size)
+    return log_transition(q_new, q, gradient_new, root_new, step_size) - there
+
+
 class ULA(GradientKernel):
     r"""Unadjusted Langevin: every proposal is taken, and the law is off by the order of the step.
 
@@ -278,8 +292,7 @@ class MALA(GradientKernel):
         there = target.evaluate(q_new)
         root_new = root if self._tweedie is None else self._root(target.unflatten(q_new), args, kwargs)
         log_ratio = target.log_ratio(here, there, q, q_new)
-        log_ratio += log_transition(q_new, q, there.gradient, root_new, h)
-        log_ratio -= log_transition(q, q_new, here.gradient, root, h)
+        log_ratio += log_reversal(q, q_new, here.gradient, there.gradient, root, root_new, h)
         fine = proper(log_ratio) & jnp.isfinite(there.gradient).all()
         accept_prob = jnp.where(fine, jnp.exp(jnp.minimum(log_ratio, 0.0)), 0.0)
         accepted = jax.random.uniform(key_accept, dtype=accept_prob.dtype) < accept_prob

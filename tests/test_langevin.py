@@ -1,0 +1,398 @@
+"""ULA, MALA and ScoreHMC: laws in closed form, detailed balance, the bias that theory predicts, and refusals."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from flax import nnx
+from numpyro.distributions import transforms
+from numpyro.infer import MCMC, NUTS
+from scipy.stats import norm
+from test_infer import assert_moments, quadrature, run
+
+from numpyro_diffusion.denoise import Gaussian, GaussianMixture, NetworkDenoiser, Prediction
+from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.infer import MALA, ULA, Density, LineIntegral, Score, ScoreHMC, Tweedie, with_density
+from numpyro_diffusion.infer.adapt import Root
+from numpyro_diffusion.infer.hmc import leapfrog
+from numpyro_diffusion.infer.langevin import log_reversal
+from numpyro_diffusion.infer.target import Evaluation, Target
+from numpyro_diffusion.nn import MLP
+from numpyro_diffusion.noise import VE
+
+SLOW = pytest.mark.slow
+Y = jnp.array([3.0, -1.0])
+SCHEDULE = VE(0.01, 40.0)
+EXP = transforms.ExpTransform()
+SQUARED = transforms.ComposeTransform([transforms.AffineTransform(0.0, 2.0), EXP])  # not NumPyro's for this support
+
+
+def prior(**options):
+    return DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), **options)
+
+
+def known_noise(y, prior=prior()):  # noqa: B008
+    """Posterior N(y / 2, 1/2) in each dimension."""
+    x = numpyro.sample("x", prior)
+    numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+
+def unknown_noise(y, prior=prior()):  # noqa: B008
+    x = numpyro.sample("x", prior)
+    noise = numpyro.sample("noise", dist.LogNormal(0.0, 0.5))
+    numpyro.deterministic("twice", 2.0 * x)
+    numpyro.sample("y", dist.Normal(x, noise).to_event(1), obs=y)
+
+
+def without_diffusion(y):
+    """`unknown_noise` with NumPyro's own distributions."""
+    x = numpyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    noise = numpyro.sample("noise", dist.LogNormal(0.0, 0.5))
+    numpyro.sample("y", dist.Normal(x, noise).to_event(1), obs=y)
+
+
+def transformed(transform, y):
+    """The transform of a standard normal u, observed with unit noise: u has the posterior of `known_noise`."""
+    x = numpyro.sample("x", prior(transform=transform))
+    numpyro.sample("y", dist.Normal(transform.inv(x), 1.0).to_event(1), obs=y)
+
+
+SCORE_ONLY = partial(known_noise, prior=prior(density="none"))
+LINE = LineIntegral()
+PARTIAL = {"num_steps": 3, "refresh": 0.3}
+ON_KNOWN_NOISE = {
+    "mala_tweedie": MALA(known_noise, preconditioner=Tweedie(1.0)),
+    "mala_flow": MALA(known_noise, provider=Density("flow")),
+    "mala_line": MALA(SCORE_ONLY, provider=LINE),
+    "mala_gauss_legendre": MALA(SCORE_ONLY, provider=LineIntegral(2, "gauss-legendre", circulation=False)),
+    "hmc_line_partial": ScoreHMC(SCORE_ONLY, provider=LINE, **PARTIAL),
+    "nuts_on_the_denoisers_density": NUTS(with_density(SCORE_ONLY)),
+}
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [pytest.param(k, id=name, marks=() if name == "mala_line" else SLOW)
+     for name, k in ON_KNOWN_NOISE.items()],
+)  # fmt: skip
+def test_known_noise(kernel):
+    """The posterior mean is 1.5 where y is 3; a test without the prior would find 3."""
+    x = run(kernel, Y, num_samples=1000).get_samples(group_by_chain=True)["x"]
+    assert_moments(x, Y / 2, 0.5)
+
+
+ON_UNKNOWN_NOISE = {
+    "mala": MALA(unknown_noise),
+    "mala_dense": MALA(unknown_noise, preconditioner="dense"),
+    "mala_without_diffusion": MALA(without_diffusion),
+    "hmc": ScoreHMC(unknown_noise),
+    "hmc_partial": ScoreHMC(unknown_noise, **PARTIAL),
+    "hmc_without_diffusion": ScoreHMC(without_diffusion),
+}
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [pytest.param(k, id=name, marks=() if name == "mala" else SLOW)
+     for name, k in ON_UNKNOWN_NOISE.items()],
+)  # fmt: skip
+def test_joint_posterior(kernel):
+    """Diffusion site and noise level together, against quadrature."""
+    x_mean, x_variance, noise_mean, noise_variance = quadrature()
+    samples = run(kernel, Y, num_warmup=500, num_samples=2000).get_samples(group_by_chain=True)
+    assert_moments(samples["x"], x_mean, x_variance)
+    assert_moments(samples["noise"], noise_mean, noise_variance)
+    if "twice" in samples:
+        np.testing.assert_allclose(samples["twice"], 2.0 * samples["x"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("transform", [pytest.param(EXP, marks=SLOW), SQUARED], ids=["exp", "squared"])
+@pytest.mark.parametrize("make", [MALA, pytest.param(partial(MALA, provider=LINE), marks=SLOW)])
+def test_transform(make, transform):
+    """The Jacobian of the support enters once, whether the transform is NumPyro's own for it (exp) or not."""
+    x = run(make(partial(transformed, transform)), Y, num_samples=1000).get_samples(group_by_chain=True)["x"]
+    assert (x > 0).all()
+    assert_moments(transform.inv(x), Y / 2, 0.5)
+
+
+# The bias of ULA
+
+
+def standard_normal():
+    numpyro.sample("x", dist.Normal(0.0, 1.0))
+
+
+def vectorized_draws(kernel, chains, num_warmup, num_samples, *args):
+    mcmc = MCMC(kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=chains,
+                chain_method="vectorized", progress_bar=False)  # fmt: skip
+    mcmc.run(jax.random.key(0), *args)
+    return mcmc
+
+
+@pytest.mark.parametrize("step_size", [0.05, 0.2, 0.5])
+def test_ula_has_the_variance_that_theory_predicts(step_size):
+    """1 / (1 - h / 2) on N(0, 1), to 2 %; 4,000 chains leave a Monte Carlo error below 0.5 %."""
+    kernel = ULA(standard_normal, step_size=step_size, preconditioner="identity")
+    x = vectorized_draws(kernel, 4000, 200, 800).get_samples()["x"]
+    assert float(x.var()) == pytest.approx(1.0 / (1.0 - step_size / 2.0), rel=0.02)
+
+
+@SLOW
+@pytest.mark.parametrize("preconditioner", ["diagonal", "dense"])
+def test_ula_estimates_its_preconditioner(preconditioner):
+    """Scales of 0.01 and 100: with the estimate the bias is that of a unit scale, within the 6 % of the estimate."""
+
+    def model():
+        numpyro.sample("x", dist.Normal(jnp.array([0.0, 5.0]), jnp.array([0.05, 20.0])).to_event(1))
+
+    kernel = ULA(model, step_size=0.4, preconditioner=preconditioner)
+    x = vectorized_draws(kernel, 500, 2000, 1000).get_samples()["x"] / jnp.array([0.05, 20.0])
+    np.testing.assert_allclose(x.var(0), 1.0 / (1.0 - 0.2), rtol=0.05)
+
+
+def test_ula_on_a_score_only_prior():
+    """The score suffices; posterior variance 1/2 and step h: 1/2 / (1 - h)."""
+    kernel = ULA(SCORE_ONLY, step_size=0.1, preconditioner="identity")
+    x = vectorized_draws(kernel, 1000, 200, 400, Y).get_samples()["x"]
+    assert (abs(x.mean(0) - Y / 2) < 0.02).all()
+    np.testing.assert_allclose(x.var(0), 0.5 / 0.9, rtol=0.02)
+
+
+# Detailed balance and invariance
+
+
+def double_well(q):
+    return jnp.sum(-0.25 * q**4 + q**2 + 0.3 * q)
+
+
+@jax.vmap
+def evaluate(q):
+    return Evaluation(*jax.value_and_grad(double_well)(q))
+
+
+def root():
+    return Root(jnp.full(1, 0.7), jnp.full(1, 1 / 0.7), jnp.zeros(()))
+
+
+WELL = SimpleNamespace(evaluate=lambda q: Evaluation(*jax.value_and_grad(double_well)(q)))
+
+
+def test_mala_is_in_detailed_balance(x64):
+    """pi(q) k(q' | q) a(q, q') is symmetric on a grid, with k written down anew."""
+    q = jnp.linspace(-3.0, 3.0, 41)[:, None]
+    at, h, C = evaluate(q), 0.3, 0.49
+    forward = norm.pdf(q[:, 0], (q[:, 0] + h * C * at.gradient[:, 0])[:, None], np.sqrt(2 * h * C))  # [from, to]
+    density = jnp.exp(at.log_density)
+
+    def log_ratio(i, j):
+        reversal = log_reversal(q[i], q[j], at.gradient[i], at.gradient[j], root(), root(), h)
+        return at.log_density[j] - at.log_density[i] + reversal
+
+    index = jnp.arange(len(q))
+    accept = jnp.exp(jnp.minimum(jax.vmap(lambda i: jax.vmap(lambda j: log_ratio(i, j))(index))(index), 0.0))
+    flow = density[:, None] * forward * accept
+    assert float(accept.min()) < 0.5
+    np.testing.assert_allclose(flow, flow.T, rtol=1e-9)
+
+
+def test_hmc_walks_back_and_keeps_volume(x64):
+    """With the momentum turned round, a leapfrog is its own inverse, of unit Jacobian.
+
+    For such a map, a ratio test on the total energy is in detailed balance.
+    """
+    grid = jnp.stack(jnp.meshgrid(jnp.linspace(-2, 2, 9), jnp.linspace(-2, 2, 9)), -1).reshape(-1, 2)
+
+    def involution(point):
+        q, p = point[:1], point[1:]
+        q, p, _ = leapfrog(WELL, q, p, WELL.evaluate(q), root(), jnp.asarray(0.3), 5)
+        return jnp.concatenate([q, -p])
+
+    there = jax.vmap(involution)(grid)
+    assert float(jnp.abs(there - grid).max()) > 1.0
+    np.testing.assert_allclose(jax.vmap(involution)(there), grid, atol=1e-10)
+    np.testing.assert_allclose(jnp.abs(jnp.linalg.det(jax.vmap(jax.jacfwd(involution))(grid))), 1.0, rtol=1e-10)
+
+
+WEIGHTS, MEANS = jnp.array([0.4, 0.6]), jnp.array([[-1.5, 0.5], [1.5, -1.0]])
+MIXTURE = DiffusionPrior(GaussianMixture(WEIGHTS, MEANS, 0.5, VE(1e-3, 40.0)), density="none")
+
+
+def on_mixture(y):
+    x = numpyro.sample("x", MIXTURE)
+    numpyro.sample("y", dist.Normal(x[0] + x[1], 0.7), obs=y)
+
+
+def exact_draws(key, count):
+    """Of the posterior of `on_mixture` at y = 1."""
+    direction = jnp.ones(2)
+    gain = 0.5 * direction / (1.0 + 0.49)
+    log_weight = jnp.log(WEIGHTS) - 0.5 * (1.0 - MEANS.sum(1)) ** 2 / 1.49
+    covariance = 0.5 * jnp.eye(2) - jnp.outer(gain, 0.5 * direction)
+    key_k, key_x = jax.random.split(key)
+    k = jax.random.categorical(key_k, log_weight, shape=(count,))
+    centre = MEANS[k] + (1.0 - MEANS[k].sum(1))[:, None] * gain
+    return centre + jax.random.normal(key_x, (count, 2)) @ jnp.linalg.cholesky(covariance).T
+
+
+def assert_same_law(a, b):
+    """A two-sample Kolmogorov-Smirnov test of three projections at the 0.1 % point."""
+    count = len(a)
+    for project in (jnp.ones(2), jnp.array([1.0, -1.0]), jnp.array([1.0, 0.0])):
+        low, high = np.sort(a @ project), np.sort(b @ project)
+        grid = np.concatenate([low, high])
+        distance = np.abs(np.searchsorted(low, grid) - np.searchsorted(high, grid)).max() / count
+        assert distance < 1.95 * np.sqrt(2.0 / count)
+
+
+INVARIANT = {
+    "mala": partial(MALA, step_size=0.3),
+    "mala_tweedie": partial(MALA, step_size=0.5, preconditioner=Tweedie(0.5)),
+    "mala_line": partial(MALA, step_size=0.3, provider=LineIntegral(5, circulation=False)),
+    "hmc_partial": partial(ScoreHMC, step_size=0.5, num_steps=2, refresh=0.3),
+}
+
+
+@pytest.mark.parametrize(
+    "make", [pytest.param(make, id=name, marks=SLOW if "line" in name else ()) for name, make in INVARIANT.items()]
+)
+def test_steps_leave_the_posterior_invariant(make):
+    """100,000 exact draws, a few steps each, ranked against as many fresh draws."""
+    count = 100_000
+    start, fresh = exact_draws(jax.random.key(1), count), exact_draws(jax.random.key(2), count)
+    kernel = make(on_mixture, preconditioner=make.keywords.get("preconditioner", "identity"))
+    state = kernel.init(jax.random.split(jax.random.key(3), count), 0, {"x": start}, (1.0,), {})
+    step = jax.jit(lambda state: kernel.sample(state, (1.0,), {}))
+    for _ in range(4):
+        state = step(state)
+    assert 0.3 < float(state.mean_accept_prob.mean()) < 0.98  # there is something to test
+    assert_same_law(state.z["x"], fresh)
+
+
+# The line integral
+
+
+def learned():
+    return NetworkDenoiser(MLP((2,), features=8, num_blocks=1, rngs=nnx.Rngs(0)))
+
+
+@jax.tree_util.register_static
+class Rotating:
+    """A score with a rotation on top: no gradient, of circulation 2 x area x rate."""
+
+    rate = 0.3
+
+    def __init__(self):
+        self.base = Gaussian([0.0, 0.0], 1.0, SCHEDULE)
+        self.schedule, self.event_shape, self.location, self.scale = SCHEDULE, (2,), 0.0, 1.0
+
+    def __call__(self, x_t, t, cond=None):
+        p = self.base(x_t, t)
+        turn = self.rate * jnp.array([-x_t[1], x_t[0]])
+        return Prediction(p.x0 + self.schedule.sigma(t) ** 2 * turn, x_t, t, self.schedule)
+
+
+def test_line_integral_and_circulation(x64):
+    """The work of a mixture's score is the difference of its log-density; in a circle, only a rotating field works."""
+    a, b, c = jnp.array([0.0, 0.0]), jnp.array([1.0, 0.5]), jnp.array([-0.5, 1.0])
+    at_end = Target(on_mixture, LineIntegral(21), (1.0,), {}, {"x": a})
+    exact = Target(on_mixture, Density("denoiser"), (1.0,), {}, {"x": a})
+    found = at_end.log_ratio(at_end.evaluate(a), at_end.evaluate(b), a, b)
+    truth = exact.evaluate(b).log_density - exact.evaluate(a).log_density
+    assert float(found) == pytest.approx(float(truth), abs=1e-5)
+    assert abs(float(at_end.circulation(a, b, c))) < 1e-4
+    rotating = Target(partial(known_noise, Y, DiffusionPrior(Rotating(), density="none")), LINE, (), {}, {"x": a})
+    area = 0.5 * abs(float(b[0] * c[1] - b[1] * c[0]))
+    assert float(rotating.circulation(a, b, c)) == pytest.approx(2.0 * area * Rotating.rate, rel=1e-6)
+
+
+@SLOW
+def test_circulation_reaches_the_user():
+    fields = run(MALA(SCORE_ONLY, provider=LINE), Y, num_warmup=50, num_samples=50).get_extra_fields()
+    assert float(jnp.abs(fields["circulation"]).max()) < 1e-3 and "potential_energy" not in fields
+
+
+# Refusals
+
+
+def discrete(y):
+    k = numpyro.sample("k", dist.Bernoulli(0.5))
+    numpyro.sample("y", dist.Normal(k, 1.0), obs=y)
+
+
+def simulator(y):
+    x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+    mean = jax.pure_callback(lambda x: np.round(x), jax.ShapeDtypeStruct((), jnp.float32), x, vmap_method="sequential")
+    numpyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+def dependent(y):
+    centre = numpyro.sample("centre", dist.Normal(0.0, 1.0))
+    numpyro.sample("x", DiffusionPrior(Gaussian(jnp.full(2, centre), 1.0, SCHEDULE)))
+
+
+def impossible(y):
+    numpyro.sample("x", dist.Normal(0.0, 1.0))
+    numpyro.factor("never", -jnp.inf)
+
+
+def nothing(y):
+    numpyro.sample("y", dist.Normal(0.0, 1.0), obs=0.0)
+
+
+REFUSED = {
+    "score_only_flow": (
+        partial(MALA, provider=Density("flow")),
+        SCORE_ONLY,
+        r"MALA needs a density, and .* site 'x' .*LineIntegral\(\) \(approximate\).*NoiseSpace.*DiffusionPCN",
+    ),
+    "no_own_density": (
+        partial(ScoreHMC, provider=Density("denoiser")),
+        partial(known_noise, prior=DiffusionPrior(learned())),
+        "ScoreHMC needs a density",
+    ),
+    "discrete": (MALA, discrete, r"sites \['k'\] are discrete.*DiscreteGibbs"),
+    "simulator": (ULA, simulator, "ULA needs a model that JAX can differentiate. Use DiffusionPCN"),
+    "dependent": (ULA, dependent, r"prior of site 'x' depends on other latent sites.*NoiseSpace"),
+    "nothing": (MALA, nothing, "needs a latent site"),
+    "impossible": (MALA, impossible, "not finite at the start of 2 of 2 chains"),
+    "tweedie_without_site": (partial(MALA, preconditioner=Tweedie()), without_diffusion, "latent DiffusionPrior"),
+    "tweedie_transform": (
+        partial(MALA, preconditioner=Tweedie()),
+        partial(transformed, SQUARED),
+        "denoiser's own coordinates",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "model", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_models(make, model, message):
+    with pytest.raises(ValueError, match=message):
+        run(make(model), Y, num_warmup=1, num_samples=1, chains=2)
+
+
+BAD_ARGUMENTS = {
+    "provider": (lambda: MALA(known_noise, provider="density"), TypeError, "must be a Provider"),
+    "score": (lambda: MALA(known_noise, provider=Score()), ValueError, "nothing to test with. Use Density"),
+    "score_hmc": (lambda: ScoreHMC(known_noise, provider=Score()), ValueError, "ScoreHMC tests its moves"),
+    "preconditioner": (lambda: MALA(known_noise, preconditioner="full"), ValueError, "preconditioner must be one of"),
+    "step_size": (lambda: ULA(known_noise, step_size=-0.1), ValueError, "step_size must be positive"),
+    "target": (lambda: MALA(known_noise, target_accept_prob=1.0), ValueError, r"must lie in \(0, 1\); got 1.0"),
+    "num_steps": (lambda: ScoreHMC(known_noise, num_steps=0), ValueError, "num_steps must be at least 1"),
+    "refresh": (lambda: ScoreHMC(known_noise, refresh=0.0), ValueError, r"refresh must lie in \(0, 1\]"),
+    "source": (lambda: Density("score"), ValueError, "source must be one of"),
+    "even": (lambda: LineIntegral(4), ValueError, "must be odd for Simpson's rule; got 4"),
+    "rule": (lambda: LineIntegral(3, "trapezoid"), ValueError, "rule must be one of"),
+    "level": (lambda: Tweedie(0.0), ValueError, "level must be positive"),
+    "model": (lambda: MALA(3), TypeError, "must be a NumPyro model"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_bad_arguments(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
