@@ -1,6 +1,19 @@
 """Training: from examples to a denoiser."""
 
+from numpyro_diffusion.train import levels, losses, weighting
+from numpyro_diffusion.train.adaptive import Adaptive
 from numpyro_diffusion.train.fit import FitResult, fit
-from numpyro_diffusion.train.losses import NoiseLevels, denoising_loss, edm_weight
+from numpyro_diffusion.train.levels import NoiseLevels
+from numpyro_diffusion.train.objective import Objective, denoising_loss
 
-__all__ = ["FitResult", "NoiseLevels", "denoising_loss", "edm_weight", "fit"]
+__all__ = [
+    "Adaptive",
+    "FitResult",
+    "NoiseLevels",
+    "Objective",
+    "denoising_loss",
+    "fit",
+    "levels",
+    "losses",
+    "weighting",
+]

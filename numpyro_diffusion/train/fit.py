@@ -2,37 +2,43 @@ r"""Fitting a denoiser to examples: standardise, regress, average.
 
 Data $x_1, \ldots, x_n$ are standardised once, $u = (x - m) / c$ (`standardize`), and a network is trained on
 
-$$\hat\theta = \arg\min_\theta \; \frac1n \sum_i E_{t, \varepsilon} \, L(\theta; u_i, t, \varepsilon)$$
+$$\hat\theta = \arg\min_\theta \; \frac1n \sum_i \int w(\lambda)\, E\, L(\theta; u_i, \lambda)\, \mathrm{d}\lambda$$
 
-with $L$ of `losses`, by Adam with a warm-up and a cosine decay. The denoiser that comes back holds $m$ and $c$, so that
-its user stays in the units of the data, and the moving average of the weights (`ema`), frozen.
+with the parts of an `objective`: a loss $L$, a weighting $w$ and a law of the noise levels, by Adam with a warm-up and
+a cosine decay. The denoiser that comes back holds $m$ and $c$, so that its user stays in the units of the data, and the
+moving average of the weights (`ema`), frozen.
 
-The loop is in compiled calls of `steps_per_call` steps (`steps`). Between two calls the host shows the loss and can be
-interrupted. The same key and the same backbone give the same weights, bit for bit. A share of the data is held out,
-and its loss, always under the same noises, is measured about ten times: it falls while the fit generalises and
-turns where it starts to memorise.
+This file puts the pieces together: data come from a `feed`, compiled calls of many steps are in `steps`, what the host
+does between them is in `loop`, how a run is kept and resumed in `resume`. The same key and the same backbone give the
+same weights, bit for bit.
 
 Only `nnx.Param` is trained, in evaluation mode, without dropout. What a backbone is belongs to `nn`; what its output
 means, to `denoise.network`.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from tqdm.auto import tqdm
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import NetworkDenoiser
 from numpyro_diffusion.noise import Schedule
-from numpyro_diffusion.train.losses import NoiseLevels
-from numpyro_diffusion.train.standardize import standardize
-from numpyro_diffusion.train.steps import HELD_OUT_NOISES, TrainState, held_out_loss, init, train_steps
+from numpyro_diffusion.train import loop, resume
+from numpyro_diffusion.train.feed import Data, digest, open_data
+from numpyro_diffusion.train.levels import LogNormal, NoiseLaw, State
+from numpyro_diffusion.train.losses import DenoisingScoreMatching, Loss
+from numpyro_diffusion.train.objective import Objective
+from numpyro_diffusion.train.steps import TrainState, held_out_loss, init, train_steps
+from numpyro_diffusion.train.weighting import EDM, Weighting
 
 
 class FitResult(NamedTuple):
@@ -44,50 +50,79 @@ class FitResult(NamedTuple):
     held_out_steps: np.ndarray  # number of steps made before each held-out loss, (evaluations,)
     num_steps: int  # steps made
     interrupted: bool  # whether Ctrl-C ended it
+    levels: State = ()  # what the law of the noise levels has learned
 
 
 def fit(
     key: jax.Array,
     backbone: nnx.Module | NetworkDenoiser,
-    data: ArrayLike,
+    data: ArrayLike | Iterable[Any],
     *,
+    cond: ArrayLike | None = None,
+    cond_dropout: float = 0.0,
     schedule: Schedule | None = None,
     target: str | None = None,
+    loss: Loss | None = None,
+    weighting: Weighting | None = None,
+    noise_levels: NoiseLaw | None = None,
     num_steps: int = 10_000,
     batch_size: int = 128,
     optimizer: optax.GradientTransformation | None = None,
+    clip_norm: float | None = None,
     ema_decay: float = 0.999,
+    held_out: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
     validation_fraction: float = 0.1,
+    num_evaluations: int = 10,
+    patience: int | None = None,
     steps_per_call: int = 100,
-    noise_levels: NoiseLevels | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    mesh: Mesh | None = None,
     progress_bar: bool = True,
 ) -> FitResult:
     r"""Trains a denoiser on examples.
 
-    Minimises the denoising loss $E[w \, \| \hat x_0(x_t, t) - x \|^2]$ over the backbone's parameters.
+    Minimises $\int w(\lambda)\, E\, L\, \mathrm{d}\lambda$ over the backbone's parameters; with the defaults the
+    denoising loss under the EDM weighting, $E[(1 + \mathrm{SNR})\, \| \hat x_0(x_t, t) - x \|^2] / d c^2$ at log-normal
+    levels.
 
     Args:
         key: random key for the split, the minibatches and the noise.
         backbone: the network, which is copied and left as it is; or a `NetworkDenoiser`, whose training is continued
             with its own schedule, target, location and scale.
-        data: examples, shape (rows, *event_shape), finite, at least two rows.
+        data: examples, shape (rows, *event_shape), finite, at least two rows. Or, for data larger than memory, an
+            iterable of batches of `batch_size` rows (but no list), or of pairs of a batch and its conditions; location
+            and scale are those of the batches of the first call.
+        cond: conditions of the rows, shape (rows, *cond_shape).
+        cond_dropout: probability that a row's condition is withheld in a step, in [0, 1); for classifier-free guidance.
         schedule: the noising process in standardised units; `VE()` by default.
         target: what the network's output means; "edm" by default.
+        loss: function `loss(denoiser, key, x, t, cond)` of one point; `losses.DenoisingScoreMatching()` by default.
+        weighting: what each log-SNR counts; `weighting.EDM()` by default.
+        noise_levels: where levels are drawn; `levels.LogNormal()` by default.
         num_steps: number of gradient steps.
         batch_size: rows in a minibatch, drawn with replacement.
         optimizer: any optax optimiser; by default Adam, its rate warmed up to 5e-3 and decayed to zero along a cosine.
+        clip_norm: largest norm of a gradient, longer ones are shortened to it; None for no bound.
         ema_decay: decay of the weights' moving average, in [0, 1); 0 keeps the last iterate.
+        held_out: rows to measure the held-out loss on, or a pair of rows and conditions, instead of a share of `data`.
         validation_fraction: share of the rows held out, in [0, 1), but at most 1024 rows; 0 holds nothing out.
+        num_evaluations: how often in a run the held-out loss is measured, about.
+        patience: measurements without a smaller held-out loss after which training ends; the average where it was least
+            is then what is kept.
         steps_per_call: steps of one compiled call, after which the bar moves and Ctrl-C is heard.
-        noise_levels: law of the training noise; `NoiseLevels()` by default.
+        checkpoint: file that keeps the run, at each measurement, each minute and at the end. If it is there, training
+            goes on from it, and ends with what an uninterrupted run would have given, bit for bit on one machine. A
+            stream must give the same batches again. Of an own loss the name alone is compared.
+        mesh: devices over whose first axis each batch is shared out.
         progress_bar: whether to show the running loss.
 
     Returns:
         A `FitResult`. After Ctrl-C it holds what was trained so far.
 
     Raises:
-        ValueError: for data that are not finite, too few, constant or of the wrong shape, or a setting out of range.
-        TypeError: for data that are not real numbers, or an optimiser that is not one.
+        ValueError: for data that are not finite, too few, constant or of the wrong shape, a setting out of range, or a
+            checkpoint of a run with another configuration.
+        TypeError: for data that are not real numbers, or a setting of another kind.
         FloatingPointError: if training diverges.
 
     Example:
@@ -101,60 +136,86 @@ def fit(
         >>> result.losses.shape, result.interrupted
         ((20,), False)
     """
-    _check_settings(num_steps, batch_size, steps_per_call, ema_decay, validation_fraction, optimizer)
-    initial, rows = standardize(backbone, data, schedule, target)
-    denoiser = initial.with_units(0.0, 1.0).unfreeze()
+    plan = loop.Plan(num_steps, steps_per_call, num_evaluations, patience, progress_bar)
+    _check_settings(batch_size, ema_decay, validation_fraction, optimizer, clip_norm, mesh)
+    objective = Objective(
+        loss or DenoisingScoreMatching(), weighting or EDM(), noise_levels or LogNormal(), cond_dropout
+    )
+    optimizer = _clipped(_default_optimizer(num_steps) if optimizer is None else optimizer, clip_norm)
     key_split, key_steps, key_held_out = jax.random.split(key, 3)
-    train_rows, held_out_rows = _split_rows(key_split, rows, validation_fraction)
-    optimizer = _default_optimizer(num_steps) if optimizer is None else optimizer
-    noise = {"batch_size": batch_size, "noise_levels": NoiseLevels() if noise_levels is None else noise_levels}
+    units = {"schedule": schedule, "target": target}
+    sizes = {"batch_size": batch_size, "steps_per_call": steps_per_call, "mesh": mesh}
+    opened = open_data(key_split, backbone, data, cond, held_out, validation_fraction, **units, **sizes)
+    _check_uses(opened, patience, cond_dropout)
+    denoiser = opened.denoiser.with_units(0.0, 1.0).unfreeze()
+    settings = {"batch_size": batch_size, "objective": objective, "mesh": mesh}
 
-    def advance(state: TrainState, count: int) -> tuple[TrainState, jax.Array]:
-        settings = {"max_count": steps_per_call, "optimizer": optimizer, "ema_decay": ema_decay, **noise}
-        return train_steps(state, denoiser, key_steps, train_rows, count, **settings)
+    def advance(state: TrainState, count: int) -> tuple[TrainState, jax.Array, int]:
+        rows, count = opened.source.take(count)
+        if not count:
+            return state, np.zeros(0, np.float32), 0
+        options = {"max_count": steps_per_call, "optimizer": optimizer, "ema_decay": ema_decay, **settings}
+        in_order = opened.source.in_order
+        return *train_steps(state, denoiser, key_steps, rows, count, in_order=in_order, **options), count
 
-    def evaluate(state: TrainState) -> dict[int, float]:
-        if not len(held_out_rows):
-            return {}
+    def evaluate(state: TrainState) -> float:
         average = denoiser.with_params(state.average)
-        return {int(state.step): float(held_out_loss(average, key_held_out, held_out_rows, **noise))}
+        return float(held_out_loss(average, key_held_out, opened.held_out, **settings))
 
-    calls = [min(steps_per_call, num_steps - done) for done in range(0, num_steps, steps_per_call)]
-    state, losses, held_out, interrupted = _loop(init(denoiser, optimizer), advance, evaluate, calls, progress_bar)
-    trained = initial.with_params(state.average).freeze()
-    steps, values = np.array(list(held_out), int), np.array(list(held_out.values()), float)
-    return FitResult(trained, losses, values, steps, int(state.step), interrupted)
-
-
-def _loop(state: TrainState, advance: Callable, evaluate: Callable, calls: list[int], progress_bar: bool) -> tuple:
-    """Alternates compiled calls with what the host has to do; Ctrl-C leaves the state of the last finished call."""
-    every = -(-len(calls) // 10)
-    losses, held_out, interrupted = [], {}, False
-    with tqdm(total=sum(calls), disable=not progress_bar, desc="fit") as bar:
-        try:
-            for call, count in enumerate(calls, start=1):
-                moved, new = jax.block_until_ready(advance(state, count))
-                state, losses = moved, [*losses, np.asarray(new)[:count]]
-                _check_finite("loss", losses[-1], int(state.step) - count)
-                if call % every == 0 or call == len(calls):
-                    held_out |= evaluate(state)
-                last = "".join(f", held out {loss:.4f}" for loss in [*held_out.values()][-1:])
-                bar.set_postfix_str(f"loss {losses[-1].mean():.4f}{last}", refresh=False)
-                bar.update(count)
-        except KeyboardInterrupt:
-            interrupted = True
-    for leaf in jax.tree.leaves(state.params):
-        _check_finite("weights", np.asarray(leaf), int(state.step))
-    return state, np.concatenate([np.zeros(0, np.float32), *losses]), held_out, interrupted
+    progress, save = loop.begin(init(denoiser, optimizer, objective)), None
+    if checkpoint is not None:
+        configuration = _configuration(key, opened, plan, objective, batch_size, ema_decay, optimizer)
+        save = functools.partial(resume.save, checkpoint, configuration=configuration)
+        if Path(checkpoint).exists():
+            progress = resume.load(checkpoint, progress, configuration)
+            opened.source.skip(progress.step)
+    progress, interrupted = loop.run(plan, progress, advance, None if opened.held_out is None else evaluate, save)
+    return _result(opened.denoiser, progress, interrupted)
 
 
-def _split_rows(key: jax.Array, rows: jax.Array, fraction: float) -> tuple[jax.Array, jax.Array]:
-    """Training and held-out rows: at least one of each unless nothing is held out, and no more than are used."""
-    if fraction == 0.0:
-        return rows, rows[:0]
-    count = min(max(1, round(fraction * len(rows))), len(rows) - 1, HELD_OUT_NOISES)
-    order = jax.random.permutation(key, len(rows))
-    return rows[order[count:]], rows[order[:count]]
+def _result(initial: NetworkDenoiser, progress: loop.Progress, interrupted: bool) -> FitResult:
+    """What is kept of a run, on one device whatever the mesh was."""
+    best, levels = jax.tree.map(
+        lambda leaf: jax.numpy.asarray(np.asarray(leaf)), (progress.best, progress.state.levels)
+    )
+    curves = progress.losses, progress.held_out_losses, progress.held_out_steps
+    return FitResult(initial.with_params(best).freeze(), *curves, progress.step, interrupted, levels)
+
+
+def _configuration(
+    key: jax.Array,
+    opened: Data,
+    plan: loop.Plan,
+    objective: Objective,
+    batch_size: int,
+    ema_decay: float,
+    optimizer: optax.GradientTransformation,
+) -> dict[str, str]:
+    """All that a run depends on, by name, for comparison with one that is resumed."""
+    denoiser = opened.denoiser
+    params = denoiser.params
+    parts = {
+        "key": jax.random.key_data(key).tolist()
+        if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+        else key.tolist(),
+        "data": opened.source.digest[:16],
+        "held_out": digest(opened.held_out)[:16],
+        "backbone": f"{type(denoiser.backbone).__name__} {digest(denoiser)[:16]}",
+        "schedule": denoiser.schedule.base,
+        "target": denoiser.target,
+        "loss": objective.loss,
+        "weighting": objective.weighting,
+        "noise_levels": objective.noise_levels,
+        "cond_dropout": objective.cond_dropout,
+        "num_steps": plan.num_steps,
+        "steps_per_call": plan.steps_per_call,
+        "num_evaluations": plan.num_evaluations,
+        "patience": plan.patience,
+        "batch_size": batch_size,
+        "ema_decay": ema_decay,
+        "optimizer": resume.fingerprint(optimizer.update, params, optimizer.init(params), params),
+    }
+    return {name: resume.name_of(value) for name, value in parts.items()}
 
 
 @functools.lru_cache
@@ -164,17 +225,41 @@ def _default_optimizer(num_steps: int) -> optax.GradientTransformation:
     return optax.adam(optax.warmup_cosine_decay_schedule(0.0 if warmup else 5e-3, 5e-3, warmup, num_steps))
 
 
-def _check_settings(num_steps, batch_size, steps_per_call, ema_decay, validation_fraction, optimizer) -> None:
-    _checks.at_least(1, num_steps=num_steps, batch_size=batch_size, steps_per_call=steps_per_call)
+@functools.lru_cache
+def _clipped(optimizer: optax.GradientTransformation, clip_norm: float | None) -> optax.GradientTransformation:
+    """The optimiser behind a bound on the gradient's norm; the same object for the same two."""
+    return optimizer if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+
+
+def _check_settings(
+    batch_size: int,
+    ema_decay: float,
+    validation_fraction: float,
+    optimizer: optax.GradientTransformation | None,
+    clip_norm: float | None,
+    mesh: Mesh | None,
+) -> None:
+    _checks.at_least(1, batch_size=batch_size)
     for name, value in {"ema_decay": ema_decay, "validation_fraction": validation_fraction}.items():
         if not 0.0 <= value < 1.0:
             raise ValueError(f"{name} must lie in [0, 1); got {value}")
     if optimizer is not None and not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(f"optimizer must be an optax.GradientTransformation; got {type(optimizer).__name__}")
+    if clip_norm is not None:
+        _checks.positive(clip_norm=clip_norm)
+    if mesh is not None:
+        if not isinstance(mesh, Mesh):
+            raise TypeError(f"mesh must be a jax.sharding.Mesh; got {type(mesh).__name__}")
+        axis = mesh.axis_names[0]
+        if batch_size % mesh.shape[axis]:
+            raise ValueError(
+                f"batch_size must be divisible by the {mesh.shape[axis]} devices of the mesh's axis {axis!r}; "
+                f"got {batch_size}"
+            )
 
 
-def _check_finite(name: str, values: np.ndarray, first_step: int) -> None:
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        step = first_step + (bad[0] if name == "loss" else 0)
-        raise FloatingPointError(f"{name} not finite at step {step}. Lower the learning rate of the optimizer")
+def _check_uses(opened: Data, patience: int | None, cond_dropout: float) -> None:
+    if patience is not None and opened.held_out is None:
+        raise ValueError("patience needs held-out data: give held_out=, or a validation_fraction above 0")
+    if cond_dropout and not opened.source.conditional:
+        raise ValueError(f"cond_dropout={cond_dropout} needs conditions to drop: give cond=")

@@ -1,33 +1,42 @@
-r"""Denoising score matching: the regression whose solution is the posterior mean.
+r"""Losses whose minimiser is the score: denoising, implicit, sliced and second order, at one point and one time.
 
-Noise a clean point, guess it back, and pay for the squared error:
+Let $s$ be the model's score at time $t$, $\hat\varepsilon = -\sigma_t s$ its noise, $x_t = \alpha_t x + \sigma_t
+\varepsilon$. Per dimension,
 
-$$L = E_{t,\, x,\, \varepsilon} \left[ w(\log \mathrm{SNR}(t)) \, \frac{1}{d c^2}
-\left\| \hat x_0(\alpha_t x + \sigma_t \varepsilon, t) - x \right\|^2 \right].$$
+$$\text{denoising:} \quad \tfrac1d \| \hat\varepsilon(x_t) - \varepsilon \|^2, \qquad
+\text{implicit:} \quad 1 + \tfrac{\sigma_t^2}{d} \left( \| s \|^2 + 2\, \mathrm{tr}\, \nabla s \right), \qquad
+\text{sliced:} \quad 1 + \tfrac{\sigma_t^2}{d} \left( (z^\top s)^2 + 2\, z^\top \nabla s\, z \right)$$
 
-At each time the minimiser over all functions is $E[x \mid x_t]$, whatever the weight $w > 0$ and the law of $t$; these
-two only decide where a finite network spends its capacity. With $c$ the data's standard deviation and the SNR in units
-of it, the weight of Karras et al. is
+for random $z$ with $E[z z^\top] = I$. By Stein's identity all three have the same mean, whatever the model, and so the
+same minimiser, the score of $p_t$. They differ in what they need: the first the clean point, the others none, so that
+they also train at a noise level of the data's own; and in their variance and cost: the implicit one takes $d$
+Jacobian-vector products, or as many as there are probes.
 
-$$w = 1 + \mathrm{SNR} = \frac{(\sigma / \alpha)^2 + c^2}{(\sigma / \alpha)^2 c^2} \quad (\text{for } c = 1),$$
+The second-order loss also matches the Jacobian, of which a small error of the score says nothing, and on which the
+density of the probability flow depends. By Tweedie's second formula $I + \sigma_t^2 \nabla s$ is the covariance of
+$\varepsilon$ given $x_t$, so with the residual $\ell = \varepsilon - \hat\varepsilon$, held constant, and probes $z$,
 
-under which the network's own output has a squared error of order one at every noise level. Noise levels are log-normal:
-most of the effort goes where denoising is neither trivial nor hopeless. Karras et al. centre them at -1.2 for images of
-standard deviation 0.5, which is -0.5 in units of $c$; the default spread is 1.5, wider than their 1.2, because a
-sampler walks the whole ladder and the noisiest rungs decide how much mass each mode receives.
+$$\tfrac1d \left\| (I + \sigma_t^2 \nabla s)\, z - \ell\, (\ell^\top z) \right\|^2 .$$
 
-Everything is written for one point and one key, and for any `Denoiser`: the loss of an exact denoiser is the floor
-that a trained one is compared with. Batches, steps and optimisers are in `fit`.
+Which level a loss is taken at and how much it counts there is the matter of `levels` and `weighting`. A loss is a
+function `loss(denoiser, key, x, t, cond)` of one point; any other of this signature can be given to `fit`.
 
 References:
     Vincent, A connection between score matching and denoising autoencoders, 2011,
     https://doi.org/10.1162/NECO_a_00142.
-    Karras et al., Elucidating the design space of diffusion-based generative models, 2022,
-    https://arxiv.org/abs/2206.00364.
+    Hyvärinen, Estimation of non-normalized statistical models by score matching, 2005,
+    https://jmlr.org/papers/v6/hyvarinen05a.html.
+    Song et al., Sliced score matching: a scalable approach to density and score estimation, 2019,
+    https://arxiv.org/abs/1905.07088.
+    Meng et al., Estimating high order gradients of the data distribution by denoising, 2021,
+    https://arxiv.org/abs/2111.04726.
+    Lu et al., Maximum likelihood training for score-based diffusion ODEs by high-order denoising score matching, 2022,
+    https://arxiv.org/abs/2206.08265.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,88 +45,168 @@ from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser
-from numpyro_diffusion.noise import Schedule, perturb
+from numpyro_diffusion.noise import perturb
+
+Loss = Callable[..., jax.Array]  # loss(denoiser, key, x, t, cond) -> scalar
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class NoiseLevels:
-    r"""Log-normal noise levels for training: $\log (\sigma_t / (\alpha_t c)) \sim N(\mathrm{mean}, \mathrm{std}^2)$.
-
-    Args:
-        mean: centre of the log noise level, in units of the data's standard deviation $c$.
-        std: its standard deviation, positive.
-
-    Raises:
-        ValueError: if `std` is not positive or `mean` not finite.
-    """
-
-    mean: float = -0.5
-    std: float = 1.5
-
-    def __post_init__(self) -> None:
-        _checks.finite("mean", self.mean)
-        _checks.positive(std=self.std)
-
-    def time(self, key: jax.Array, schedule: Schedule, scale: ArrayLike = 1.0) -> jax.Array:
-        """Draws the time of a noise level, clipped to [`schedule.t_min`, `schedule.t_max`].
-
-        Args:
-            key: random key.
-            schedule: the noising process, in the units of the data.
-            scale: the data's standard deviation, a scalar.
-
-        Returns:
-            A scalar time.
-        """
-        level = scale * jnp.exp(self.mean + self.std * jax.random.normal(key))
-        return jnp.clip(schedule.inverse_noise_level(level), schedule.t_min, schedule.t_max)
-
-
-def edm_weight(log_snr: ArrayLike) -> jax.Array:
-    r"""The weight of the squared error of $\hat x_0$ that makes every noise level count alike: $1 + \mathrm{SNR}$.
-
-    Args:
-        log_snr: $\log \alpha^2 / \sigma^2$ of data of unit variance, any shape.
-
-    Returns:
-        Weights above one, of the same shape.
-    """
-    return 1.0 + jnp.exp(log_snr)
-
-
-def denoising_loss(
-    denoiser: Denoiser,
-    key: jax.Array,
-    x: jax.Array,
-    noise_levels: NoiseLevels | None = None,
-    weight: Callable[[ArrayLike], jax.Array] = edm_weight,
-) -> jax.Array:
-    r"""The denoising loss of one point, one noise level and one noise.
-
-    $w(\log \mathrm{SNR}) \, \| \hat x_0(x_t, t) - x \|^2 / (d c^2)$, with the SNR in units of the scale $c$.
-
-    Args:
-        denoiser: any denoiser; its `scale` sets the unit.
-        key: random key, for the level and the noise.
-        x: clean point of the denoiser's event shape, in the units of the data.
-        noise_levels: law of the noise level; `NoiseLevels()` by default.
-        weight: function of the standardised log-SNR.
-
-    Returns:
-        A scalar; per dimension, so that events of different sizes compare.
+class DenoisingScoreMatching:
+    r"""The squared error of the noise, $\| \hat\varepsilon(x_t, t) - \varepsilon \|^2 / d$.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from numpyro_diffusion.denoise import Gaussian
-        >>> from numpyro_diffusion.train import denoising_loss
-        >>> bool(denoising_loss(Gaussian(jnp.zeros(2)), jax.random.key(0), jnp.ones(2)) > 0)
+        >>> from numpyro_diffusion.train.losses import DenoisingScoreMatching
+        >>> bool(DenoisingScoreMatching()(Gaussian(jnp.zeros(2)), jax.random.key(0), jnp.ones(2), 0.5) > 0)
         True
     """
-    key_level, key_noise = jax.random.split(key)
-    noise_levels = NoiseLevels() if noise_levels is None else noise_levels
-    schedule, scale = denoiser.schedule, denoiser.scale
-    t = noise_levels.time(key_level, schedule, scale)
-    x0 = denoiser(perturb(key_noise, schedule, x, t).astype(x.dtype), t).x0
-    squared_error = jnp.sum(((x0 - x) / scale) ** 2) / max(1, int(np.prod(x.shape)))
-    return weight(schedule.log_snr(t) + 2.0 * jnp.log(scale)).astype(x.dtype) * squared_error
+
+    def __call__(
+        self, denoiser: Denoiser, key: jax.Array, x: jax.Array, t: ArrayLike, cond: ArrayLike | None = None
+    ) -> jax.Array:
+        """The loss of one point.
+
+        Args:
+            denoiser: any denoiser.
+            key: random key.
+            x: clean point of the denoiser's event shape, in the units of the data.
+            t: time, a scalar.
+            cond: what a conditional denoiser is conditioned on.
+
+        Returns:
+            A scalar; per dimension, so that events of different sizes compare.
+        """
+        x0 = denoiser(perturb(key, denoiser.schedule, x, t).astype(x.dtype), t, cond).x0
+        return _mean_square(_error_of_noise(denoiser, x, x0, t))
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class ImplicitScoreMatching:
+    r"""Hyvärinen's loss of the noisy law, $1 + \sigma_t^2 ( \| s \|^2 + 2\, \mathrm{tr} \nabla s ) / d$.
+
+    Args:
+        num_probes: number of Hutchinson probes for the trace; None for the exact one, d Jacobian-vector products.
+
+    Raises:
+        ValueError: if `num_probes` is below one.
+    """
+
+    num_probes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_probes is not None:
+            _checks.at_least(1, num_probes=self.num_probes)
+
+    def __call__(
+        self, denoiser: Denoiser, key: jax.Array, x: jax.Array, t: ArrayLike, cond: ArrayLike | None = None
+    ) -> jax.Array:
+        """The loss of one point; arguments as those of `DenoisingScoreMatching`."""
+        key_noise, key_probes = jax.random.split(key)
+        scaled_score, jvp = _linearize(denoiser, key_noise, x, t, cond)
+        if self.num_probes is None:
+            probes = np.sqrt(x.size) * jnp.eye(x.size, dtype=x.dtype)  # their mean square is the trace, exactly
+        else:
+            probes = jax.random.rademacher(key_probes, (self.num_probes, x.size), x.dtype)
+        trace = jnp.mean(jnp.sum(probes * jax.vmap(jvp)(probes), axis=-1))
+        return 1.0 + (jnp.sum(scaled_score**2) + 2.0 * trace) / max(1, x.size)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class SlicedScoreMatching:
+    r"""Song et al.'s loss along random directions, $1 + \sigma_t^2 ( (z^\top s)^2 + 2\, z^\top \nabla s\, z ) / d$.
+
+    Args:
+        num_projections: number of directions.
+        variance_reduced: whether $(z^\top s)^2$ is replaced by its mean $\| s \|^2$ (their SSM-VR).
+        projections: law of the directions.
+
+    Raises:
+        ValueError: if `num_projections` is below one or `projections` unknown.
+    """
+
+    num_projections: int = 1
+    variance_reduced: bool = True
+    projections: Literal["normal", "rademacher"] = "normal"
+
+    def __post_init__(self) -> None:
+        _checks.at_least(1, num_projections=self.num_projections)
+        _checks.one_of("projections", self.projections, ("normal", "rademacher"))
+
+    def __call__(
+        self, denoiser: Denoiser, key: jax.Array, x: jax.Array, t: ArrayLike, cond: ArrayLike | None = None
+    ) -> jax.Array:
+        """The loss of one point; arguments as those of `DenoisingScoreMatching`."""
+        key_noise, key_probes = jax.random.split(key)
+        scaled_score, jvp = _linearize(denoiser, key_noise, x, t, cond)
+        draw = jax.random.normal if self.projections == "normal" else jax.random.rademacher
+        z = draw(key_probes, (self.num_projections, x.size), x.dtype)
+        curvature = jnp.mean(jnp.sum(z * jax.vmap(jvp)(z), axis=-1))
+        square = jnp.sum(scaled_score**2) if self.variance_reduced else jnp.mean((z @ scaled_score) ** 2)
+        return 1.0 + (square + 2.0 * curvature) / max(1, x.size)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class SecondOrderScoreMatching:
+    r"""Denoising score matching, of the score and of its Jacobian along Rademacher probes.
+
+    $\| \hat\varepsilon - \varepsilon \|^2 / d + \mathrm{strength}\, \| (I + \sigma_t^2 \nabla s) z - \ell\,
+    (\ell^\top z) \|^2 / d$ with $\ell = \varepsilon - \hat\varepsilon$ held constant. Where the score is off, the
+    second target is off by the square of it.
+
+    Args:
+        strength: of the second-order term, positive.
+        num_probes: number of probes, one Jacobian-vector product each.
+
+    Raises:
+        ValueError: if `num_probes` is below one or `strength` not positive.
+    """
+
+    strength: float = 1.0
+    num_probes: int = 1
+
+    def __post_init__(self) -> None:
+        _checks.positive(strength=self.strength)
+        _checks.at_least(1, num_probes=self.num_probes)
+
+    def __call__(
+        self, denoiser: Denoiser, key: jax.Array, x: jax.Array, t: ArrayLike, cond: ArrayLike | None = None
+    ) -> jax.Array:
+        """The loss of one point; arguments as those of `DenoisingScoreMatching`."""
+        key_noise, key_probes = jax.random.split(key)
+        scaled_score, jvp = _linearize(denoiser, key_noise, x, t, cond)
+        eps = jax.random.normal(key_noise, x.shape, x.dtype).reshape(-1)  # the one that `perturb` draws
+        residual = eps + scaled_score
+        z = jax.random.rademacher(key_probes, (self.num_probes, x.size), x.dtype)
+        held = jax.lax.stop_gradient(residual)
+        second = z + jax.vmap(jvp)(z) - (z @ held)[:, None] * held
+        return _mean_square(residual) + self.strength * _mean_square(second)
+
+
+def _error_of_noise(denoiser: Denoiser, x: jax.Array, x0: jax.Array, t: ArrayLike) -> jax.Array:
+    """The error of the noise from that of the clean point, to which it is proportional."""
+    schedule = denoiser.schedule
+    return (jnp.exp(0.5 * schedule.log_snr(t)) * (x0 - x)).astype(x.dtype)
+
+
+def _linearize(
+    denoiser: Denoiser, key: jax.Array, x: jax.Array, t: ArrayLike, cond: ArrayLike | None
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    r"""$\sigma_t s$ at a noisy point, flat, and products with $\sigma_t^2 \nabla s$."""
+    schedule = denoiser.schedule
+    sigma = schedule.sigma(t).astype(x.dtype)
+    x_t = perturb(key, schedule, x, t).astype(x.dtype)
+
+    def scaled_score(flat: jax.Array) -> jax.Array:
+        return -denoiser(flat.reshape(x.shape), t, cond).eps.reshape(-1).astype(x.dtype)
+
+    value, jvp = jax.linearize(scaled_score, x_t.reshape(-1))
+    return value, lambda z: sigma * jvp(z)
+
+
+def _mean_square(values: jax.Array) -> jax.Array:
+    return jnp.sum(values**2) / max(1, values.size)

@@ -7,9 +7,11 @@ so that the data have mean zero in every feature and unit variance over all of t
 per feature: the noise stays isotropic in the units of the data, and features that hardly vary stay quiet.
 
 The arithmetic is NumPy's, in double precision, so that an offset far larger than the spread costs no digits; mean and
-scale are rounded to the network's precision first, since that is what the denoiser will hold. Training itself is in
-`fit` and `steps`.
+scale are rounded to the network's precision first, since that is what the denoiser will hold. Where rows come from is
+the matter of `feed`.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,30 +44,54 @@ def standardize(
             given with a denoiser that has its own.
         TypeError: if the data are not real numbers.
     """
-    data = np.asarray(data)
-    if isinstance(backbone, NetworkDenoiser):
-        if schedule is not None or target is not None:
-            raise ValueError("schedule and target must be left out when a NetworkDenoiser is given: it has its own")
-        check_data(data, backbone.event_shape)
-        denoiser = backbone
-    else:
-        denoiser = NetworkDenoiser(backbone, schedule=schedule, target="edm" if target is None else target)
-        check_data(data, denoiser.event_shape)
-        location = data.mean(axis=0, dtype=np.float64)
-        denoiser = denoiser.with_units(location, np.sqrt(np.mean((data - location) ** 2)))
-    location, scale = np.asarray(denoiser.location, np.float64), float(denoiser.scale)
-    return denoiser, jnp.asarray((data - location) / scale, denoiser.dtype)
-
-
-def check_data(data: np.ndarray, event_shape: tuple[int, ...]) -> None:
-    """Raises unless the data can be trained on: real, finite, of the right shape, with two different rows."""
-    if not (np.issubdtype(data.dtype, np.floating) or np.issubdtype(data.dtype, np.integer)):
-        raise TypeError(f"data must be real numbers; got an array of {data.dtype}")
-    if data.ndim != 1 + len(event_shape) or data.shape[1:] != event_shape:
-        expected = ", ".join(["rows", *map(str, event_shape)])
-        raise ValueError(f"data must have shape ({expected}), after the event_shape of the backbone; got {data.shape}")
+    denoiser = denoiser_of(backbone, schedule, target)
+    data = check_rows("data", data, denoiser.event_shape)
     if len(data) < 2:
         raise ValueError(f"data must have at least 2 rows; got {len(data)}")
-    _checks.finite("data", data, "Drop or impute those rows")
+    check_varies(data)
+    denoiser = denoiser if isinstance(backbone, NetworkDenoiser) else measure_units(denoiser, data)
+    return denoiser, jnp.asarray(apply_units(denoiser, data))
+
+
+def denoiser_of(
+    backbone: nnx.Module | NetworkDenoiser, schedule: Schedule | None, target: str | None
+) -> NetworkDenoiser:
+    """A denoiser as it is, or that of a network."""
+    if not isinstance(backbone, NetworkDenoiser):
+        return NetworkDenoiser(backbone, schedule=schedule, target="edm" if target is None else target)
+    if schedule is not None or target is not None:
+        raise ValueError("schedule and target must be left out when a NetworkDenoiser is given: it has its own")
+    return backbone
+
+
+def measure_units(denoiser: NetworkDenoiser, data: np.ndarray) -> NetworkDenoiser:
+    """The denoiser with the location and scale of these rows."""
+    check_varies(data)
+    location = data.mean(axis=0, dtype=np.float64)
+    return denoiser.with_units(location, np.sqrt(np.mean((data - location) ** 2)))
+
+
+def apply_units(denoiser: NetworkDenoiser, data: np.ndarray) -> np.ndarray:
+    """Rows in the units of the network, in the precision of its weights."""
+    location, scale = np.asarray(denoiser.location, np.float64), float(denoiser.scale)
+    return ((data - location) / scale).astype(denoiser.dtype)
+
+
+def check_rows(name: str, data: Any, event_shape: tuple[int, ...]) -> np.ndarray:
+    """Raises unless the rows can be trained on: real, finite and of the right shape."""
+    data = np.asarray(data)
+    if not (np.issubdtype(data.dtype, np.floating) or np.issubdtype(data.dtype, np.integer)):
+        raise TypeError(f"{name} must be real numbers; got an array of {data.dtype}")
+    if data.ndim != 1 + len(event_shape) or data.shape[1:] != event_shape:
+        expected = ", ".join(["rows", *map(str, event_shape)])
+        raise ValueError(
+            f"{name} must have shape ({expected}), after the event_shape of the backbone; got {data.shape}"
+        )
+    _checks.finite(name, data, "Drop or impute those rows")
+    return data
+
+
+def check_varies(data: np.ndarray) -> None:
+    """Raises if all rows are the same: they have no scale."""
     if (data == data[0]).all():
         raise ValueError(f"data must vary; got {len(data)} rows that are all the same")

@@ -7,8 +7,9 @@ $$\theta_{n+1} = \theta_n + \mathrm{optimiser}\!\left( \nabla_\theta \tfrac1B \s
 
 Since the key of a step depends on its number alone, how steps are grouped into calls changes nothing. The number of
 steps of a call is not compiled in, so that a shorter last call costs nothing. Data are an argument and stay on the
-device; the optimiser and the sizes are static: a second run of the same shapes compiles nothing. Nothing here touches
-the host: checks, the bar and Ctrl-C are in `fit`.
+device; the optimiser and the sizes are static: a second run of the same shapes compiles nothing. On several devices the
+rows of a batch are shared out, and what belongs to no row is on all of them (`mesh`). Nothing here touches the host:
+that is the matter of `loop`, and where data come from that of `feed`.
 """
 
 import functools
@@ -18,13 +19,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from numpyro_diffusion.denoise import NetworkDenoiser
 from numpyro_diffusion.train import ema
-from numpyro_diffusion.train.losses import NoiseLevels, denoising_loss
+from numpyro_diffusion.train.levels import State
+from numpyro_diffusion.train.objective import Objective
 
-HELD_OUT_NOISES = 1024  # noised points in a held-out loss; fewer rows are used several times, under different noises
+HELD_OUT_NOISES = 1024  # least noised points in a held-out loss; fewer rows are used again, under different noises
+
+Rows = tuple[jax.Array, jax.Array | None]  # points and their conditions
 
 
 class TrainState(NamedTuple):
@@ -34,27 +39,35 @@ class TrainState(NamedTuple):
     average: nnx.State  # their moving average
     opt_state: optax.OptState  # state of the optimiser
     step: jax.Array  # steps made, a scalar
+    levels: State = ()  # what the law of the noise levels has learned
 
 
-def init(denoiser: NetworkDenoiser, optimizer: optax.GradientTransformation) -> TrainState:
+def init(
+    denoiser: NetworkDenoiser, optimizer: optax.GradientTransformation, objective: Objective | None = None
+) -> TrainState:
     """The state before the first step, at the denoiser's weights."""
     params = denoiser.params
-    return TrainState(params, params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    levels = (objective or Objective()).start(denoiser)
+    return TrainState(params, params, optimizer.init(params), jnp.zeros((), jnp.int32), levels)
 
 
-@functools.partial(jax.jit, static_argnames=("max_count", "optimizer", "batch_size", "ema_decay", "noise_levels"))
+@functools.partial(
+    jax.jit, static_argnames=("max_count", "optimizer", "batch_size", "ema_decay", "objective", "in_order", "mesh")
+)
 def train_steps(
     state: TrainState,
     denoiser: NetworkDenoiser,
     key: jax.Array,
-    rows: jax.Array,
+    rows: Rows,
     count: ArrayLike,
     *,
     max_count: int,
     optimizer: optax.GradientTransformation,
     batch_size: int,
     ema_decay: float,
-    noise_levels: NoiseLevels,
+    objective: Objective,
+    in_order: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, jax.Array]:
     """Makes `count` gradient steps in one compiled loop.
 
@@ -62,53 +75,81 @@ def train_steps(
         state: where to start.
         denoiser: the denoiser whose weights are trained; unfrozen, in the units of the rows.
         key: random key of the whole run; each step folds in its number.
-        rows: training data on the device, shape (rows, *event_shape).
+        rows: points on the device and their conditions or None: shapes (rows, ...), or (max_count, batch_size, ...).
         count: number of steps, at most `max_count`; another number compiles nothing anew.
         max_count: room for the losses.
         optimizer: the optax optimiser that made `state.opt_state`.
-        batch_size: rows in a minibatch, drawn with replacement.
+        batch_size: rows in a minibatch.
         ema_decay: limit of the moving average's decay.
-        noise_levels: law of the training noise.
+        objective: what is minimised.
+        in_order: whether `rows` are the batches of these steps; else each step draws its own, with replacement.
+        mesh: devices over whose first axis a batch is shared out.
 
     Returns:
         The new state and the loss of each step, shape (max_count,), NaN beyond `count`.
     """
 
-    def batch_loss(params: nnx.State, keys: jax.Array, x: jax.Array) -> jax.Array:
-        trained = denoiser.with_params(params)
-        return jnp.mean(jax.vmap(lambda key, x: denoising_loss(trained, key, x, noise_levels))(keys, x))
+    def batch_loss(params: nnx.State, key: jax.Array, batch: Rows, levels: State) -> tuple[jax.Array, State]:
+        losses, levels = objective(denoiser.with_params(params), key, *batch, levels)
+        return jnp.mean(_share_out(losses, mesh)), levels
 
     def step(i: jax.Array, carry: tuple[TrainState, jax.Array]) -> tuple[TrainState, jax.Array]:
         state, losses = carry
         key_rows, key_noise = jax.random.split(jax.random.fold_in(key, state.step))
-        x = rows[jax.random.randint(key_rows, (batch_size,), 0, len(rows))]
-        loss, gradient = jax.value_and_grad(batch_loss)(state.params, jax.random.split(key_noise, batch_size), x)
+        index = i if in_order else jax.random.randint(key_rows, (batch_size,), 0, len(rows[0]))
+        batch = _share_out(jax.tree.map(lambda leaf: leaf[index], rows), mesh)
+        value_and_grad = jax.value_and_grad(batch_loss, has_aux=True)
+        (loss, levels), gradient = value_and_grad(state.params, key_noise, batch, state.levels)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = ema.update(state.average, params, state.step, ema_decay)
-        return TrainState(params, average, opt_state, state.step + 1), losses.at[i].set(loss)
+        return TrainState(params, average, opt_state, state.step + 1, levels), losses.at[i].set(loss)
 
     return jax.lax.fori_loop(0, count, step, (state, jnp.full(max_count, jnp.nan, denoiser.dtype)))
 
 
-@functools.partial(jax.jit, static_argnames=("batch_size", "noise_levels"))
+@functools.partial(jax.jit, static_argnames=("batch_size", "objective", "mesh"))
 def held_out_loss(
-    denoiser: NetworkDenoiser, key: jax.Array, rows: jax.Array, *, batch_size: int, noise_levels: NoiseLevels
+    denoiser: NetworkDenoiser,
+    key: jax.Array,
+    rows: Rows,
+    *,
+    batch_size: int,
+    objective: Objective,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
-    """The mean loss on held-out rows, under noises that depend on the key alone.
+    """The mean loss on held-out rows, under levels and noises that depend on the key alone.
+
+    The levels are drawn as if the data were Gaussian, whatever law the training uses and has learned, so that held-out
+    losses of one loss and weighting compare.
 
     Args:
         denoiser: the denoiser, in the units of the rows.
         key: random key; the same key gives the same noises.
-        rows: held-out data, shape (rows, *event_shape); all are used equally often, within one.
+        rows: held-out points, shape (rows, *event_shape), and their conditions; all are used equally often, within one.
         batch_size: rows evaluated at once.
-        noise_levels: law of the noise.
+        objective: what is measured.
+        mesh: devices over whose first axis a batch is shared out.
 
     Returns:
         A scalar.
     """
-    num_batches = -(-HELD_OUT_NOISES // batch_size)
-    x = rows[jnp.arange(num_batches * batch_size) % len(rows)].reshape(num_batches, batch_size, *rows.shape[1:])
-    keys = jax.random.split(key, (num_batches, batch_size))
-    loss = jax.vmap(lambda key, x: denoising_loss(denoiser, key, x, noise_levels))
-    return jnp.mean(jax.lax.map(lambda batch: loss(*batch), (keys, x)))
+    count = len(rows[0])
+    num_batches = -(-max(HELD_OUT_NOISES, count) // batch_size)
+    index = (jnp.arange(num_batches * batch_size) % count).reshape(num_batches, batch_size)
+    objective = objective.held_out()
+    levels = objective.start(denoiser)
+
+    def loss(keyed: tuple[jax.Array, jax.Array]) -> jax.Array:
+        key, index = keyed
+        batch = _share_out(jax.tree.map(lambda leaf: leaf[index], rows), mesh)
+        return _share_out(objective(denoiser, key, *batch, levels)[0], mesh)
+
+    return jnp.mean(jax.lax.map(loss, (jax.random.split(key, num_batches), index)))
+
+
+def _share_out(batch: Rows | jax.Array, mesh: Mesh | None) -> Rows | jax.Array:
+    """The rows of a batch, divided among the devices of a mesh's first axis."""
+    if mesh is None:
+        return batch
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))

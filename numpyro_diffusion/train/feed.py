@@ -1,0 +1,234 @@
+r"""Where batches come from: rows on the device, or a stream of batches that never is in memory at once.
+
+Rows are standardised once and stay on the device; a step draws its own from them, with replacement. A stream is any
+iterable of batches: a call takes the next ones, standardises them on the host and puts them on the device. Its
+location and scale are those of the batches of the first call. An iterable that can be walked again, such as a data
+loader, is; an iterator is used up, and then training ends.
+
+$$u = \frac{x - m}{c} \quad \text{(see `standardize`)}$$
+
+Every batch is checked as rows are. What is done with a batch is the matter of `steps`.
+"""
+
+import hashlib
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from numpyro_diffusion import _checks
+from numpyro_diffusion.denoise import NetworkDenoiser
+from numpyro_diffusion.noise import Schedule
+from numpyro_diffusion.train.standardize import apply_units, check_rows, denoiser_of, measure_units, standardize
+from numpyro_diffusion.train.steps import HELD_OUT_NOISES, Rows
+
+
+class Feed(Protocol):
+    """Where the batches of a call come from.
+
+    Attributes:
+        in_order: whether the rows of a call are its batches.
+        conditional: whether there are conditions.
+        digest: a hash of the data, or of the first batches of a stream.
+    """
+
+    in_order: bool
+    conditional: bool
+    digest: str
+
+    def take(self, count: int) -> tuple[Rows, int]:
+        """Rows for at most `count` steps, and for how many."""
+
+    def skip(self, count: int) -> None:
+        """Leaves out the batches of the first `count` steps, which a run that is resumed has seen."""
+
+
+class Resident:
+    """Rows that stay on the device.
+
+    Args:
+        rows: standardised points, (rows, *event_shape), and their conditions or None.
+        mesh: devices that each get a copy.
+    """
+
+    in_order = False
+
+    def __init__(self, rows: Rows, mesh: Mesh | None) -> None:
+        self.digest, self.conditional = digest(rows), rows[1] is not None
+        self._rows = _place(rows, mesh, PartitionSpec())
+
+    def take(self, count: int) -> tuple[Rows, int]:
+        return self._rows, count
+
+    def skip(self, count: int) -> None:
+        pass
+
+
+class Stream:
+    """Batches from an iterable, in its order.
+
+    Args:
+        batches: arrays (batch_size, *event_shape), or pairs of such and conditions (batch_size, *cond_shape).
+        denoiser: the model, whose units are measured unless they are `given`.
+        given: whether the denoiser has its units already.
+        batch_size: rows that each batch must have.
+        steps_per_call: batches of a full call.
+        mesh: devices over whose first axis a batch is shared out.
+
+    Raises:
+        TypeError: if a batch is not of real numbers.
+        ValueError: if a batch is not finite or of the wrong shape, or there is none.
+    """
+
+    in_order = True
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        denoiser: NetworkDenoiser,
+        given: bool,
+        batch_size: int,
+        steps_per_call: int,
+        mesh: Mesh | None,
+    ) -> None:
+        self._source, self._batches = batches, iter(batches)
+        self._event_shape, self._batch_size, self._mesh = denoiser.event_shape, batch_size, mesh
+        self._room, self._read = steps_per_call, 0
+        first = list(itertools.islice(self._walk(), steps_per_call))
+        if not first:
+            raise ValueError("data must have at least one batch; got an iterable of none")
+        self.denoiser = denoiser if given else measure_units(denoiser, np.concatenate([x for x, _ in first]))
+        self.digest, self.conditional = digest(first), first[0][1] is not None
+        self._rest = itertools.chain(first, self._walk())
+
+    def _walk(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Checked batches, from the start again where that is possible."""
+        while True:
+            before = self._read
+            for batch in self._batches:
+                checked = self._check(batch)
+                self._read += 1
+                yield checked
+            self._batches = iter(self._source)
+            if self._batches is self._source or self._read == before:
+                return
+
+    def _check(self, batch: Any) -> tuple[np.ndarray, np.ndarray | None]:
+        x, cond = batch if isinstance(batch, tuple) else (batch, None)
+        name = f"batch {self._read} of data"
+        x = check_rows(name, x, self._event_shape)
+        if len(x) != self._batch_size:
+            raise ValueError(
+                f"{name} must have batch_size={self._batch_size} rows; got {len(x)}. Leave out an incomplete last one"
+            )
+        return x, None if cond is None else check_cond(f"the condition of {name}", cond, len(x))
+
+    def take(self, count: int) -> tuple[Rows, int]:
+        batches = list(itertools.islice(self._rest, count))
+        if len(batches) < count:
+            warnings.warn(f"data ended after {self._read} batches, and training with it", stacklevel=2)
+        if not batches:
+            return None, 0
+        points = [apply_units(self.denoiser, x) for x, _ in batches]
+        conds = [cond for _, cond in batches if cond is not None]
+        rows = _padded(points, self._room), _padded(conds, self._room) if conds else None
+        axes = self._mesh.axis_names[:1] if self._mesh else ()
+        return _place(rows, self._mesh, PartitionSpec(None, *axes)), len(batches)
+
+    def skip(self, count: int) -> None:
+        next(itertools.islice(self._rest, count, count), None)
+
+
+class Data(NamedTuple):
+    """What is trained and on what."""
+
+    denoiser: NetworkDenoiser  # before training, in the units of the data
+    source: Feed  # of batches
+    held_out: Rows | None  # standardised points and conditions that are not trained on
+
+
+def open_data(
+    key: jax.Array,
+    backbone: nnx.Module | NetworkDenoiser,
+    data: Any,
+    cond: Any,
+    held_out: Any,
+    fraction: float,
+    *,
+    schedule: Schedule | None,
+    target: str | None,
+    batch_size: int,
+    steps_per_call: int,
+    mesh: Mesh | None,
+) -> Data:
+    """Puts a backbone into the units of its data, and decides what is held out; arguments are those of `fit`."""
+    if is_stream(data):
+        if cond is not None:
+            raise ValueError("cond must come with the batches of a stream: let data give pairs (batch, cond)")
+        given, denoiser = isinstance(backbone, NetworkDenoiser), denoiser_of(backbone, schedule, target)
+        source = Stream(data, denoiser, given, batch_size, steps_per_call, mesh)
+        denoiser, rest = source.denoiser, None
+    else:
+        denoiser, x = standardize(backbone, data, schedule, target)
+        rows = x, None if cond is None else jnp.asarray(check_cond("cond", cond, len(x)))
+        rows, rest = split_rows(key, rows, fraction if held_out is None else 0.0)
+        source = Resident(rows, mesh)
+    if held_out is not None:
+        x, given_cond = held_out if isinstance(held_out, tuple) else (held_out, None)
+        x = check_rows("held_out", x, denoiser.event_shape)
+        given_cond = (
+            None if given_cond is None else jnp.asarray(check_cond("the condition of held_out", given_cond, len(x)))
+        )
+        rest = jnp.asarray(apply_units(denoiser, x)), given_cond
+    return Data(denoiser, source, rest if rest is None else _place(rest, mesh, PartitionSpec()))
+
+
+def split_rows(key: jax.Array, rows: Rows, fraction: float) -> tuple[Rows, Rows | None]:
+    """Training and held-out rows: at least one of each unless nothing is held out, and no more than are used."""
+    num_rows = len(rows[0])
+    if fraction == 0.0:
+        return rows, None
+    count = min(max(1, round(fraction * num_rows)), num_rows - 1, HELD_OUT_NOISES)
+    order = jax.random.permutation(key, num_rows)
+    train, held_out = order[count:], order[:count]
+    return jax.tree.map(lambda leaf: leaf[train], rows), jax.tree.map(lambda leaf: leaf[held_out], rows)
+
+
+def is_stream(data: Any) -> bool:
+    """Whether these are batches to be walked: an iterable that is neither an array nor a list of numbers."""
+    return isinstance(data, Iterable) and not (hasattr(data, "__array__") or isinstance(data, list | tuple))
+
+
+def check_cond(name: str, cond: Any, num_rows: int) -> np.ndarray:
+    """Raises unless there is one finite condition for each row."""
+    cond = np.asarray(cond)
+    if cond.ndim == 0 or len(cond) != num_rows:
+        raise ValueError(f"{name} must have one entry for each of the {num_rows} rows; got shape {cond.shape}")
+    _checks.finite(name, cond, "Drop or impute those rows")
+    return cond
+
+
+def digest(arrays: Any) -> str:
+    """A hash of the values of some arrays."""
+    found = hashlib.sha256()
+    for leaf in map(np.asarray, jax.tree.leaves(arrays)):
+        found.update(f"{leaf.dtype} {leaf.shape}".encode())
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()
+
+
+def _padded(batches: list[np.ndarray], room: int) -> np.ndarray:
+    """Batches in one array with room for more, so that a shorter call has the shape of the others."""
+    return np.concatenate([np.stack(batches), np.zeros((room - len(batches), *batches[0].shape), batches[0].dtype)])
+
+
+def _place(rows: Any, mesh: Mesh | None, spec: PartitionSpec) -> Any:
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, rows)
+    return jax.device_put(rows, NamedSharding(mesh, spec))

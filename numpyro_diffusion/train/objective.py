@@ -1,0 +1,141 @@
+r"""What a step of training minimises: a loss, where it is taken, and what it counts there.
+
+A batch of rows draws its levels together, $\lambda_b \sim p$, and is worth
+
+$$\frac1B \sum_b \frac{w(\lambda_b)}{p(\lambda_b)}\, L(\theta; x_b, t(\lambda_b)), \qquad
+E = \int w(\lambda)\, E\, L(\theta; x, t(\lambda))\, \mathrm{d}\lambda = 2 \mathcal L_w / d,$$
+
+with $L$ of `losses`, $w$ of `weighting` and $p$ of `levels`: three choices that have nothing to do with each other.
+With the defaults, the EDM weighting at log-normal levels, $w / p = 1 + e^{-\lambda}$, and data that are an isotropic
+Gaussian have the loss one in any units.
+
+A model with a condition $y$ learns its unconditional sibling on the way if the condition is withheld from some rows,
+which is what classifier-free guidance needs.
+
+References:
+    Ho and Salimans, Classifier-free diffusion guidance, 2022, https://arxiv.org/abs/2207.12598.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from numpyro_diffusion.denoise import Denoiser
+from numpyro_diffusion.nn.condition import Condition
+from numpyro_diffusion.noise import Scaled
+from numpyro_diffusion.train.adaptive import Adaptive
+from numpyro_diffusion.train.levels import LogNormal, LowDiscrepancy, NoiseLaw, State, check_noise_law
+from numpyro_diffusion.train.losses import DenoisingScoreMatching, Loss
+from numpyro_diffusion.train.weighting import EDM, Weighting, check_weighting
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Objective:
+    """A loss under a weighting, estimated at levels drawn from a law.
+
+    Args:
+        loss: function `loss(denoiser, key, x, t, cond)` of one point.
+        weighting: what each log-SNR counts.
+        noise_levels: where levels are drawn.
+        cond_dropout: probability that a row's condition is withheld.
+
+    Raises:
+        TypeError: if one of them is of another kind.
+        ValueError: if `cond_dropout` is not in [0, 1).
+    """
+
+    loss: Loss = field(default_factory=DenoisingScoreMatching)
+    weighting: Weighting = field(default_factory=EDM)
+    noise_levels: NoiseLaw = field(default_factory=LogNormal)
+    cond_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not callable(self.loss):
+            raise TypeError(f"loss must be a function (denoiser, key, x, t, cond) of one point; got {self.loss!r}")
+        check_weighting(self.weighting)
+        check_noise_law(self.noise_levels)
+        if not 0.0 <= self.cond_dropout < 1.0:
+            raise ValueError(f"cond_dropout must lie in [0, 1); got {self.cond_dropout}")
+
+    def start(self, denoiser: Denoiser) -> State:
+        """What the law of the levels knows before the first batch."""
+        return self.noise_levels.start(_standardised(denoiser), self.weighting)
+
+    def __call__(
+        self, denoiser: Denoiser, key: jax.Array, x: jax.Array, cond: ArrayLike | None, state: State
+    ) -> tuple[jax.Array, State]:
+        """The losses of a batch.
+
+        Args:
+            denoiser: any denoiser; its `scale` sets the unit.
+            key: random key, for levels, noises and withheld conditions.
+            x: clean points, shape (batch, *event_shape).
+            cond: their conditions, (batch, *cond_shape), or None.
+            state: what the law of the levels knows.
+
+        Returns:
+            Weighted losses, shape (batch,), and what the law knows after them.
+        """
+        key_levels, key_noise, key_cond = jax.random.split(key, 3)
+        schedule = _standardised(denoiser)
+        log_snr = self.noise_levels.sample(key_levels, len(x), schedule, state)
+        t = jnp.clip(schedule.inverse_log_snr(log_snr), schedule.t_min, schedule.t_max)
+        keys, cond = jax.random.split(key_noise, len(x)), self._withhold(key_cond, cond)
+        losses = jax.vmap(self.loss, in_axes=(None, 0, 0, 0, 0))(denoiser, keys, x, t, cond)
+        log_weight = self.weighting.log_weight(log_snr)
+        ratio = jnp.exp(log_weight - self.noise_levels.log_density(log_snr, schedule, state))
+        values = jnp.exp(log_weight) * jax.lax.stop_gradient(losses)
+        return ratio.astype(x.dtype) * losses, self.noise_levels.update(state, log_snr, values, schedule)
+
+    def held_out(self) -> "Objective":
+        """The same objective at levels that no training moves, spread evenly, with all conditions present."""
+        return Objective(self.loss, self.weighting, LowDiscrepancy(Adaptive(power=0.0)))
+
+    def _withhold(self, key: jax.Array, cond: ArrayLike | None) -> ArrayLike | Condition | None:
+        if cond is None or self.cond_dropout == 0.0:
+            return cond
+        return Condition(cond, jax.random.bernoulli(key, 1.0 - self.cond_dropout, (len(cond),)))
+
+
+def denoising_loss(
+    denoiser: Denoiser,
+    key: jax.Array,
+    x: jax.Array,
+    noise_levels: NoiseLaw | None = None,
+    weighting: Weighting | None = None,
+    cond: ArrayLike | None = None,
+) -> jax.Array:
+    r"""The denoising loss of one point, one noise level and one noise.
+
+    $(w / p)(\lambda)\, \| \hat\varepsilon(x_t, t) - \varepsilon \|^2 / d$ with $\lambda \sim p$. The loss of an exact
+    denoiser is the floor that a trained one is compared with.
+
+    Args:
+        denoiser: any denoiser; its `scale` sets the unit of the levels.
+        key: random key, for the level and the noise.
+        x: clean point of the denoiser's event shape, in the units of the data.
+        noise_levels: law of the noise level; `LogNormal()` by default.
+        weighting: what each log-SNR counts; `EDM()` by default.
+        cond: what a conditional denoiser is conditioned on.
+
+    Returns:
+        A scalar; per dimension, so that events of different sizes compare.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_diffusion.denoise import Gaussian
+        >>> from numpyro_diffusion.train import denoising_loss
+        >>> bool(denoising_loss(Gaussian(jnp.zeros(2)), jax.random.key(0), jnp.ones(2)) > 0)
+        True
+    """
+    objective = Objective(noise_levels=noise_levels or LogNormal(), weighting=weighting or EDM())
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (x, cond))
+    return objective(denoiser, key, *batch, objective.start(denoiser))[0][0]
+
+
+def _standardised(denoiser: Denoiser) -> Scaled:
+    """The schedule in units of the data's standard deviation, in which levels and weights are told."""
+    return Scaled(denoiser.schedule, 1.0 / denoiser.scale)

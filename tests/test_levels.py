@@ -1,0 +1,211 @@
+"""Laws of the noise level: density and draws agree, the weighted loss keeps its value, and the adaptive one learns."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from numpyro_diffusion import noise
+from numpyro_diffusion.train import weighting
+from numpyro_diffusion.train.adaptive import Adaptive, AdaptiveState
+from numpyro_diffusion.train.levels import (
+    LogitNormal,
+    LogNormal,
+    LowDiscrepancy,
+    Uniform,
+    check_noise_law,
+    log_snr_range,
+)
+
+SCHEDULE, COUNT = noise.VP(), 20_000
+LOW, HIGH = (float(end) for end in log_snr_range(SCHEDULE))
+EDM = weighting.EDM()
+
+
+def bumpy(log_snr):
+    """An integrand of varied size, positive."""
+    return EDM(log_snr) * jax.nn.sigmoid(log_snr) * (0.2 + jnp.sin(log_snr) ** 2)
+
+
+def taught(law, steps=200):
+    """The state of a law after batches of the bumpy integrand, and the levels of the last one."""
+    state = law.start(SCHEDULE, EDM)
+
+    def step(state, key):
+        log_snr = law.sample(key, 256, SCHEDULE, state)
+        return law.update(state, log_snr, bumpy(log_snr), SCHEDULE), None
+
+    return jax.jit(lambda state: jax.lax.scan(step, state, jax.random.split(jax.random.key(3), steps))[0])(state)
+
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+LAWS = {
+    "LogNormal": (LogNormal(), ()),
+    "LogitNormal": (LogitNormal(), ()),
+    "Uniform": (Uniform(), ()),
+    "LowDiscrepancy": (LowDiscrepancy(), ()),
+    "Adaptive": (Adaptive(power=1.0), taught(Adaptive(power=1.0))),
+    "even Adaptive": (LowDiscrepancy(Adaptive()), taught(LowDiscrepancy(Adaptive()))),
+}
+each_law = pytest.mark.parametrize("name", LAWS)
+
+
+def integral(values, grid):
+    return float(np.trapezoid(np.asarray(values, np.float64), np.asarray(grid, np.float64)))
+
+
+@each_law
+def test_density_is_that_of_the_quantiles(name):
+    law, state = LAWS[name]
+    # a share u of the law lies between the first quantile and this one
+    u = jnp.linspace(0.02, 0.98, 25)
+    found = np.asarray(law.quantile(u, SCHEDULE, state))
+    for i in (0, 8, 16):
+        grid = jnp.linspace(found[i], found[i + 8], 20_001)
+        mass = integral(jnp.exp(law.log_density(grid, SCHEDULE, state)), grid)
+        assert abs(mass) == pytest.approx(float(u[i + 8] - u[i]), rel=2e-3)  # grid spacing at the edges of bins
+
+
+@each_law
+def test_draws_stay_in_the_range_and_have_their_quantiles(name):
+    law, state = LAWS[name]
+    draws = np.asarray(law.sample(jax.random.key(0), COUNT, SCHEDULE, state))
+    assert draws.shape == (COUNT,) and draws.min() >= LOW and draws.max() <= HIGH
+    for u in (0.1, 0.5, 0.8):
+        below = float(law.quantile(jnp.array([u]), SCHEDULE, state)[0])
+        share = (draws < below).mean()
+        share = min(share, 1.0 - share, key=lambda value: abs(value - u))  # some quantiles run from noise to clean
+        assert abs(share - u) < 4.0 * math.sqrt(u * (1.0 - u) / COUNT) + 1e-6
+
+
+@each_law
+def test_importance_weights_keep_the_value_of_the_integral(name):
+    law, state = LAWS[name]
+    draws = law.sample(jax.random.key(1), COUNT, SCHEDULE, state)
+    values = np.asarray(bumpy(draws) * jnp.exp(-law.log_density(draws, SCHEDULE, state)))
+    grid = jnp.linspace(LOW, HIGH, 4001)
+    # log-normal draws beyond the range of VP, 1e-4 of them, are moved to its ends
+    assert abs(values.mean() - integral(bumpy(grid), grid)) < 4.0 * values.std() / math.sqrt(COUNT) + 2e-4
+
+
+def test_log_normal_levels_in_units_of_the_data():
+    schedule, scale = noise.Scaled(noise.VP(), 3.0), 3.0
+    standardised = noise.Scaled(schedule, 1.0 / scale)
+    log_snr = LogNormal(-0.7, 0.9).sample(jax.random.key(0), COUNT, standardised)
+    log_level = np.log(np.asarray(schedule.noise_level(standardised.inverse_log_snr(log_snr))) / scale)
+    assert abs(log_level.mean() + 0.7) < 4.0 * 0.9 / math.sqrt(COUNT)
+    assert abs(log_level.std() - 0.9) < 4.0 * 0.9 / math.sqrt(2 * COUNT)
+
+
+def test_log_normal_levels_are_clipped():
+    narrow = noise.VE(sigma_min=0.5, sigma_max=2.0)
+    draws = LogNormal(0.0, 3.0).sample(jax.random.key(0), 500, narrow)
+    low, high = log_snr_range(narrow)
+    assert draws.min() == low and draws.max() == high
+
+
+def test_logit_normal_levels_are_logit_normal_times_of_the_straight_path():
+    draws = LogitNormal(0.4, 0.7).sample(jax.random.key(0), COUNT, noise.Rectified())
+    t = np.asarray(noise.Rectified().inverse_log_snr(draws))
+    logit = np.log(t / (1.0 - t))
+    assert abs(logit.mean() - 0.4) < 4.0 * 0.7 / math.sqrt(COUNT)
+    assert abs(logit.std() - 0.7) < 4.0 * 0.7 / math.sqrt(2 * COUNT)
+
+
+def test_uniform_times_are_uniform():
+    t = np.asarray(SCHEDULE.inverse_log_snr(Uniform().sample(jax.random.key(0), COUNT, SCHEDULE)))
+    assert abs(t.mean() - 0.5) < 4.0 / math.sqrt(12 * COUNT)
+    assert abs((t**2).mean() - 1 / 3) < 4.0 * math.sqrt(4 / 45 / COUNT)
+
+
+def test_low_discrepancy_leaves_no_gap_and_has_less_variance():
+    draws = LowDiscrepancy().sample(jax.random.key(0), 64, SCHEDULE)
+    t = np.sort(np.asarray(SCHEDULE.inverse_log_snr(draws)))
+    np.testing.assert_allclose(np.diff(t), (SCHEDULE.t_max - SCHEDULE.t_min) / 64, rtol=0.02)
+
+    def spread(law):
+        def mean(key):
+            draws = law.sample(key, 64, SCHEDULE)
+            return jnp.mean(bumpy(draws) * jnp.exp(-law.log_density(draws, SCHEDULE)))
+
+        return float(jnp.std(jax.vmap(mean)(jax.random.split(jax.random.key(1), 500))))
+
+    assert spread(LowDiscrepancy(LogNormal())) < 0.3 * spread(LogNormal())
+
+
+def test_adaptive_starts_as_the_best_law_for_a_gaussian():
+    # under the EDM weighting that is the log-normal, but for the uniform share
+    law = Adaptive(num_bins=256, floor=1e-6)
+    edges = law.edges(SCHEDULE)
+    centres = 0.5 * (edges[1:] + edges[:-1])
+    state = law.start(SCHEDULE, EDM)
+    density = law.log_density(centres, SCHEDULE, state)
+    np.testing.assert_allclose(density, LogNormal().log_density(centres, SCHEDULE), atol=2e-3)
+
+
+def test_adaptive_learns_the_best_law():
+    # a constant ratio in each of four bins, so that the optimum is a histogram
+    law, truth = Adaptive(num_bins=4, decay=0.95, floor=0.1, power=1.0), jnp.array([1.0, 0.3, 2.0, 0.1])
+    start = AdaptiveState(jnp.zeros(4), jnp.ones(4))
+
+    def step(state, key):
+        log_snr = law.sample(key, 64, SCHEDULE, state)
+        k = jnp.clip(((log_snr - LOW) / (HIGH - LOW) * 4).astype(int), 0, 3)
+        return law.update(state, log_snr, truth[k], SCHEDULE), None
+
+    state = jax.lax.scan(step, start, jax.random.split(jax.random.key(0), 200))[0]
+    np.testing.assert_allclose(state.moments, truth**2, rtol=1e-3)
+    np.testing.assert_allclose(law.masses(state), 0.9 * truth / truth.sum() + 0.1 / 4, rtol=1e-3)
+    half = Adaptive(num_bins=4, floor=0.1, power=0.5)
+    np.testing.assert_allclose(half.masses(state), 0.9 * truth**0.5 / (truth**0.5).sum() + 0.1 / 4, rtol=1e-3)
+
+
+def test_adaptive_lowers_the_variance_of_the_loss():
+    law, state = LAWS["Adaptive"]
+
+    def spread(state):
+        draws = law.sample(jax.random.key(2), COUNT, SCHEDULE, state)
+        return float(jnp.std(bumpy(draws) * jnp.exp(-law.log_density(draws, SCHEDULE, state))))
+
+    assert spread(state) < 0.5 * spread(law.start(SCHEDULE, EDM))
+
+
+def test_update_touches_the_bins_of_the_batch_alone():
+    law = Adaptive(num_bins=8, decay=0.9)
+    state = law.start(SCHEDULE, EDM)
+    edges = law.edges(SCHEDULE)
+    log_snr = jnp.array([edges[2] + 0.1, edges[2] + 0.2, edges[5] + 0.1])
+    moved = law.update(state, log_snr, 2.0 * jnp.exp(state.log_scale[jnp.array([2, 2, 5])]), SCHEDULE)
+    expected = np.ones(8)
+    expected[2], expected[5] = 1.0 + (1.0 - 0.9**2) * 3.0, 1.0 + (1.0 - 0.9) * 3.0
+    np.testing.assert_allclose(moved.moments, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "make"),
+    [
+        (ValueError, "std must be positive and finite; got 0.0", lambda: LogNormal(std=0.0)),
+        (ValueError, "mean must be finite", lambda: LogNormal(mean=math.nan)),
+        (ValueError, "num_bins must be at least 1; got 0", lambda: Adaptive(num_bins=0)),
+        (ValueError, r"floor must lie in \[0, 1\]; got 1.5", lambda: Adaptive(floor=1.5)),
+        (ValueError, "floor must be positive and finite; got 0.0", lambda: Adaptive(floor=0.0)),
+        (ValueError, r"power must lie in \[0, 1\]; got -1", lambda: Adaptive(power=-1)),
+        (ValueError, "1 must exceed decay=1.0; got 1.0", lambda: Adaptive(decay=1.0)),
+        (
+            TypeError,
+            r"noise_levels must be a train.levels.NoiseLaw such as LogNormal\(\); got 3",
+            lambda: check_noise_law(3),
+        ),
+        (
+            TypeError,
+            "noise_levels must be a train.levels.NoiseLaw .*; got 'uniform'",
+            lambda: LowDiscrepancy("uniform"),
+        ),
+    ],
+)
+def test_mistakes_are_named(error, message, make):
+    with pytest.raises(error, match=message):
+        make()
