@@ -27,7 +27,7 @@ class DiffusionGibbsState(NamedTuple):
     Args:
         z: current values by site, in each block's own coordinates.
         gibbs_state: state of NumPyro's `Gibbs`; its `block_states` are those of the x-kernel and the rest-kernel.
-        accept_prob: acceptance probability of the x-kernel's last step.
+        accept_prob: acceptance probability of the x-kernel's last step, NaN if it has none.
         noise_level: noise-to-signal ratio of the x-kernel's last step, NaN if it has none.
         num_score_evals: denoiser evaluations of the x-kernel's last step, per point.
         diverging: whether the last step of either block diverged.
@@ -111,11 +111,12 @@ class DiffusionGibbs(DiffusionKernel):
 
     def _report(self, gibbs_state: Any) -> DiffusionGibbsState:
         x_state, rest_state = gibbs_state.block_states
+        missing = jnp.full((), jnp.nan)
         return DiffusionGibbsState(
             z=gibbs_state.z,
             gibbs_state=gibbs_state,
-            accept_prob=x_state.accept_prob,
-            noise_level=getattr(x_state, "noise_level", jnp.full_like(x_state.accept_prob, jnp.nan)),
+            accept_prob=getattr(x_state, "accept_prob", missing),
+            noise_level=getattr(x_state, "noise_level", missing),
             num_score_evals=x_state.num_score_evals,
             diverging=x_state.diverging | getattr(rest_state, "diverging", False),
             rng_key=gibbs_state.rng_key,

@@ -119,6 +119,7 @@ def solve(
     key: jax.Array | None = None,
     start: ArrayLike = 0,
     cond: jax.Array | None = None,
+    times: jax.Array | None = None,
 ) -> jax.Array:
     """Walks one point from the `start`-th time of the solver's grid down to a clean point.
 
@@ -130,11 +131,13 @@ def solve(
         start: index into the grid. The default walks the whole grid and can be differentiated in reverse mode at the
             memory cost of one point per step. A traced index runs only the steps that are left.
         cond: what a conditional denoiser is conditioned on.
+        times: decreasing times to visit, down to where the posterior mean is taken; None takes the solver's grid.
 
     Returns:
         The clean point.
     """
-    times = solver.times(denoiser)
+    times = solver.times(denoiser) if times is None else times
+    num_steps = len(times) - 1
 
     def step(k: ArrayLike, carry: tuple[jax.Array, Memory]) -> tuple[jax.Array, Memory]:
         x_t, memory = carry
@@ -145,9 +148,9 @@ def solve(
     carry = x_t, solver.remember(denoiser, x_t)
     if isinstance(start, int) and start == 0:
         body = jax.checkpoint(lambda carry, k: (step(k, carry), None))
-        (x_t, _), _ = jax.lax.scan(body, carry, jnp.arange(solver.num_steps - 1))
+        (x_t, _), _ = jax.lax.scan(body, carry, jnp.arange(num_steps))
     else:
-        x_t, _ = jax.lax.fori_loop(start, solver.num_steps - 1, step, carry)
+        x_t, _ = jax.lax.fori_loop(start, num_steps, step, carry)
     return denoiser(x_t, times[-1], cond).x0
 
 
