@@ -97,3 +97,9 @@ def test_what_is_no_base_schedule(schedule):
 def test_no_level_in_common():
     with pytest.raises(ValueError, match="no noise level in common"):
         reschedule(mixture(VE(0.1, 1.0)), VE(2.0, 5.0))
+
+
+def test_it_can_be_made_inside_jit(x64):
+    inside = jax.jit(lambda law, x_t: reschedule(law, Rectified())(x_t, 0.4).x0)
+    x_t = jnp.array([0.7, -1.3])
+    np.testing.assert_allclose(inside(mixture(VE()), x_t), mixture(Rectified())(x_t, 0.4).x0, rtol=1e-7)

@@ -94,7 +94,8 @@ def reschedule(denoiser: Denoiser, schedule: Schedule) -> Rescheduled:
         raise TypeError(f"schedule must be a noise.Schedule, not Scaled; got {type(schedule).__name__}")
     known = denoiser.schedule
     known, scale = (known.base, known.scale) if isinstance(known, Scaled) else (known, None)
-    schedule = _cut(schedule, float(known.noise_level(known.t_min)), float(known.noise_level(known.t_max)))
+    with jax.ensure_compile_time_eval():  # schedules are plain numbers, also inside jit
+        schedule = _cut(schedule, float(known.noise_level(known.t_min)), float(known.noise_level(known.t_max)))
     return Rescheduled(denoiser, schedule if scale is None else Scaled(schedule, scale))
 
 

@@ -1,7 +1,11 @@
 r"""Predictor and corrector: any solver moves the point down, Langevin steps then settle it at its new level.
 
 The predictor errs in the law of the point; the corrector leaves $p_s$ in place up to its own step and forgets part of
-that error. Whether this is worth its evaluations is a question of the law: `benchmarks/solvers.py` has figures.
+that error. Its own error does not vanish with the number of levels $n$ where it forgets fast: for data of variance $V$
+the variance at level $\lambda$ is too large by the factor $1 + r^2 \lambda^2 / (V + \lambda^2)$. But it forgets ever
+more slowly, and from $r^2 \lambda^2$ about $V / n$ on the predictor is left to itself: what remains is of order one in
+the step, and of the other sign than the error of `Ancestral`, so that at some $n$ the two cancel. Whether this is worth
+its evaluations is a question of the law: `benchmarks/solvers.py` has figures.
 
 References:
     Song et al., Score-based generative modeling through stochastic differential equations, 2021, algorithm 1,

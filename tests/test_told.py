@@ -1,0 +1,87 @@
+"""A condition reaches the denoiser through every solver and density: being told a mean is as good as knowing it."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_unet import awake
+
+from numpyro_diffusion.denoise import Gaussian, NetworkDenoiser, covariance, reschedule
+from numpyro_diffusion.density import elbo, elbo_gap, importance_weighted_bound, learn_variances, log_prob
+from numpyro_diffusion.nn import MLP, Condition
+from numpyro_diffusion.noise import VE, VP, Schedule
+from numpyro_diffusion.solve import (
+    AdamFlow,
+    AdaptiveFlow,
+    Ancestral,
+    DPMSolverPP,
+    EulerMaruyama,
+    ExponentialEuler,
+    Heun,
+    PredictorCorrector,
+    StochasticHeun,
+    sample,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Told:
+    """N(mean, 1) in two dimensions, its mean known or told by the condition; without either there is no answer."""
+
+    mean: jax.Array | None
+    schedule: Schedule = VE(0.05, 20.0)
+
+    event_shape, location, scale = (2,), 0.0, 1.0
+
+    def __call__(self, x_t, t, cond=None):
+        assert (cond is None) != (self.mean is None), "the condition was lost"
+        return Gaussian(cond if self.mean is None else self.mean, 1.0, self.schedule)(x_t, t)
+
+
+COND, X, KEY = jnp.array([1.5, -0.5]), jnp.array([0.3, 0.7]), jax.random.key(0)
+SOLVERS = [Ancestral(4), Ancestral(4, eta=0.0), EulerMaruyama(4), ExponentialEuler(4), DPMSolverPP(4), Heun(4)]
+SOLVERS += [StochasticHeun(4), PredictorCorrector(DPMSolverPP(4, eta=1.0)), AdamFlow(4), AdaptiveFlow(1e-2, 1e-2)]
+USES = {
+    **{f"{type(s).__name__} {i}": lambda d, c, s=s: sample(s, d, KEY, (3,), cond=c) for i, s in enumerate(SOLVERS)},
+    "log_prob": lambda d, c: log_prob(d, X, Heun(4), cond=c)[:2],
+    "log_prob, probes": lambda d, c: log_prob(d, X, Heun(4), key=KEY, num_probes=2, cond=c)[:2],
+    "log_prob, adaptive": lambda d, c: log_prob(d, X, AdaptiveFlow(1e-2, 1e-2), cond=c)[:2],
+    "elbo": lambda d, c: elbo(d, X, KEY, num_steps=4, cond=c),
+    "stepwise elbo": lambda d, c: elbo(d, X, KEY, num_steps=4, transition="beta", cond=c),
+    "weighted": lambda d, c: importance_weighted_bound(d, X, KEY, num_steps=4, cond=c),
+    "gap": lambda d, c: elbo_gap(d, X, KEY, solver=Heun(4), num_steps=4, cond=c),
+    "variances": lambda d, c: learn_variances(
+        d, jnp.stack([X, -X]), KEY, num_steps=4, cond=None if c is None else jnp.stack([c, c])
+    ),
+    "covariance": lambda d, c: covariance(d, X, 0.5, c).dense(),
+    "reschedule": lambda d, c: reschedule(d, VP())(X, 0.5, c).x0,
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_told_is_as_good_as_known(use):
+    told, known = (jax.jit(use)(Told(m), c) for m, c in ((None, COND), (COND, None)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), told, known)
+
+
+def test_a_condition_with_a_switch_in_a_density():
+    """The density under a present condition and its gradient are those under its array; an absent one has none."""
+    denoiser = NetworkDenoiser(awake(MLP((2,), features=8, num_blocks=1, cond_shape=(2,), rngs=nnx.Rngs(0))))
+
+    @jax.jit
+    def both(c, on):
+        density = lambda cond: log_prob(denoiser, X, Heun(2), cond=cond).value  # noqa: E731
+        return [jax.value_and_grad(f)(c) for f in (density, lambda c: density(Condition(c, on)))]
+
+    (value, slope), (switched, switched_slope) = both(COND, jnp.asarray(True))
+    np.testing.assert_allclose(switched, value, rtol=1e-5)
+    np.testing.assert_allclose(switched_slope, slope, rtol=1e-4, atol=1e-5)
+    assert (np.abs(slope) > 1e-4).all()
+    _, (absent, absent_slope) = both(COND, jnp.asarray(False))
+    assert abs(absent - value) > 1e-3 and (absent_slope == 0).all()
