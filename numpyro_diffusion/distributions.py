@@ -8,6 +8,9 @@ r"""A diffusion model as a NumPyro distribution.
 * `log_prob` is its log-density by the probability flow, with the score as gradient, or an error where the user has
   asked for none. It is never a stand-in: a constant with the right gradient makes a Metropolis test drop the prior.
 
+A conditional denoiser stands for a family of laws, and `cond=` picks one, $p(x \mid c)$. The condition may be another
+quantity of the model: `flow`, `log_prob` and `sample` all depend on it, and the first two are differentiable in it.
+
 With a `transform` $T$ the diffusion lives on $u = T^{-1}(x)$, in its own unconstrained space, and
 $\log p(x) = \log p_u(T^{-1}(x)) - \log |\det \partial T / \partial u|$.
 
@@ -22,12 +25,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
+from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import sum_rightmost, validate_sample
 
 from numpyro_diffusion import _checks, density, solve
-from numpyro_diffusion.denoise import Denoiser
+from numpyro_diffusion.denoise import Conditioned, Denoiser
 from numpyro_diffusion.solve import Heun, Solver, StochasticHeun
 
 
@@ -39,6 +43,7 @@ class DiffusionPrior(dist.Distribution):
 
     Args:
         denoiser: the model, learned or exact.
+        cond: what a conditional denoiser is conditioned on, one condition for all points drawn.
         transform: a bijection from the denoiser's space to the support, for constrained sites.
         sampler: a stochastic solver for `sample` and for the kernels that noise and denoise.
         flow_solver: a deterministic solver for `flow`.
@@ -72,6 +77,7 @@ class DiffusionPrior(dist.Distribution):
         self,
         denoiser: Denoiser,
         *,
+        cond: ArrayLike | None = None,
         transform: Transform | None = None,
         sampler: Solver = StochasticHeun(),  # noqa: B008
         flow_solver: Solver = Heun(),  # noqa: B008
@@ -92,6 +98,7 @@ class DiffusionPrior(dist.Distribution):
         if not isinstance(density_solver, Heun) or density_solver.stochastic:
             raise TypeError(f"density_solver must be solve.Heun with its grid; got {density_solver!r}")
         _checks.one_of("density", density, ("ode", "none"))
+        denoiser = denoiser if cond is None else Conditioned(denoiser, cond)
         self._parts = (denoiser, transform)
         self.sampler = sampler
         self.flow_solver = flow_solver

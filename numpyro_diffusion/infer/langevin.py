@@ -135,7 +135,8 @@ class ULA(GradientKernel):
 
     A preconditioner estimated from draws that are too wide makes the next draws wider still, and from $h = 1/2$ without
     end. So warm-up steps by at most 0.1, which leaves the estimate at most 6 % too large, and `step_size` is for the
-    draws that are kept.
+    draws that are kept. Before the first estimate the step is in squared units of the sites: where the posterior is
+    narrower than about a quarter, rescale the model.
 
     Args:
         model: NumPyro model.

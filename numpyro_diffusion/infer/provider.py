@@ -41,7 +41,7 @@ from numpyro.handlers import reparam
 from numpyro.infer.reparam import Reparam
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.denoise import Denoiser, Rescheduled
+from numpyro_diffusion.denoise import Conditioned, Denoiser, Rescheduled
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer.split import Model, is_diffusion_site, undropped
 
@@ -289,6 +289,6 @@ def _score(denoiser: Denoiser, u: jax.Array) -> jax.Array:
 
 def _target_of(denoiser: Denoiser) -> str:
     """What a denoiser was made from: "energy" and "exact" ones have a log-density of their own, others a score."""
-    while isinstance(denoiser, Rescheduled):
+    while isinstance(denoiser, Rescheduled | Conditioned):
         denoiser = denoiser.base
     return getattr(denoiser, "target", "exact" if hasattr(denoiser, "log_density") else "score")
