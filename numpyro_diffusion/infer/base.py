@@ -59,6 +59,8 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
     """State fields collected on every draw, besides the sites and `diverging`."""
     binds_on_start: ClassVar[bool] = False
     """Whether `_start` leaves closures behind that must not come from inside a transformation."""
+    takes_point: ClassVar[bool] = False
+    """Whether a state with another `z`, refreshed, goes on from there: what `Cycle` and `Mixture` rely on."""
 
     def __init__(self, model: Model) -> None:
         if not callable(model):

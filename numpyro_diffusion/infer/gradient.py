@@ -33,6 +33,8 @@ class GradientKernel(DiffusionKernel):
         TypeError: if `model` is not callable or `provider` is no provider.
     """
 
+    takes_point = True
+
     def __init__(self, model: Model, provider: Provider) -> None:
         super().__init__(model)
         if not isinstance(provider, Provider):

@@ -119,6 +119,7 @@ class DiffusionPCN(DiffusionKernel):
     """
 
     statistics = ("accept_prob", "noise_level", "num_score_evals")
+    takes_point = True
 
     def __init__(
         self,

@@ -1,0 +1,336 @@
+"""Cycles and mixtures of kernels, and any kernel vectorized: laws in closed form, what they cost, and refusals."""
+
+import pickle
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from moments import assert_moments
+from numpyro.diagnostics import gelman_rubin
+from numpyro.infer import AIES, HMC, MCMC, NUTS, BarkerMH, Gibbs
+
+from numpyro_diffusion.denoise import Gaussian, GaussianMixture
+from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.infer import (
+    MALA,
+    Cycle,
+    DiffusionGibbs,
+    DiffusionKernel,
+    DiffusionPCN,
+    Mixture,
+    NoiseSpace,
+    Vectorize,
+    with_density,
+)
+from numpyro_diffusion.noise import VE
+from numpyro_diffusion.solve import StochasticHeun
+
+SLOW = pytest.mark.slow
+CHAINS = 8
+LEAP = partial(HMC, num_steps=3, trajectory_length=None)
+
+
+def pair(y, scale=1.0):
+    """A site x ~ N(s, 1) about s ~ N(0, 1), seen with unit noise: at y = 3, x is N(2, 2/3) and s is N(1, 2/3)."""
+    s = numpyro.sample("s", dist.Normal(0.0, 1.0))
+    x = numpyro.sample("x", dist.Normal(s, 1.0))
+    numpyro.deterministic("twice", 2.0 * x)
+    numpyro.sample("y", dist.Normal(x, scale), obs=y)
+
+
+def run(kernel, *args, num_warmup=300, num_samples=800, chains=CHAINS, method="vectorized", fields=(), **options):
+    options = {"progress_bar": False, **options}
+    mcmc = MCMC(
+        kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=chains, chain_method=method, **options
+    )
+    mcmc.run(jax.random.key(0), *args, extra_fields=fields)
+    return mcmc
+
+
+def assert_pair(mcmc):
+    samples = mcmc.get_samples(group_by_chain=True)
+    assert set(samples) == {"x", "s", "twice"}
+    np.testing.assert_allclose(samples["twice"], 2.0 * samples["x"], rtol=1e-6)
+    assert_moments(samples["x"], 2.0, 2.0 / 3.0)
+    assert_moments(samples["s"], 1.0, 2.0 / 3.0)
+
+
+def cycle(model):
+    return Cycle([LEAP, MALA], model=model)
+
+
+def mixture(model):
+    return Mixture([LEAP, MALA], [0.3, 0.7], model=model)
+
+
+def nested(model):
+    return Cycle([mixture, MALA], model=model)
+
+
+def blocks(kernel, model):
+    return Vectorize(Gibbs([(kernel(model), ["x"]), (LEAP(model), ["s"])]))
+
+
+PAIR = {
+    "cycle": cycle,
+    "mixture": mixture,
+    "nested": nested,
+    "cycle_in_gibbs": partial(blocks, cycle),
+    "mixture_in_gibbs": partial(blocks, mixture),
+    "barker": lambda model: Vectorize(BarkerMH(model)),
+}
+
+
+@pytest.mark.parametrize("make", PAIR.values(), ids=PAIR)
+def test_law(make):
+    """A cache that is not brought up to date, a prior lost or counted twice: each moves the means."""
+    assert_pair(run(make(pair), 3.0))
+
+
+METHODS = ["sequential", "parallel", jax.vmap]
+
+
+@SLOW
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("make", [cycle, mixture, PAIR["mixture_in_gibbs"], PAIR["barker"]])
+def test_chain_methods(make, method):
+    assert_pair(run(make(pair), 3.0, chains=2, method=method))
+
+
+@pytest.mark.parametrize("make", [cycle, mixture, PAIR["cycle_in_gibbs"], PAIR["barker"]])
+def test_continuing_and_pickling(make):
+    """A run goes on from its last state, and a pickled one has its draws; the kernel is pickled before and after."""
+    kernel = pickle.loads(pickle.dumps(make(pair)))
+    mcmc = run(kernel, 3.0, num_warmup=20, num_samples=10, chains=2)
+    first = np.asarray(mcmc.get_samples(group_by_chain=True)["x"])
+    again = pickle.loads(pickle.dumps(mcmc))
+    np.testing.assert_array_equal(again.get_samples(group_by_chain=True)["x"], first)
+    again.post_warmup_state = again.last_state
+    again.run(again.last_state.rng_key, 3.0)
+    more = np.asarray(again.get_samples(group_by_chain=True)["x"])
+    assert more.shape == (2, 10) and not np.array_equal(more, first)
+
+
+@pytest.mark.parametrize("make", [mixture, PAIR["barker"], lambda model: Vectorize(LEAP(model))])
+def test_second_run_with_new_data(make, monkeypatch):
+    """It compiles nothing, and it is the new data's posterior: at y = -30, x is near -20."""
+    for variable in ("CI", "PYTEST_XDIST_WORKER"):  # there NumPyro turns the progress bar off, which recompiles
+        monkeypatch.delenv(variable, raising=False)
+    kernel, y, key = make(pair), jnp.array(-30.0), jax.random.key(1)
+    mcmc = run(kernel, jnp.array(3.0), num_warmup=100, num_samples=20, chains=2, progress_bar=True, jit_model_args=True)
+    compiles = []
+    listener = lambda event, *_, **__: compiles.append(event) if "backend_compile" in event else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        mcmc.run(key, y)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert compiles == []
+    assert abs(mcmc.get_samples()["x"].mean() + 20.0) < 3.0
+
+
+@pytest.mark.parametrize("make", [cycle, mixture])
+def test_no_kernel_adapts_after_warmup(make):
+    """Each has made just the moves that it was told it would get, and its step size stands still."""
+    steps = ["kernel_states.0.adapt_state.step_size", "kernel_states.1.adapt_state.step_size"]
+    mcmc = run(make(pair), 3.0, num_warmup=101, num_samples=50, chains=2, fields=steps)
+    extra = mcmc.get_extra_fields(group_by_chain=True)
+    for step in steps:
+        assert (extra[step] == extra[step][:, :1]).all()
+    counts = make(pair)
+    counts._num_warmup = 101
+    assert counts._warmups() == ([101, 101] if make is cycle else [30, 71])
+
+
+class CountedState(NamedTuple):
+    z: dict
+    diverging: jax.Array
+    rng_key: jax.Array
+
+
+class Counted(DiffusionKernel):
+    """Stays where it is and tells the host, once for each chain."""
+
+    takes_point = True
+    statistics = ()
+    calls = 0
+
+    def _start(self, key, init_params, args, kwargs):
+        return CountedState(init_params, jnp.array(False), key)
+
+    def _step(self, state, args, kwargs):
+        jax.debug.callback(self._tell, state.z["x"])
+        return state
+
+    def _tell(self, x):
+        Counted.calls += np.size(x)
+
+    def refresh(self, state, model_args, model_kwargs):
+        return state
+
+
+@pytest.mark.parametrize(("method", "runs_all"), [("vectorized", False), (jax.vmap, True)])
+def test_cost_of_the_kernels_that_do_not_move(method, runs_all):
+    """Chains run together share the index, so the other kernels do not run; under jax.vmap they all do."""
+    Counted.calls, chains = 0, 3
+    mcmc = run(Mixture([LEAP, Counted], [0.9, 0.1], model=pair), 3.0, num_samples=100, chains=chains, method=method)
+    jax.effects_barrier()
+    index = mcmc.get_extra_fields(group_by_chain=True)["kernel_index"]
+    assert bool((index == index[:1]).all()) is not runs_all
+    assert 0 < (index == 1).mean() < 0.3
+    assert Counted.calls == (chains * 400 if runs_all else (index == 1).sum() + chains * 30)
+
+
+MODES = jnp.array([[-6.0, 0.0], [6.0, 0.0]])
+
+
+@with_density
+def two_modes(y):
+    """Modes twelve standard deviations apart, of weights .3 and .7 before the data."""
+    prior = DiffusionPrior(GaussianMixture([0.3, 0.7], MODES, 1.0, VE(0.01, 80.0)), sampler=StochasticHeun(32))
+    x = numpyro.sample("x", prior)
+    numpyro.sample("y", dist.Normal(x[0], 8.0), obs=y)
+
+
+def test_modes():
+    """NUTS alone stays in the mode it starts in; with DiffusionPCN it has the weights of the posterior."""
+    evidence = np.array([0.3, 0.7]) * np.exp(-0.5 * (np.array([-6.0, 6.0]) + 4.0) ** 2 / 65.0)
+    right = evidence[1] / evidence.sum()
+    start = {"init_params": {"x": jnp.tile(MODES, (4, 1))}}
+    options = {"num_chains": 8, "chain_method": "vectorized", "progress_bar": False}
+    alone = MCMC(NUTS(two_modes, max_tree_depth=4), num_warmup=200, num_samples=200, **options)
+    alone.run(jax.random.key(0), -4.0, **start)
+    assert gelman_rubin(np.asarray(alone.get_samples(group_by_chain=True)["x"]))[0] > 1.5
+    kernel = Mixture([NUTS(two_modes, max_tree_depth=4), DiffusionPCN(two_modes)], [0.5, 0.5])
+    mcmc = MCMC(kernel, num_warmup=300, num_samples=1500, **options)
+    mcmc.run(jax.random.key(1), -4.0, **start)
+    x = np.asarray(mcmc.get_samples(group_by_chain=True)["x"])
+    assert gelman_rubin(x).max() < 1.05
+    assert_moments((x[..., 0] > 0).astype(float), right, right * (1 - right))
+    for sign in (-1.0, 1.0):
+        inside = x[np.sign(x[..., 0]) == sign]
+        centre, variance = sign * 6.0 + (-4.0 - sign * 6.0) / 65.0, 1.0 - 1.0 / 65.0
+        assert abs(inside[:, 0].mean() - centre) < 0.1 and abs(inside[:, 0].var() - variance) < 0.15
+
+
+STANDARD = DiffusionPrior(Gaussian([0.0], 1.0, VE(0.01, 40.0)), sampler=StochasticHeun(24))
+
+
+def shifted(y):
+    """As `pair`, with x = s + u and u a diffusion site."""
+    s = numpyro.sample("s", dist.Normal(0.0, 1.0))
+    u = numpyro.sample("u", STANDARD)
+    numpyro.sample("y", dist.Normal(s + u[0], 1.0), obs=y)
+
+
+def jump_and_walk(model):
+    return Mixture([DiffusionPCN, MALA], [0.5, 0.5], model=model)
+
+
+@SLOW
+def test_in_diffusion_gibbs():
+    samples = run(DiffusionGibbs(shifted, x_kernel=jump_and_walk), 3.0, num_samples=1500).get_samples(True)
+    assert_moments(samples["u"][..., 0], 1.0, 2.0 / 3.0)
+    assert_moments(samples["s"], 1.0, 2.0 / 3.0)
+
+
+def nuts_and_pcn(model):
+    return Mixture([NUTS, DiffusionPCN], model=model)
+
+
+def both(y):
+    pair(y)
+    numpyro.sample("u", STANDARD)
+
+
+def normal(x):
+    return 0.5 * x**2
+
+
+REFUSED = {
+    "none": (lambda: Cycle([]), ValueError, "Cycle needs at least one kernel; got none"),
+    "no_kernel": (lambda: Cycle([3], model=pair), TypeError, "Cycle takes kernels, or model= .*; got 3"),
+    "no_model": (lambda: Cycle([MALA]), TypeError, "and no model"),
+    "no_factory": (
+        lambda: Mixture([lambda m: m], model=pair),
+        TypeError,
+        "must make an MCMCKernel",
+    ),
+    "models": (lambda: Cycle([MALA(pair), LEAP(both)]), ValueError, "one and the same model object"),
+    "noise_space": (
+        lambda: Cycle([NoiseSpace], model=shifted),
+        ValueError,
+        "NoiseSpace cannot be handed a point",
+    ),
+    "gibbs": (lambda: Mixture([DiffusionGibbs], model=shifted), ValueError, "DiffusionGibbs cannot be handed a point"),
+    "numpyros_gibbs": (lambda: Cycle([Gibbs([(LEAP(pair), None)])]), ValueError, "Gibbs cannot be handed a point"),
+    "barker": (lambda: Cycle([BarkerMH], model=pair), ValueError, "BarkerMH cannot be handed a point"),
+    "potential": (lambda: Cycle([NUTS(potential_fn=normal)]), ValueError, "got NUTS on a potential function"),
+    "sum": (
+        lambda: Mixture([MALA, LEAP], [0.5, 0.6], pair),
+        ValueError,
+        r"got \[0.5, 0.6\], of sum 1.1",
+    ),
+    "negative": (lambda: Mixture([MALA, LEAP], [-0.5, 1.5], pair), ValueError, "probabilities must be positive"),
+    "nan": (lambda: Mixture([MALA, LEAP], [np.nan, 1.0], pair), ValueError, "probabilities must be positive"),
+    "length": (lambda: Mixture([MALA, LEAP], [1.0], pair), ValueError, r"each of the 2 kernels; got shape \(1,\)"),
+    "vectorize": (lambda: Vectorize(3), TypeError, "kernel must be an MCMCKernel .*; got 3"),
+    "ensemble": (lambda: Vectorize(AIES(pair)), ValueError, "AIES moves an ensemble of chains"),
+    "vectorize_potential": (lambda: Vectorize(NUTS(potential_fn=normal)), ValueError, "NUTS on a potential function"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_refusals(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+class Part(Counted):
+    """Moves some of the sites only."""
+
+    def _start(self, key, init_params, args, kwargs):
+        return CountedState({"x": jnp.zeros(())}, jnp.array(False), key)
+
+
+REFUSED_MODELS = {
+    "dropped_prior": (DiffusionGibbs(shifted, x_kernel=nuts_and_pcn), r"priors of sites \['u'\] are dropped .* NUTS"),
+    "other_sites": (Cycle([DiffusionPCN, MALA], model=shifted), r"latent sites \['s'\]. Use DiffusionGibbs"),
+    "different_sites": (Cycle([LEAP, Part], model=pair), r"Part moves \['x'\], those before it \['s', 'x'\]"),
+    "vectorized_check": (Vectorize(DiffusionPCN(pair)), "it has no DiffusionPrior site"),
+}
+
+
+@pytest.mark.parametrize(("kernel", "message"), REFUSED_MODELS.values(), ids=REFUSED_MODELS)
+def test_refused_models(kernel, message):
+    with pytest.raises(ValueError, match=message):
+        run(kernel, 3.0, num_warmup=2, num_samples=2, chains=2)
+
+
+def far_off(y):
+    numpyro.factor("near", jnp.where(numpyro.sample("x", dist.Normal(0.0, 1.0)) < 100.0, 0.0, -jnp.inf))
+
+
+@pytest.mark.parametrize("kernel", [Cycle([MALA], model=far_off), Vectorize(MALA(far_off))])
+def test_a_start_that_is_not_finite(kernel):
+    """The kernels' own checks are made."""
+    options = {"num_chains": 2, "chain_method": "vectorized", "progress_bar": False}
+    with pytest.raises(ValueError, match="not finite at the start of 2 of 2 chains"):
+        MCMC(kernel, num_warmup=1, num_samples=1, **options).run(
+            jax.random.key(0), 3.0, init_params={"x": jnp.full(2, 200.0)}
+        )
+
+
+def test_status():
+    """A composition is as exact as the worst of its parts, and one that does not say is not."""
+    status = nested(pair).status
+    assert status.exact and "MALA" in status.statement and "density" in status.provides
+    assert not Mixture([MALA(pair), Counted(pair)]).status.exact
+    assert Vectorize(LEAP(pair)).status.exact
+    assert [type(k).__name__ for k in cycle(pair).kernels] == ["HMC", "MALA"]
+    assert isinstance(Vectorize(MALA(pair)).kernel, MALA)
