@@ -69,7 +69,6 @@ class Composed(DiffusionKernel):
     """
 
     takes_point = True
-    binds_on_start = True
 
     def __init__(self, kernels: Sequence[MCMCKernel | Factory], model: Model | None = None) -> None:
         name = type(self).__name__
@@ -83,6 +82,7 @@ class Composed(DiffusionKernel):
                 "once, such as model = infer.with_density(model), and give it to every kernel"
             )
         self._kernels = self._given
+        self.binds_on_start = any(getattr(kernel, "binds_on_start", True) for kernel in self._given)
 
     @property
     def kernels(self) -> tuple[MCMCKernel, ...]:

@@ -46,7 +46,6 @@ class Vectorize(DiffusionKernel):
         (4, 200)
     """
 
-    binds_on_start = True
     statistics = ()
 
     def __init__(self, kernel: MCMCKernel) -> None:
@@ -59,6 +58,7 @@ class Vectorize(DiffusionKernel):
             raise ValueError(f"Vectorize needs a kernel that is built on a model; got {name} on a potential function")
         super().__init__(kernel.model)
         self._kernel = kernel
+        self.binds_on_start = getattr(kernel, "binds_on_start", True)
         self._binds_arguments = type(kernel).refresh is MCMCKernel.refresh
 
     @property
