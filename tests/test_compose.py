@@ -81,6 +81,7 @@ PAIR = {
     "mixture": mixture,
     "nested": nested,
     "cycle_in_gibbs": partial(blocks, cycle),
+    "gradient_kernel_in_gibbs": partial(blocks, MALA),
     "mixture_in_gibbs": partial(blocks, mixture),
     "barker": lambda model: Vectorize(BarkerMH(model)),
 }

@@ -5,6 +5,7 @@ from numpyro_diffusion.infer.base import DiffusionKernel
 from numpyro_diffusion.infer.compose import Cycle, Mixture
 from numpyro_diffusion.infer.gibbs import DiffusionGibbs
 from numpyro_diffusion.infer.hmc import ScoreHMC
+from numpyro_diffusion.infer.independence import Independence
 from numpyro_diffusion.infer.langevin import MALA, ULA
 from numpyro_diffusion.infer.noise_space import NoiseSpace
 from numpyro_diffusion.infer.noisy import at_clean_point
@@ -25,6 +26,7 @@ __all__ = [
     "DiffusionGibbs",
     "DiffusionKernel",
     "DiffusionPCN",
+    "Independence",
     "LineIntegral",
     "Mixture",
     "NoiseSpace",

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+from numpyro.handlers import seed
 from numpyro.infer.gibbs import GIBBS_SITES_KWARG, conditioned
 from numpyro.infer.util import constrain_fn, unconstrain_fn
 
@@ -96,7 +97,8 @@ class GradientKernel(DiffusionKernel):
 
     def _constrain(self, args: tuple, kwargs: dict | None, **options: Any) -> Callable[[dict], dict]:
         kwargs = {} if kwargs is None else kwargs
-        return lambda z: constrain_fn(conditioned(self._model), args, kwargs, z, **options)
+        model = seed(conditioned(self._model), jax.random.key(0))  # Gibbs asks before it knows the other blocks' values
+        return lambda z: constrain_fn(model, args, kwargs, z, **options)
 
 
 def flatten(z: dict[str, jax.Array]) -> jax.Array:

@@ -36,6 +36,7 @@ from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.infer.base import DiffusionKernel, pooled, shared
+from numpyro_diffusion.infer.provider import Status
 from numpyro_diffusion.infer.split import (
     Model,
     PriorSite,
@@ -119,6 +120,11 @@ class DiffusionPCN(DiffusionKernel):
     """
 
     statistics = ("accept_prob", "noise_level", "num_score_evals")
+    status = Status(
+        "reverse process",
+        False,
+        "exact in the limit of a finely solved reverse process; in few steps the prior is kept to the solver's order",
+    )
     takes_point = True
 
     def __init__(
@@ -213,7 +219,7 @@ class DiffusionPCN(DiffusionKernel):
         candidates = _candidates(key_move, solver, sites, state.z, start, self._num_proposals)
         raw = jax.vmap(lambda z: self._log_likelihood(sites, z, args, kwargs))(candidates)
         log_likelihoods = _proper(raw)
-        chosen, accept_prob = _metropolised_gibbs(key_choice, log_likelihoods, state.log_likelihood)
+        chosen, accept_prob = metropolised_gibbs(key_choice, log_likelihoods, state.log_likelihood)
         accepted = jax.random.uniform(key_accept) < accept_prob
 
         z = jax.tree.map(lambda new, old: jnp.where(accepted, new[chosen], old), candidates, state.z)
@@ -308,7 +314,7 @@ def _candidates(
     return moved
 
 
-def _metropolised_gibbs(key: jax.Array, log_weights: jax.Array, current: jax.Array) -> tuple[jax.Array, jax.Array]:
+def metropolised_gibbs(key: jax.Array, log_weights: jax.Array, current: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Chooses a candidate by weight; returns its index and the probability of accepting it over the current point."""
     chosen = jax.random.categorical(key, log_weights)
     others = jnp.where(jnp.arange(log_weights.size) == chosen, -jnp.inf, log_weights)

@@ -1,0 +1,241 @@
+"""Independent proposals against conjugate posteriors: from the priors, from distributions, one or many at a time."""
+
+import pickle
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from moments import assert_moments
+from numpyro.infer import HMC, MCMC, Gibbs
+
+from numpyro_diffusion.denoise import Gaussian
+from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.infer import MALA, DiffusionGibbs, Independence, Mixture, Vectorize
+from numpyro_diffusion.noise import VE
+from numpyro_diffusion.solve import StochasticHeun
+
+SLOW = pytest.mark.slow
+LEAP = partial(HMC, num_steps=3, trajectory_length=None)
+SAMPLER = StochasticHeun(24)
+STANDARD = Gaussian([0.0], 1.0, VE(0.01, 40.0))
+SCORE_ONLY = DiffusionPrior(STANDARD, sampler=SAMPLER, density="none")
+
+
+def pair(y):
+    """A site x ~ N(s, 1) about s ~ N(0, 1), seen with unit noise: at y = 3, x is N(2, 2/3) and s is N(1, 2/3)."""
+    s = numpyro.sample("s", dist.Normal(0.0, 1.0))
+    x = numpyro.sample("x", dist.Normal(s, 1.0))
+    numpyro.deterministic("twice", 2.0 * x)
+    numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+
+def count(y):
+    """A rate x ~ Gamma(2, 1) and one count: the posterior is Gamma(2 + y, 2)."""
+    numpyro.sample("y", dist.Poisson(numpyro.sample("x", dist.Gamma(2.0, 1.0))), obs=y)
+
+
+def learned(y, prior=SCORE_ONLY):
+    """A diffusion site N(0, 1), seen with unit noise: N(1.5, 1/2) at y = 3."""
+    x = numpyro.sample("x", prior)
+    numpyro.sample("y", dist.Normal(x[0], 1.0), obs=y)
+
+
+def plain(y):
+    numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(0.0, 1.0).expand([1]).to_event(1))[0], 1.0), obs=y)
+
+
+def run(kernel, *args, num_warmup=50, num_samples=2000, chains=8, method="vectorized", **options):
+    options = {"num_chains": chains, "chain_method": method, "progress_bar": False, **options}
+    mcmc = MCMC(kernel, num_warmup=num_warmup, num_samples=num_samples, **options)
+    mcmc.run(jax.random.key(0), *args)
+    return mcmc
+
+
+WIDE = dist.StudentT(5.0, 2.0, 1.5)
+KERNELS = {
+    "priors": (Independence(pair), "x", 2.0, 2.0 / 3.0),
+    "priors_16": (Independence(pair, num_proposals=16), "s", 1.0, 2.0 / 3.0),
+    "one_proposal": (Independence(pair, {"x": WIDE}, num_proposals=4), "x", 2.0, 2.0 / 3.0),
+    "proposals": (Independence(pair, {"x": WIDE, "s": dist.Normal(1.0, 2.0)}, num_proposals=4), "s", 1.0, 2.0 / 3.0),
+    "only_site": (Independence(count, dist.LogNormal(0.5, 1.0)), "x", 2.5, 1.25),
+    "outside_the_support": (Independence(count, dist.Normal(1.0, 4.0), num_proposals=4), "x", 2.5, 1.25),
+    "learned": (Independence(learned, num_proposals=8), "x", 1.5, 0.5),
+    "learned_proposal": (
+        Independence(plain, DiffusionPrior(STANDARD, sampler=SAMPLER), num_proposals=2),
+        "x",
+        1.5,
+        0.5,
+    ),
+    "half_line_and_local": (
+        Mixture([Independence(pair, {"x": dist.Uniform(1.0, 9.0)}), MALA(pair)], [0.5, 0.5]),
+        "x",
+        2.0,
+        2.0 / 3.0,
+    ),
+    "block": (
+        Vectorize(Gibbs([(Independence(pair, num_proposals=2), ["x"]), (LEAP(pair), ["s"])])),
+        "s",
+        1.0,
+        2.0 / 3.0,
+    ),
+}
+
+
+@pytest.mark.parametrize(("kernel", "site", "mean", "variance"), KERNELS.values(), ids=KERNELS)
+def test_law(kernel, site, mean, variance):
+    """A weight that forgets a density, a support or a Jacobian moves the mean."""
+    mcmc = run(kernel, 3.0 if site != "x" or mean != 2.5 else 3)
+    draws = mcmc.get_samples(group_by_chain=True)[site]
+    assert_moments(draws, mean, variance)
+
+
+def shifted(y):
+    """As `pair`, with x = s + u and u a diffusion site."""
+    s = numpyro.sample("s", dist.Normal(0.0, 1.0))
+    u = numpyro.sample("u", DiffusionPrior(STANDARD, sampler=SAMPLER))
+    numpyro.sample("y", dist.Normal(s + u[0], 1.0), obs=y)
+
+
+@SLOW
+@pytest.mark.parametrize("proposal", [None, {"u": dist.Normal(1.0, 1.5).expand([1]).to_event(1)}])
+def test_in_diffusion_gibbs(proposal):
+    """Where the prior is dropped from the model, it cancels; against a proposal it is restored."""
+    x_kernel = partial(Independence, proposal=proposal, num_proposals=4)
+    samples = run(DiffusionGibbs(shifted, x_kernel=x_kernel), 3.0, num_warmup=200).get_samples(True)
+    assert_moments(samples["u"][..., 0], 1.0, 2.0 / 3.0)
+    assert_moments(samples["s"], 1.0, 2.0 / 3.0)
+
+
+@pytest.mark.parametrize("num_proposals", [1, 3])
+def test_one_step_leaves_the_posterior_invariant(num_proposals):
+    """100,000 exact draws, three steps each: their ranks in the posterior are uniform (Kolmogorov-Smirnov)."""
+    size = 100_000
+    kernel = Independence(count, dist.LogNormal(0.0, 0.7), num_proposals=num_proposals)
+    start = jax.random.gamma(jax.random.key(1), 5.0, (size,)) / 2.0
+    state = kernel.init(jax.random.split(jax.random.key(2), size), 0, {"x": jnp.log(start)}, (3,), {})
+    step = jax.jit(lambda state: kernel.sample(state, (3,), {}))
+    for _ in range(3):
+        state = step(state)
+    moved = jnp.exp(state.z["x"])
+    assert float(jnp.mean(jnp.abs(moved - start) > 1e-3)) > 0.5
+    ranks = np.sort(np.asarray(jax.scipy.special.gammainc(5.0, 2.0 * moved), np.float64))
+    distance = np.abs(ranks - (np.arange(size) + 0.5) / size).max()
+    assert distance < 1.95 / np.sqrt(size)  # the 0.1 % point
+
+
+def truncated(nan_below):
+    x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+    numpyro.factor("above", jnp.where(x > 0.5, 0.0, jnp.where(x < nan_below, jnp.nan, -jnp.inf)))
+
+
+def test_hard_constraint_and_nan_likelihood():
+    """Minus infinity outside a half-line is sampled; NaN is rejected and counted."""
+    kernel = Independence(truncated, num_proposals=2)
+    for nan_below in (-jnp.inf, 0.0):
+        mcmc = run(kernel, nan_below)
+        x = mcmc.get_samples(group_by_chain=True)["x"]
+        assert (x > 0.5).all()
+        tail = dist.Normal(0.0, 1.0)
+        hazard = float(jnp.exp(tail.log_prob(0.5)) / (1.0 - tail.cdf(0.5)))
+        assert_moments(x, hazard, 1.0 + 0.5 * hazard - hazard**2)
+        assert bool(mcmc.get_extra_fields()["diverging"].any()) == (nan_below == 0.0)
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=SLOW) for m in ("sequential", "parallel", jax.vmap)])
+def test_chain_methods(method):
+    mcmc = run(pickle.loads(pickle.dumps(Independence(pair, num_proposals=4))), 3.0, chains=2, method=method)
+    samples = pickle.loads(pickle.dumps(mcmc)).get_samples(group_by_chain=True)
+    assert_moments(samples["x"], 2.0, 2.0 / 3.0)
+    np.testing.assert_allclose(samples["twice"], 2.0 * samples["x"], rtol=1e-6)
+    mcmc.post_warmup_state = mcmc.last_state
+    mcmc.run(mcmc.last_state.rng_key, 3.0)
+    assert_moments(mcmc.get_samples(group_by_chain=True)["x"], 2.0, 2.0 / 3.0)
+
+
+def test_second_run_with_new_data_compiles_nothing(monkeypatch):
+    for variable in ("CI", "PYTEST_XDIST_WORKER"):  # there NumPyro turns the progress bar off, which recompiles
+        monkeypatch.delenv(variable, raising=False)
+    options = {"num_samples": 20, "chains": 2, "progress_bar": True, "jit_model_args": True}
+    mcmc = run(Independence(learned, num_proposals=4), jnp.array(3.0), SCORE_ONLY, **options)
+    assert (mcmc.get_extra_fields()["num_score_evals"] == 4 * SAMPLER.evaluations()).all()
+    compiles, y, key = [], jnp.array(-3.0), jax.random.key(1)
+    other = DiffusionPrior(Gaussian([-1.0], 1.0, VE(0.01, 40.0)), sampler=SAMPLER, density="none")
+    listener = lambda event, *_, **__: compiles.append(event) if "backend_compile" in event else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        mcmc.run(key, y, other)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert compiles == []
+
+
+NORMAL = dist.Normal(0.0, 1.0)
+BAD_ARGUMENTS = {
+    "model": (lambda: Independence(3), TypeError, "must be a NumPyro model"),
+    "number": (lambda: Independence(pair, num_proposals=0), ValueError, "num_proposals must be at least 1"),
+    "proposal": (lambda: Independence(pair, 3.0), TypeError, "must be a NumPyro distribution or one for each site"),
+    "site": (lambda: Independence(pair, {"x": 3.0}), TypeError, "proposal of site 'x' must be a NumPyro distribution"),
+    "density": (lambda: Independence(plain, SCORE_ONLY), ValueError, 'has density="none". Give it density="ode"'),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_bad_arguments(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def masked(y):
+    with numpyro.handlers.mask(mask=False):
+        numpyro.sample("x", NORMAL)
+
+
+def scaled(y):
+    with numpyro.handlers.scale(scale=0.5):
+        numpyro.sample("x", NORMAL)
+
+
+def discrete(y):
+    numpyro.sample("k", dist.Bernoulli(0.5))
+
+
+def subsampled(y):
+    x = numpyro.sample("x", NORMAL)
+    with numpyro.plate("data", 3, subsample_size=2) as i:
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=jnp.zeros(3)[i])
+
+
+def improper(y):
+    numpyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), ()))
+
+
+def observed(y):
+    numpyro.sample("y", NORMAL, obs=y)
+
+
+def impossible(y):
+    numpyro.factor("never", jnp.where(numpyro.sample("x", NORMAL) > 0.0, -jnp.inf, jnp.nan))
+
+
+REFUSED = {
+    "masked": (Independence(masked), "site 'x' is masked or scaled"),
+    "scaled": (Independence(scaled), "site 'x' is masked or scaled, .*; give it a proposal"),
+    "discrete": (Independence(discrete), r"\['k'\] are discrete"),
+    "subsampled": (Independence(subsampled), "subsamples a plate"),
+    "improper": (Independence(improper), "one cannot be drawn"),
+    "observed": (Independence(observed), "needs a latent site; got none"),
+    "two_sites": (Independence(pair, NORMAL), r"one proposal: give a dict of them; got \['s', 'x'\]"),
+    "unknown": (Independence(pair, {"z": NORMAL}), r"proposals of \['z'\]; the sites are \['s', 'x'\]"),
+    "shape": (Independence(pair, {"x": NORMAL.expand([2])}), r"'x' must have its shape \(\); got \(2,\)"),
+    "impossible": (Independence(impossible), "no weight is finite among 100 draws .* in 2 of 2 chains"),
+}
+
+
+@pytest.mark.parametrize(("kernel", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_models(kernel, message):
+    with pytest.raises(ValueError, match=message):
+        run(kernel, 3.0, num_warmup=1, num_samples=1, chains=2)
