@@ -18,6 +18,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro_diffusion.infer.base import DiffusionKernel
 from numpyro_diffusion.infer.noise_space import NoiseSpace
 from numpyro_diffusion.infer.pcn import DiffusionPCN
+from numpyro_diffusion.infer.provider import Status
 from numpyro_diffusion.infer.split import Model, dependent_priors, drop_prior, other_latent_sites, prior_sites
 
 
@@ -86,6 +87,11 @@ class DiffusionGibbs(DiffusionKernel):
         self._rest_kernel = rest_kernel
         self._gibbs = None
         self._in_noise_space = isinstance(x_kernel(model), NoiseSpace)
+
+    @property
+    def status(self) -> Status | None:
+        """That of the x-kernel; the rest-kernel is NumPyro's."""
+        return getattr(self._x_kernel(self._model), "status", None)
 
     def _check_model(self, args: tuple, kwargs: dict) -> None:
         sites = tuple(prior_sites(self._model, args, kwargs))

@@ -23,6 +23,7 @@ from numpyro.infer.gibbs import GIBBS_SITES_KWARG, conditioned
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffusion.infer.base import DiffusionKernel
+from numpyro_diffusion.infer.provider import Status
 from numpyro_diffusion.infer.split import Model, is_diffusion_site, prior_sites, undropped
 from numpyro_diffusion.reparam import NoiseReparam
 
@@ -87,6 +88,7 @@ class NoiseSpace(DiffusionKernel):
     """
 
     statistics = ("accept_prob", "step_size", "num_score_evals")
+    status = Status("flow", True, "exact for the prior that the deterministic solver pushes forward, in its steps")
     binds_on_start = True
 
     def __init__(self, model: Model, inner: Callable[..., MCMCKernel] = NUTS, **inner_options: Any) -> None:
