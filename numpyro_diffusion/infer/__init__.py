@@ -3,6 +3,7 @@
 from numpyro_diffusion.infer.annealed import AnnealedLangevin
 from numpyro_diffusion.infer.base import DiffusionKernel
 from numpyro_diffusion.infer.compose import Cycle, Mixture
+from numpyro_diffusion.infer.diffusive_gibbs import DiffusiveGibbs
 from numpyro_diffusion.infer.gibbs import DiffusionGibbs
 from numpyro_diffusion.infer.hmc import ScoreHMC
 from numpyro_diffusion.infer.independence import Independence
@@ -26,6 +27,7 @@ __all__ = [
     "DiffusionGibbs",
     "DiffusionKernel",
     "DiffusionPCN",
+    "DiffusiveGibbs",
     "Independence",
     "LineIntegral",
     "Mixture",
