@@ -23,6 +23,8 @@ $\rho$ should be small beside the likelihood's own scale, and no smaller than th
 The solver enters by the law of its clean point *given* the noisy one, which is not the law of its draws. On a standard
 normal prior at $\rho = 1/2$ with 16 steps the variance of that law is off by 40 % for `StochasticHeun` (2 evaluations a
 step), 4 % for `EulerMaruyama` and 0.1 % for the default, `DPMSolverPP` with noise, of second order here as well.
+Other sites belong to the likelihood side. As the x-kernel of `DiffusionGibbs`, where they would see the prior side, the
+two conditionals belong to no common law: give them to `SplitGibbs`.
 
 `schedule` lets every draw pass through decreasing couplings before that at $\rho$ itself: decoupled annealing (DAPS,
 whose inner Langevin steps are NUTS here and whose flow is the reverse process). A draw then forgets the last one and
