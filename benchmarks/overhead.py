@@ -33,8 +33,7 @@ from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import DiffusionGibbs, DiffusionPCN, NoiseSpace
 from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.solve import Ancestral, Heun, Solver, StochasticHeun, solve, terminal_point
-from numpyro_diffusion.train import fit
-from numpyro_diffusion.train.losses import NoiseLevels, denoising_loss
+from numpyro_diffusion.train import NoiseLevels, denoising_loss, fit
 
 EVENT = (64,)
 

@@ -13,8 +13,10 @@ ratio $r$ of the integrand to it is a square, and so the law is
 $$p(\lambda) \propto w(\lambda)\, \mathrm{sigmoid}(\lambda)\; \left( E[r^2 \mid \lambda] \right)^{\mathrm{power} / 2},$$
 
 where power 1 is that rule, power 1/2 follows the gradient of a network whose output has unit variance at every level
-(the "edm" target), and power 0 keeps the start. $E[r^2]$ is an exponential moving average in bins of the log-SNR; a
-share of the draws is uniform over the range, so that no bin starves and no weight $w / p$ explodes.
+(the "edm" target), and power 0 keeps the start. $E[r^2]$ is an exponential moving average in bins of the log-SNR. A
+share of the draws, the floor, keeps the law of the start: no bin starves, and no weight $w / p$ is more than 1 / floor
+times what it is under that law. Loss that no network can remove counts like any other, so where most of it is of that
+kind, following it all the way is a mistake.
 
 The moments are a part of the state of training, moved in its compiled loop. A batch is drawn from what was known before
 it, so each step's loss is unbiased.
@@ -35,7 +37,7 @@ from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.noise import Schedule
-from numpyro_diffusion.train.levels import NoiseLaw, log_snr_range
+from numpyro_diffusion.train.levels import NoiseLaw, log_snr_range, spread_evenly
 from numpyro_diffusion.train.weighting import Weighting
 
 
@@ -51,10 +53,12 @@ class AdaptiveState(NamedTuple):
 class Adaptive(NoiseLaw):
     """Noise levels from a histogram of the loss, of equal bins over the schedule's log-SNR.
 
+    The levels of a batch are spread evenly over it, as those of `LowDiscrepancy` are.
+
     Args:
         num_bins: number of bins.
         decay: of the moving average, for each example that falls into a bin, in (0, 1).
-        floor: share of the draws that is uniform over the range, in (0, 1].
+        floor: share of the draws that keeps the law of the start, in (0, 1].
         power: how far the law follows the loss: 1 all the way, 0 not at all.
 
     Raises:
@@ -73,8 +77,8 @@ class Adaptive(NoiseLaw):
 
     num_bins: int = 64
     decay: float = 0.998
-    floor: float = 0.05
-    power: float = 0.5
+    floor: float = 0.5
+    power: float = 1.0
 
     def __post_init__(self) -> None:
         _checks.at_least(1, num_bins=self.num_bins)
@@ -89,12 +93,15 @@ class Adaptive(NoiseLaw):
     def masses(self, state: AdaptiveState) -> jax.Array:
         """Probability of each bin, shape (num_bins,)."""
         learned = jax.nn.softmax(state.log_scale + 0.5 * self.power * jnp.log(state.moments))
-        return (1.0 - self.floor) * learned + self.floor / self.num_bins
+        return (1.0 - self.floor) * learned + self.floor * jax.nn.softmax(state.log_scale)
 
     def start(self, schedule: Schedule, weighting: Weighting) -> AdaptiveState:
         edges = self.edges(schedule)
         centres = 0.5 * (edges[1:] + edges[:-1])
         return AdaptiveState(weighting.log_weight(centres) + jax.nn.log_sigmoid(centres), jnp.ones(self.num_bins))
+
+    def sample(self, key: jax.Array, num: int, schedule: Schedule, state: AdaptiveState = ()) -> jax.Array:
+        return self.quantile(spread_evenly(key, num), schedule, state)
 
     def quantile(self, u: jax.Array, schedule: Schedule, state: AdaptiveState = ()) -> jax.Array:
         masses, (low, high) = self.masses(state), log_snr_range(schedule)

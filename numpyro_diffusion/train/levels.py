@@ -40,6 +40,11 @@ def log_snr_range(schedule: Schedule) -> tuple[jax.Array, jax.Array]:
     return schedule.log_snr(schedule.t_max), schedule.log_snr(schedule.t_min)
 
 
+def spread_evenly(key: jax.Array, num: int) -> jax.Array:
+    """Uniform numbers, each by itself, that together leave no gap: one offset for all, shape (num,)."""
+    return (jax.random.uniform(key) + jnp.arange(num) / num) % 1.0
+
+
 class NoiseLaw(abc.ABC):
     """A law of the noise level: a frozen dataclass of plain numbers, registered as a static pytree."""
 
@@ -178,7 +183,7 @@ class LowDiscrepancy(NoiseLaw):
         check_noise_law(self.law)
 
     def sample(self, key: jax.Array, num: int, schedule: Schedule, state: State = ()) -> jax.Array:
-        return self.law.quantile((jax.random.uniform(key) + jnp.arange(num) / num) % 1.0, schedule, state)
+        return self.law.quantile(spread_evenly(key, num), schedule, state)
 
     def quantile(self, u: jax.Array, schedule: Schedule, state: State = ()) -> jax.Array:
         return self.law.quantile(u, schedule, state)

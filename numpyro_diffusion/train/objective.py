@@ -26,7 +26,7 @@ from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.nn.condition import Condition
 from numpyro_diffusion.noise import Scaled
 from numpyro_diffusion.train.adaptive import Adaptive
-from numpyro_diffusion.train.levels import LogNormal, LowDiscrepancy, NoiseLaw, State, check_noise_law
+from numpyro_diffusion.train.levels import LogNormal, NoiseLaw, State, check_noise_law
 from numpyro_diffusion.train.losses import DenoisingScoreMatching, Loss
 from numpyro_diffusion.train.weighting import EDM, Weighting, check_weighting
 
@@ -92,7 +92,7 @@ class Objective:
 
     def held_out(self) -> "Objective":
         """The same objective at levels that no training moves, spread evenly, with all conditions present."""
-        return Objective(self.loss, self.weighting, LowDiscrepancy(Adaptive(power=0.0)))
+        return Objective(self.loss, self.weighting, Adaptive(power=0.0))
 
     def _withhold(self, key: jax.Array, cond: ArrayLike | None) -> ArrayLike | Condition | None:
         if cond is None or self.cond_dropout == 0.0:

@@ -1,0 +1,115 @@
+"""Does it pay to draw noise levels where the loss is? Adaptive and evenly spread levels against independent ones.
+
+    python benchmarks/noise_levels.py --json OUT
+
+For each law of the data and each seed, the same networks are trained on the same rows, several times with other
+minibatches, since luck is as large as what is to be measured. All along, the held-out loss above that of the exact
+denoiser is measured on 20,000 points as the mean square of the difference to the exact one, which is what it is in the
+mean and has less noise. `steps_ratio` is the number of steps after which the mean curve of a seed is where that of the
+fixed log-normal levels ends, over their steps: infinite if never. `excess` is the final loss above the exact one's.
+"""
+
+import argparse
+import functools
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from learned import LAWS
+
+from numpyro_diffusion.denoise import GaussianMixture, NetworkDenoiser
+from numpyro_diffusion.nn import MLP
+from numpyro_diffusion.noise import VE, perturb
+from numpyro_diffusion.train import Adaptive, Objective, levels, weighting
+from numpyro_diffusion.train.steps import held_out_loss, init, train_steps
+
+WEIGHTINGS = {"EDM": weighting.EDM(), "Sigmoid": weighting.Sigmoid(), "V": weighting.V()}
+NOISE_LAWS = {
+    "fixed": levels.LogNormal(),
+    "even": levels.LowDiscrepancy(levels.LogNormal()),
+    "adaptive": Adaptive(),
+}
+EVALUATIONS, BATCH_SIZE = 40, 250
+
+
+class Above:
+    """The mean square difference of the noise to that of an exact denoiser: the loss above the least one."""
+
+    def __init__(self, exact: GaussianMixture) -> None:
+        self.exact = exact
+
+    def __call__(self, denoiser: NetworkDenoiser, key: jax.Array, x: jax.Array, t: jax.Array, cond: None) -> jax.Array:
+        x_t = perturb(key, denoiser.schedule, x, t)
+        difference = denoiser(x_t, t).x0 - self.exact(x_t, t).x0
+        return jnp.exp(denoiser.schedule.log_snr(t)) * jnp.mean(difference**2)
+
+
+def curves(name: str, weight: weighting.Weighting, seed: int, num_steps: int, num_rows: int, repeats: int) -> dict:
+    """The excess along training of each law of the levels, (repeats, evaluations)."""
+    law, per_call = LAWS[name](), max(1, num_steps // EVALUATIONS)
+    key_data, key_test, key_noise, key_train = jax.random.split(jax.random.key(seed), 4)
+    data, test = np.asarray(law.sample(key_data, (50_000,))), np.asarray(law.sample(key_test, (num_rows,)))
+    location, scale = data.mean(0), float(np.sqrt(data.var(0).mean()))
+    schedule = VE(0.1 * float(np.sqrt(jnp.min(law.variances))) / scale, 80.0)
+    exact = GaussianMixture(
+        jnp.exp(law.log_weights), (law.means - location) / scale, law.variances / scale**2, schedule
+    )
+    rows, test_rows = ((jnp.asarray((x - location) / scale), None) for x in (data, test))
+    rates = optax.warmup_cosine_decay_schedule(0.0, 5e-3, num_steps // 10, num_steps)
+    settings = {"max_count": per_call, "optimizer": optax.adam(rates), "batch_size": BATCH_SIZE, "ema_decay": 0.999}
+    measured = Objective(Above(exact), weight)
+    measure = functools.partial(held_out_loss, key=key_noise, rows=test_rows, batch_size=500, objective=measured)
+
+    def trained(objective: Objective, repeat: int) -> list[float]:
+        network = MLP((2,), features=64, rngs=nnx.Rngs(100 * seed + repeat))
+        denoiser = NetworkDenoiser(network, schedule=schedule).unfreeze()
+        state, key, curve = init(denoiser, settings["optimizer"], objective), jax.random.fold_in(key_train, repeat), []
+        for _ in range(num_steps // per_call):
+            state, _ = train_steps(state, denoiser, key, rows, per_call, objective=objective, **settings)
+            curve.append(float(measure(denoiser.with_params(state.average))))
+        return curve
+
+    objectives = {levels: Objective(weighting=weight, noise_levels=law) for levels, law in NOISE_LAWS.items()}
+    return {name: np.array([trained(objective, r) for r in range(repeats)]) for name, objective in objectives.items()}
+
+
+def run(name: str, weight: str, seeds: int, *sizes: int) -> dict[str, object]:
+    """Steps ratio of each seed, and the final excess with its standard error over all runs."""
+    found = [curves(name, WEIGHTINGS[weight], seed, *sizes) for seed in range(seeds)]
+    row: dict[str, object] = {"law": name, "weighting": weight}
+    for kind in NOISE_LAWS:
+        final = np.concatenate([curve[kind][:, -1] for curve in found])
+        row[f"excess_{kind}"] = [float(final.mean()), float(final.std(ddof=1) / math.sqrt(len(final)))]
+        row[f"steps_ratio_{kind}"] = []
+        for curve in found:
+            mean = curve[kind].mean(0)
+            reached = np.flatnonzero(mean <= curve["fixed"].mean(0)[-1])
+            row[f"steps_ratio_{kind}"].append(float((reached[0] + 1) / len(mean)) if len(reached) else math.inf)
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="one seed, two runs of eighty steps")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--weightings", nargs="+", choices=WEIGHTINGS, default=["EDM"])
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    options = parser.parse_args()
+    sizes = (1, 80, 1000, 2) if options.fast else (options.seeds, options.steps, 20_000, options.repeats)
+    each = [run(name, weight, *sizes) for weight in options.weightings for name in LAWS]
+    worst = {f"{row['law']}, {row['weighting']}": max(row["steps_ratio_adaptive"]) for row in each}
+    print("worst steps_ratio of the adaptive levels:", worst)
+    if options.json:
+        options.json.write_text(json.dumps({"steps_ratio": worst, "each": each}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
