@@ -14,7 +14,7 @@ from numpyro.infer import HMC, MCMC, NUTS, Gibbs
 
 from numpyro_diffusion.denoise import GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.infer import DiffusiveGibbs, LineIntegral, Score, Vectorize
+from numpyro_diffusion.infer import DiffusiveGibbs, LineIntegral, Score, Vectorize, with_density
 from numpyro_diffusion.noise import VE
 
 SLOW = pytest.mark.slow
@@ -142,8 +142,9 @@ def test_diffusion_site(method):
 
 @SLOW
 def test_as_a_block():
-    rest = HMC(learned, num_steps=3, trajectory_length=None)
-    kernel = Vectorize(Gibbs([(DiffusiveGibbs(learned, **BLOCK), ["x"]), (rest, ["s"])]))
+    model = with_density(learned)
+    rest = HMC(model, num_steps=3, trajectory_length=None)
+    kernel = Vectorize(Gibbs([(DiffusiveGibbs(model, **BLOCK), ["x"]), (rest, ["s"])]))
     assert_learned(run(kernel, 1.0, num_samples=2000))
 
 
