@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from numpyro_diffusion.denoise import NetworkDenoiser
 from numpyro_diffusion.nn.condition import Condition
-from numpyro_diffusion.train import Adaptive, Objective, feed, fit, levels
+from numpyro_diffusion.noise import VE
+from numpyro_diffusion.train import Adaptive, Objective, feed, fit, levels, weighting
 
 fit_module = importlib.import_module("numpyro_diffusion.train.fit")  # the package's `fit` is the function
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -89,6 +90,18 @@ def test_stream_is_trained_on_in_its_order(streamed, monkeypatch):
     np.testing.assert_allclose(np.concatenate([rows for rows, _ in seen]), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_each_step_has_the_batch_of_its_number():
+    def loss(denoiser, key, x, t, cond):
+        return x[0] + 0.0 * denoiser(x, t, cond).x0.sum()
+
+    given = NetworkDenoiser(backbone(), location=3.0, scale=2.0)
+    # uniform times under a weighting that is their density: every example counts one
+    unit = {"weighting": weighting.Simple(VE()), "noise_levels": levels.Uniform()}
+    result = run(batches(), given, loss=loss, **unit)
+    expected = [(x[:, 0].mean() - 3.0) / 2.0 for x in itertools.islice(batches(), 20)]
+    np.testing.assert_allclose(result.losses, expected, rtol=1e-3, atol=1e-5)  # the density's slope, in float32
+
+
 def test_location_and_scale_of_a_stream_are_those_of_its_first_call(streamed):
     first = ROWS[: 8 * 16]
     np.testing.assert_allclose(streamed.denoiser.location, first.mean(0), rtol=1e-6)
@@ -131,8 +144,10 @@ def test_conditions_stay_with_their_rows(monkeypatch):
         return jnp.abs(jnp.sign(raw[0]) - cond[0]) + 0.0 * denoiser(x, t, cond).x0.sum()
 
     given = NetworkDenoiser(backbone(), location=3.0, scale=2.0)
-    for data, options in ((ROWS, {"cond": CONDS, "held_out": (ROWS, CONDS)}), (batches(conds=True), {})):
+    split, told = {"cond": CONDS}, {"held_out": (ROWS, CONDS)}
+    for data, options in ((ROWS, split), (ROWS, split | told), (batches(conds=True), told)):
         result = run(data, given, loss=loss, **options)
+        assert len(result.held_out_losses) == 3
         assert (result.losses == 0.0).all() and (result.held_out_losses == 0.0).all()
     assert run(ROWS, given, loss=loss, cond=CONDS[::-1]).losses.max() > 0.0
 
