@@ -148,6 +148,31 @@ def test_no_kernel_adapts_after_warmup(make):
     assert counts._warmups() == ([101, 101] if make is cycle else [30, 71])
 
 
+@pytest.mark.parametrize("make", [cycle, mixture])
+def test_caches_belong_to_the_point(make):
+    """What MALA holds when it has moved, accepted or not, is the density where the chain is."""
+    field = "kernel_states.1.evaluation.log_density"
+    mcmc = run(make(pair), 3.0, num_samples=200, chains=2, fields=[field])
+    samples, extra = mcmc.get_samples(), mcmc.get_extra_fields()
+    x, s, normal = samples["x"], samples["s"], dist.Normal(0.0, 1.0)
+    true = normal.log_prob(s) + normal.log_prob(x - s) + normal.log_prob(3.0 - x)
+    moved = extra["kernel_index"] == 1 if make is mixture else np.ones(400, bool)
+    np.testing.assert_allclose(np.asarray(extra[field])[moved], np.asarray(true)[moved], rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [Cycle, Mixture])
+def test_a_point_from_outside(make):
+    """A composite kernel moves the point and refreshes: steps far too long are rejected, at the new point's density."""
+    kernel = make([MALA(pair, step_size=1e3, target_accept_prob=None)])
+    state = kernel.init(jax.random.key(0), 0, {"x": jnp.array(1.0), "s": jnp.array(0.0)}, (3.0,), {})
+    state = kernel.sample(state, (3.0,), {})
+    state = kernel.refresh(state._replace(z={"x": jnp.array(2.0), "s": jnp.array(1.0)}), (3.0,), {})
+    state = kernel.sample(state, (3.0,), {})
+    assert state.z["x"] == 2.0 and state.kernel_index == 0
+    cached = state.kernel_states[0].evaluation.log_density
+    np.testing.assert_allclose(cached, 3.0 * dist.Normal().log_prob(1.0), rtol=1e-6)
+
+
 class CountedState(NamedTuple):
     z: dict
     diverging: jax.Array
@@ -243,6 +268,14 @@ def jump_and_walk(model):
 @SLOW
 def test_in_diffusion_gibbs():
     samples = run(DiffusionGibbs(shifted, x_kernel=jump_and_walk), 3.0, num_samples=1500).get_samples(True)
+    assert_moments(samples["u"][..., 0], 1.0, 2.0 / 3.0)
+    assert_moments(samples["s"], 1.0, 2.0 / 3.0)
+
+
+@SLOW
+def test_in_noise_space():
+    """As the inner kernel: both move the noise of u and the other site."""
+    samples = run(NoiseSpace(shifted, inner=cycle), 3.0).get_samples(group_by_chain=True)
     assert_moments(samples["u"][..., 0], 1.0, 2.0 / 3.0)
     assert_moments(samples["s"], 1.0, 2.0 / 3.0)
 

@@ -227,7 +227,7 @@ def status_of(kernel: MCMCKernel) -> Status:
     """What a kernel says of itself, or what is known of NumPyro's HMC and NUTS."""
     if isinstance(kernel, HMC):
         return Status("density", True, "leaves the model's own law in place")
-    return getattr(kernel, "status", Status("unknown", False, "does not say what law it leaves in place"))
+    return getattr(kernel, "status", None) or Status("unknown", False, "does not say what law it leaves in place")
 
 
 def _itself(model: Model) -> Model:
