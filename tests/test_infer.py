@@ -301,6 +301,19 @@ def test_second_run_with_new_data_and_weights_does_not_trace(make, model, monkey
     assert first > 0 and compiles == []
 
 
+def test_gibbs_refreshes_both_blocks():
+    """What a composite kernel changes around a `DiffusionGibbs` reaches the block that sweeps first."""
+    kernel = DiffusionGibbs(unknown_noise)
+    state = kernel.init(jax.random.key(0), 0, None, (Y,), {})
+    values = kernel.get_constrain_fn((Y,), {})(state.z)
+    x_state, rest_state = kernel.refresh(state, (Y + 1.0,), {}).gibbs_state.block_states
+    truth = dist.Normal(values["x"], values["noise"]).log_prob(Y + 1.0).sum()
+    assert float(x_state.log_likelihood) == pytest.approx(
+        float(truth + dist.LogNormal(0.0, 0.5).log_prob(values["noise"])), rel=1e-4
+    )
+    assert float(rest_state.potential_energy) != float(state.gibbs_state.block_states[1].potential_energy)
+
+
 @SLOW
 def test_two_sites():
     """The sum of two sources is observed: their posterior is Gaussian with correlation -1/2 (kernels move both)."""

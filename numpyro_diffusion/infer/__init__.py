@@ -13,6 +13,7 @@ from numpyro_diffusion.infer.noisy import at_clean_point
 from numpyro_diffusion.infer.pcn import DiffusionPCN
 from numpyro_diffusion.infer.predictor_corrector import PredictorCorrector
 from numpyro_diffusion.infer.provider import Density, LineIntegral, Provider, Score, Status, with_density
+from numpyro_diffusion.infer.smc import TemperedSMC
 from numpyro_diffusion.infer.split import drop_prior
 from numpyro_diffusion.infer.split_gibbs import SplitGibbs
 from numpyro_diffusion.infer.tweedie import Tweedie
@@ -38,6 +39,7 @@ __all__ = [
     "ScoreHMC",
     "SplitGibbs",
     "Status",
+    "TemperedSMC",
     "Tweedie",
     "Vectorize",
     "at_clean_point",

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from numpyro.infer import NUTS
-from numpyro.infer.gibbs import Gibbs
+from numpyro.infer.gibbs import Gibbs, with_conditioning
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffusion.infer.base import DiffusionKernel
@@ -140,8 +140,23 @@ class DiffusionGibbs(DiffusionKernel):
         return kernel
 
     def refresh(self, state: DiffusionGibbsState, model_args: tuple, model_kwargs: dict | None) -> DiffusionGibbsState:
-        """The identity: `Gibbs` refreshes its blocks when it samples."""
-        return state
+        """Refreshes both blocks, each given the other.
+
+        NumPyro's `Gibbs` refreshes a block when another of its blocks has moved; what moves outside it does not see.
+        """
+        kwargs = {} if model_kwargs is None else model_kwargs
+        blocks, gibbs_state = self._gibbs.blocks, state.gibbs_state
+        values = self._gibbs.get_constrain_fn(model_args, kwargs)(gibbs_state.z)
+
+        def refreshed(kernel: MCMCKernel, sites: tuple[str, ...], block_state: Any) -> Any:
+            others = {name: value for name, value in values.items() if name not in sites}
+            return kernel.refresh(block_state, model_args, with_conditioning(kwargs, others))
+
+        block_states = tuple(
+            refreshed(kernel, tuple(getattr(block_state, kernel.sample_field)), block_state)
+            for (kernel, _), block_state in zip(blocks, gibbs_state.block_states, strict=True)
+        )
+        return state._replace(gibbs_state=gibbs_state._replace(block_states=block_states))
 
     def get_constrain_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
         """Maps the state's `z` to values on the supports."""

@@ -1,0 +1,116 @@
+r"""Weights of particles: effective size, resampling, and the next temperature.
+
+Particles with weights $w_i \propto e^{\ell_i}$ are worth an effective sample size of $(\sum w_i)^2 / \sum w_i^2$.
+Resampling makes copies in proportion to the weights. The systematic scheme puts one uniform offset on a comb of $N$
+teeth,
+
+$$u_i = \frac{i + U}{N}, \qquad a_i = \min \left\{ k : \sum_{j \le k} w_j \ge u_i \right\},$$
+
+so a particle has $\lfloor N w \rfloor$ or $\lceil N w \rceil$ copies: $N w$ on average, at little variance. The
+conditional scheme is the same law given that the first copy is of the first particle, which a particle Gibbs sampler
+needs.
+
+References:
+    Douc, Cappé, Moulines, Comparison of resampling schemes for particle filtering, 2005,
+    https://arxiv.org/abs/cs/0507025.
+    Chopin and Singh, On particle Gibbs sampling, 2015 (conditional systematic resampling),
+    https://arxiv.org/abs/1304.1887.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+_BISECTIONS = 60
+
+
+def effective_size(log_weights: jax.Array) -> jax.Array:
+    """The effective sample size of unnormalised weights, between 1 and their number; 0 if all of them vanish.
+
+    Args:
+        log_weights: logarithms, shape (N,); minus infinity is a weight of zero.
+
+    Returns:
+        A scalar.
+    """
+    largest = jnp.max(log_weights)
+    weights = jnp.exp(log_weights - jnp.where(jnp.isfinite(largest), largest, 0.0))
+    return jnp.where(jnp.isfinite(largest), jnp.sum(weights) ** 2 / jnp.sum(weights**2), 0.0)
+
+
+def systematic(key: jax.Array, log_weights: jax.Array, count: int | None = None) -> jax.Array:
+    """Draws ancestors by one comb.
+
+    Args:
+        key: random key.
+        log_weights: logarithms of unnormalised weights, shape (N,), not all minus infinity.
+        count: number of copies in all; N by default.
+
+    Returns:
+        Indices in increasing order, shape (count,).
+    """
+    count = log_weights.size if count is None else count
+    teeth = (jnp.arange(count) + jax.random.uniform(key, dtype=log_weights.dtype)) / count
+    cumulative = jnp.cumsum(jax.nn.softmax(log_weights))
+    cumulative = cumulative / cumulative[-1]
+    last = jnp.max(jnp.where(jnp.isfinite(log_weights), jnp.arange(log_weights.size), 0))
+    return jnp.minimum(jnp.searchsorted(cumulative, teeth, side="right"), last)
+
+
+def conditional_systematic(key: jax.Array, log_weights: jax.Array) -> jax.Array:
+    """Draws ancestors by one comb, given that the first copy is of the first particle.
+
+    The comb is drawn from its law given that a tooth falls on the first particle, and the copies are then turned so
+    that one of the first particle's, chosen at random, comes first.
+
+    Args:
+        key: random key.
+        log_weights: logarithms of unnormalised weights, shape (N,); the first must be finite.
+
+    Returns:
+        Indices, shape (N,), of which the first is 0.
+    """
+    count = log_weights.size
+    key_offset, key_turn = jax.random.split(key)
+    weights = jax.nn.softmax(log_weights)
+    expected = count * weights[0]
+    # given a copy of the first particle, weighted by the number of its copies: a uniform place within its share
+    place = jax.random.uniform(key_offset, dtype=weights.dtype) * expected
+    offset = place - jnp.floor(place)
+    teeth = (jnp.arange(count) + offset) / count
+    cumulative = jnp.cumsum(weights)
+    ancestors = jnp.minimum(jnp.searchsorted(cumulative / cumulative[-1], teeth, side="right"), count - 1)
+    copies = jnp.sum(ancestors == 0)
+    turn = jnp.floor(jax.random.uniform(key_turn) * copies).astype(int)
+    return jnp.roll(ancestors, -turn).at[0].set(0)
+
+
+def next_temperature(log_likelihood: jax.Array, temperature: ArrayLike, threshold: float) -> jax.Array:
+    r"""The largest step to which the particles are still worth enough.
+
+    Bisects for $\beta'$ with $\mathrm{ESS}(e^{(\beta' - \beta) \ell}) = \mathrm{threshold} \cdot M$, where $M$ is the
+    number of particles whose likelihood is not zero: a hard constraint costs what it costs, whatever the step.
+
+    Args:
+        log_likelihood: of each particle, shape (N,).
+        temperature: the current inverse temperature $\beta$, in [0, 1).
+        threshold: share of the particles, in (0, 1].
+
+    Returns:
+        The next inverse temperature, in (`temperature`, 1].
+    """
+    alive = jnp.sum(jnp.isfinite(log_likelihood))
+    centred = log_likelihood - jnp.max(log_likelihood)
+
+    def worth(beta: jax.Array) -> jax.Array:
+        return effective_size(jnp.where(jnp.isfinite(centred), (beta - temperature) * centred, -jnp.inf))
+
+    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends
+        middle = 0.5 * (low + high)
+        enough = worth(middle) >= threshold * alive
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    one = jnp.ones((), log_likelihood.dtype)
+    low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, (jnp.asarray(temperature, one.dtype), one))
+    return jnp.where(worth(one) >= threshold * alive, one, jnp.where(low > temperature, low, high))
