@@ -69,10 +69,11 @@ def measure(make: Callable, cost: int, step: float, dimension: int, chains: int,
     accept_prob = float(mcmc.get_extra_fields().get("accept_prob", jnp.ones(1)).mean())
     ratios = (x**2).mean(1) / np.asarray(variances)  # (chains, dimension); the mean is known
     stable = bool(np.isfinite(ratios).all()) and float(ratios.max()) < 1e3
-    ess = float(effective_sample_size(x).min()) / (chains * evaluations) if stable and accept_prob > 0.01 else 0.0
+    ess = effective_sample_size(x) if stable else np.zeros(1)
+    ess = np.where((ess > 0) & (ess < chains * num_draws), ess, chains * num_draws).min()  # antithetic chains have more
     return {
         "bias": float(ratios.mean() - 1.0) if stable else float("inf"),
-        "ess_per_evaluation": max(ess, 0.0),
+        "ess_per_evaluation": float(ess) / (chains * evaluations) if stable and accept_prob > 0.01 else 0.0,
         "error": float(np.sqrt(((ratios - 1.0) ** 2).mean())) if stable else float("inf"),
         "accept_prob": accept_prob,
     }
