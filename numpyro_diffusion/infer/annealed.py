@@ -89,7 +89,8 @@ class AnnealedLangevin(TrajectoryKernel):
         levels: noise levels $\sigma_t / \alpha_t$, strictly decreasing, in the units of the data, in place of these.
         steps_per_level: Langevin steps at each level.
         step_rule: "snr" or "sigma", see the module.
-        step_size: $r$ of the signal-to-noise rule (0.16 by default), or $\epsilon$ in squared units of the data.
+        step_size: $r$ of the signal-to-noise rule (Song et al. take 0.16 for images, where it leaves a walk of a few
+            steps too short here), or $\epsilon$ in squared units of the noisy point.
         restart_level: noise level to which the last draw is noised to begin the next; None begins from noise.
         guidance: what stands for the likelihood of noisy points, see `noisy`; None takes the likelihood at the
             predicted clean point.
@@ -130,7 +131,7 @@ class AnnealedLangevin(TrajectoryKernel):
         levels: Sequence[float] | None = None,
         steps_per_level: int = 4,
         step_rule: Literal["snr", "sigma"] = "snr",
-        step_size: float = 0.16,
+        step_size: float = 0.3,
         restart_level: float | None = None,
         guidance: Guidance | None = None,
         metropolis: bool = False,
