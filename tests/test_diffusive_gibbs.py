@@ -15,6 +15,9 @@ from numpyro.infer import HMC, MCMC, NUTS, Gibbs
 from numpyro_diffusion.denoise import GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import DiffusiveGibbs, LineIntegral, Score, Vectorize, with_density
+from numpyro_diffusion.infer.adapt import Root
+from numpyro_diffusion.infer.diffusive_gibbs import _conditional
+from numpyro_diffusion.infer.target import Evaluation
 from numpyro_diffusion.noise import VE
 
 SLOW = pytest.mark.slow
@@ -84,6 +87,18 @@ def test_one_draw_leaves_the_posterior_invariant():
     assert float((state.z["x"] != start).mean()) > 0.8 and 0.2 < float(state.accept_prob.mean()) < 0.95
     ranks = np.sort(np.interp(np.asarray(state.z["x"], np.float64), x, cdf))
     assert np.abs(ranks - (np.arange(size) + 0.5) / size).max() < 1.95 / np.sqrt(size)  # the 0.1 % point
+
+
+@pytest.mark.parametrize("root", [jnp.array([2.0, 0.5]), jnp.array([[2.0, 0.0], [0.7, 0.5]])])
+def test_gradient_of_the_conditional(root):
+    """It is the derivative of its log-density: a wrong one only costs acceptance, and shows in no law."""
+    root = Root(root, 1.0 / root if root.ndim == 1 else jnp.linalg.inv(root), jnp.zeros(()))
+    q, centre = jnp.array([0.3, -1.0]), jnp.array([1.0, 2.0])
+    there = lambda q: _conditional(Evaluation(-jnp.sum(q**4), -4.0 * q**3), q, centre, root, 1.7)  # noqa: E731
+    np.testing.assert_allclose(there(q).gradient, jax.grad(lambda q: there(q).log_density)(q), rtol=1e-5)
+    noise = jax.vmap(root.push)(jnp.eye(2))  # by column, its covariance that of the noise that is added
+    hessian = jax.hessian(lambda q: there(q).log_density + jnp.sum(q**4))(q)
+    np.testing.assert_allclose(-hessian, jnp.linalg.inv(1.7**2 * noise.T @ noise), rtol=1e-4)
 
 
 def unequal(y):
