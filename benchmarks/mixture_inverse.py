@@ -28,7 +28,7 @@ from numpyro.infer import MCMC
 
 from numpyro_diffusion.denoise import GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.infer import DiffusionPCN, NoiseSpace
+from numpyro_diffusion.infer import AnnealedLangevin, DiffusionPCN, NoiseSpace, PredictorCorrector, SplitGibbs
 from numpyro_diffusion.noise import VE, UniformLogSNR
 from numpyro_diffusion.solve import Ancestral, StochasticHeun
 
@@ -90,9 +90,20 @@ KERNELS = {
         Ancestral(80, grid=UniformLogSNR()),
     ),
     "NoiseSpace": (NoiseSpace, StochasticHeun(40, UniformLogSNR())),
+    "AnnealedLangevin": (partial(AnnealedLangevin, step_size=0.16), StochasticHeun()),
+    "AnnealedLangevin, small steps": (
+        partial(AnnealedLangevin, num_levels=64, steps_per_level=10, step_size=0.05),
+        StochasticHeun(),
+    ),
+    "PredictorCorrector": (PredictorCorrector, StochasticHeun(64)),
+    "SplitGibbs": (
+        partial(SplitGibbs, rho=0.3, schedule=(30.0, 17.0, 9.5, 5.3, 3.0, 1.7, 0.95, 0.53)),
+        StochasticHeun(),
+    ),
 }
 """Each method's kernel and the solver of its prior; a walk down the whole ladder is 80 evaluations for all. Levels are
-log-uniform: what is hard here is to find the weights of far modes, and these need large moves."""
+log-uniform: what is hard here is to find the weights of far modes, and these need large moves. The kernels after
+`NoiseSpace` are biased, and a few moves are as good as many: --moves 2, for `SplitGibbs` 12."""
 
 
 @partial(jax.jit, static_argnames=("method", "num_moves"))
