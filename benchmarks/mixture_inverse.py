@@ -30,7 +30,7 @@ from numpyro_diffusion.denoise import GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import AnnealedLangevin, DiffusionPCN, NoiseSpace, PredictorCorrector, SplitGibbs
 from numpyro_diffusion.noise import VE, UniformLogSNR
-from numpyro_diffusion.solve import Ancestral, StochasticHeun
+from numpyro_diffusion.solve import Ancestral, DPMSolverPP
 
 NUM_DRAWS, NUM_EXACT, NUM_PROJECTIONS, NUM_FLOORS = 1000, 10_000, 1000, 8
 
@@ -83,22 +83,22 @@ def model(prior: DiffusionPrior, A: jax.Array, y: jax.Array, sigma: jax.Array) -
 
 
 KERNELS = {
-    "DiffusionPCN": (partial(DiffusionPCN, num_proposals=4, global_fraction=1.0), StochasticHeun(40, UniformLogSNR())),
-    "DiffusionPCN, 1 proposal": (partial(DiffusionPCN, global_fraction=1.0), StochasticHeun(40, UniformLogSNR())),
+    "DiffusionPCN": (partial(DiffusionPCN, num_proposals=4, global_fraction=1.0), DPMSolverPP(80, eta=1.0)),
+    "DiffusionPCN, 1 proposal": (partial(DiffusionPCN, global_fraction=1.0), DPMSolverPP(80, eta=1.0)),
     "DiffusionPCN, ancestral": (
         partial(DiffusionPCN, num_proposals=4, global_fraction=1.0),
         Ancestral(80, grid=UniformLogSNR()),
     ),
-    "NoiseSpace": (NoiseSpace, StochasticHeun(40, UniformLogSNR())),
-    "AnnealedLangevin": (partial(AnnealedLangevin, step_size=0.16), StochasticHeun()),
+    "NoiseSpace": (NoiseSpace, DPMSolverPP(80, eta=1.0)),
+    "AnnealedLangevin": (partial(AnnealedLangevin, step_size=0.16), DPMSolverPP(64, eta=1.0)),
     "AnnealedLangevin, small steps": (
         partial(AnnealedLangevin, num_levels=64, steps_per_level=10, step_size=0.05),
-        StochasticHeun(),
+        DPMSolverPP(64, eta=1.0),
     ),
-    "PredictorCorrector": (PredictorCorrector, StochasticHeun(64)),
+    "PredictorCorrector": (PredictorCorrector, DPMSolverPP(64, eta=1.0)),
     "SplitGibbs": (
         partial(SplitGibbs, rho=0.3, schedule=(30.0, 17.0, 9.5, 5.3, 3.0, 1.7, 0.95, 0.53)),
-        StochasticHeun(),
+        DPMSolverPP(64, eta=1.0),
     ),
 }
 """Each method's kernel and the solver of its prior; a walk down the whole ladder is 80 evaluations for all. Levels are

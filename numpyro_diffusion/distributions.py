@@ -32,7 +32,7 @@ from numpyro.distributions.util import sum_rightmost, validate_sample
 
 from numpyro_diffusion import _checks, density, solve
 from numpyro_diffusion.denoise import Conditioned, Denoiser
-from numpyro_diffusion.solve import Heun, Solver, StochasticHeun
+from numpyro_diffusion.solve import DPMSolverPP, Heun, Solver
 
 
 class DiffusionPrior(dist.Distribution):
@@ -79,7 +79,7 @@ class DiffusionPrior(dist.Distribution):
         *,
         cond: ArrayLike | None = None,
         transform: Transform | None = None,
-        sampler: Solver = StochasticHeun(),  # noqa: B008
+        sampler: Solver = DPMSolverPP(64, eta=1.0),  # noqa: B008
         flow_solver: Solver = Heun(),  # noqa: B008
         density: Literal["ode", "none"] = "ode",
         density_solver: Heun = Heun(64),  # noqa: B008
@@ -92,7 +92,7 @@ class DiffusionPrior(dist.Distribution):
         if transform is not None and not isinstance(transform, Transform):
             raise TypeError(f"transform must be a NumPyro Transform; got {type(transform).__name__}")
         if not (isinstance(sampler, Solver) and sampler.stochastic):
-            raise TypeError(f"sampler must be a stochastic solver such as solve.StochasticHeun(); got {sampler!r}")
+            raise TypeError(f"sampler must be a stochastic solver such as solve.DPMSolverPP(eta=1.0); got {sampler!r}")
         if not (isinstance(flow_solver, Solver) and not flow_solver.stochastic):
             raise TypeError(f"flow_solver must be a deterministic solver such as solve.Heun(); got {flow_solver!r}")
         if not isinstance(density_solver, Heun) or density_solver.stochastic:

@@ -34,7 +34,7 @@ CHAINS, DRAWS = 200, 100
 EXP = transforms.ExpTransform()
 MEAN, VARIANCE, NOISE = np.array([1.0, -1.0]), np.array([1.0, 2.0]), 0.7
 Y = jnp.array([3.0, -1.0])
-SAMPLER = StochasticHeun(48)
+SAMPLER = DPMSolverPP(48, eta=1.0)
 VE_PRIOR, VP_PRIOR = (
     DiffusionPrior(Gaussian(MEAN, VARIANCE, schedule), sampler=SAMPLER, density="none")
     for schedule in (VE(0.02, 40.0), VP())

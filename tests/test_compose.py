@@ -28,7 +28,7 @@ from numpyro_diffusion.infer import (
     with_density,
 )
 from numpyro_diffusion.noise import VE
-from numpyro_diffusion.solve import StochasticHeun
+from numpyro_diffusion.solve import DPMSolverPP
 
 SLOW = pytest.mark.slow
 CHAINS = 8
@@ -218,7 +218,7 @@ MODES = jnp.array([[-6.0, 0.0], [6.0, 0.0]])
 @with_density
 def two_modes(y):
     """Modes twelve standard deviations apart, of weights .3 and .7 before the data."""
-    prior = DiffusionPrior(GaussianMixture([0.3, 0.7], MODES, 1.0, VE(0.01, 80.0)), sampler=StochasticHeun(24))
+    prior = DiffusionPrior(GaussianMixture([0.3, 0.7], MODES, 1.0, VE(0.01, 80.0)), sampler=DPMSolverPP(24, eta=1.0))
     x = numpyro.sample("x", prior)
     numpyro.sample("y", dist.Normal(x[0], 8.0), obs=y)
 
@@ -251,7 +251,7 @@ def test_modes(within):
         assert abs(inside[:, 0].mean() - centre) < 0.1 and abs(inside[:, 0].var() - variance) < 0.15
 
 
-STANDARD = DiffusionPrior(Gaussian([0.0], 1.0, VE(0.01, 40.0)), sampler=StochasticHeun(24))
+STANDARD = DiffusionPrior(Gaussian([0.0], 1.0, VE(0.01, 40.0)), sampler=DPMSolverPP(24, eta=1.0))
 
 
 def shifted(y):

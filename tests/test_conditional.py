@@ -17,7 +17,7 @@ from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import MALA, ULA, Density, DiffusionGibbs, DiffusionPCN, NoiseSpace, ScoreHMC
 from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.noise import VE
-from numpyro_diffusion.solve import Heun, StochasticHeun
+from numpyro_diffusion.solve import DPMSolverPP, Heun
 
 SLOW = pytest.mark.slow
 SCHEDULE = VE(0.01, 40.0)
@@ -34,7 +34,8 @@ class AroundCondition:
 
 
 def prior(cond, **options):
-    return DiffusionPrior(AroundCondition(), cond=cond, sampler=StochasticHeun(48), density_solver=Heun(24), **options)
+    solvers = {"sampler": DPMSolverPP(48, eta=1.0), "density_solver": Heun(24)}
+    return DiffusionPrior(AroundCondition(), cond=cond, **solvers, **options)
 
 
 def hierarchy(y, **options):

@@ -18,7 +18,7 @@ from numpyro.infer.util import log_density
 from numpyro_diffusion.denoise import Gaussian, GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.noise import VP
-from numpyro_diffusion.solve import Ancestral, Heun, StochasticHeun
+from numpyro_diffusion.solve import Ancestral, DPMSolverPP, Heun, StochasticHeun
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -89,7 +89,7 @@ def test_gradient_of_log_prob(derivative, transform, x64):
 def test_defaults():
     """Karras' stochastic sampler, Heun's flow, and a density good to 1e-2 nats (`test_density`)."""
     p = DiffusionPrior(Gaussian(MEAN))
-    assert (p.sampler, p.flow_solver, p.density_solver) == (StochasticHeun(32), Heun(18), Heun(64))
+    assert (p.sampler, p.flow_solver, p.density_solver) == (DPMSolverPP(64, eta=1.0), Heun(18), Heun(64))
     assert p.density == "ode" and p.transform is None
     assert p.event_shape == p.noise_shape == (2,) and p.batch_shape == () and p.support.event_dim == 1
 

@@ -16,11 +16,11 @@ from numpyro_diffusion.denoise import Gaussian
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import MALA, DiffusionGibbs, Independence, Mixture, Vectorize
 from numpyro_diffusion.noise import VE
-from numpyro_diffusion.solve import StochasticHeun
+from numpyro_diffusion.solve import DPMSolverPP
 
 SLOW = pytest.mark.slow
 LEAP = partial(HMC, num_steps=3, trajectory_length=None)
-SAMPLER = StochasticHeun(24)
+SAMPLER = DPMSolverPP(24, eta=1.0)
 STANDARD = Gaussian([0.0], 1.0, VE(0.01, 40.0))
 SCORE_ONLY = DiffusionPrior(STANDARD, sampler=SAMPLER, density="none")
 

@@ -18,13 +18,13 @@ from numpyro_diffusion.denoise import Gaussian, GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import DiffusionGibbs, DiffusionPCN, NoiseSpace
 from numpyro_diffusion.noise import VE, VP
-from numpyro_diffusion.solve import Ancestral, Heun, StochasticHeun
+from numpyro_diffusion.solve import Ancestral, DPMSolverPP, Heun
 
 SLOW = pytest.mark.slow
 CHAINS = 8
 Y = jnp.array([3.0, -1.0])
 SCHEDULE = VE(0.01, 40.0)
-SAMPLER = StochasticHeun(48)
+SAMPLER = DPMSolverPP(48, eta=1.0)
 STANDARD = DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=SAMPLER)
 SCORE_ONLY = DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=SAMPLER, density="none")
 
@@ -173,7 +173,7 @@ def test_score_only_prior_needs_no_density():
 def test_multimodal_weights():
     """Separated modes: the weights of a mixture posterior, which depend on moves between modes."""
     means = jnp.array([[-6.0, 0.0], [6.0, 0.0]])
-    prior = DiffusionPrior(GaussianMixture([0.3, 0.7], means, 1.0, VE(0.01, 80.0)), sampler=StochasticHeun(48))
+    prior = DiffusionPrior(GaussianMixture([0.3, 0.7], means, 1.0, VE(0.01, 80.0)), sampler=DPMSolverPP(48, eta=1.0))
 
     def model(y):
         x = numpyro.sample("x", prior)
@@ -191,7 +191,7 @@ def test_one_step_leaves_the_posterior_invariant(num_proposals):
     """20,000 exact draws, one step each: ranks against as many fresh draws, by a Kolmogorov-Smirnov distance."""
     count = 20_000
     weights, means = jnp.array([0.4, 0.6]), jnp.array([[-2.0, 0.5], [1.5, -1.0]])
-    prior = DiffusionPrior(GaussianMixture(weights, means, 0.5, SCHEDULE), sampler=StochasticHeun(64))
+    prior = DiffusionPrior(GaussianMixture(weights, means, 0.5, SCHEDULE), sampler=DPMSolverPP(64, eta=1.0))
 
     def model(y):
         x = numpyro.sample("x", prior)
@@ -386,7 +386,7 @@ def test_hard_constraint_and_nan_likelihood():
 
 @SLOW
 def test_x64(x64):
-    prior = DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=StochasticHeun(32))
+    prior = DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=DPMSolverPP(32, eta=1.0))
     for make in (DiffusionPCN, NoiseSpace):
         x = run(make(known_noise), jnp.asarray(Y, float), prior, num_warmup=20, num_samples=20).get_samples()["x"]
         assert x.dtype == jnp.float64 and bool(jnp.isfinite(x).all())
@@ -422,11 +422,11 @@ def chained_priors(y):
 
 def different_samplers(y):
     numpyro.sample("x", STANDARD)
-    numpyro.sample("z", DiffusionPrior(Gaussian([0.0]), sampler=StochasticHeun(16)))
+    numpyro.sample("z", DiffusionPrior(Gaussian([0.0]), sampler=DPMSolverPP(16, eta=1.0)))
 
 
 def few_steps(y):
-    numpyro.sample("x", DiffusionPrior(Gaussian([0.0]), sampler=StochasticHeun(5)))
+    numpyro.sample("x", DiffusionPrior(Gaussian([0.0]), sampler=DPMSolverPP(5, eta=1.0)))
 
 
 REFUSED = {

@@ -18,8 +18,10 @@ $$a = \min\left(1, \frac{\sum_{i \ge 1} L_i}{\sum_{i \ge 0, i \ne j} L_i}\right)
 
 keeps the posterior too (Metropolised Gibbs over the $M + 1$ points; $M = 1$ is the test above).
 
-**What is approximate.** Only the reverse process: it is solved in finitely many steps. `StochasticHeun` keeps the prior
-to second order in the step, but is reversible, on which the test relies too, to first order only.
+**What is approximate.** Only the reverse process: it is solved in finitely many steps. The move must keep the law of
+the clean point *given* the noisy one, not only the prior: a solver that keeps the prior with the wrong conditional law
+is not reversible, and its test is wrong. `DPMSolverPP(eta=1)`, the default of a prior, has that law to about two per
+cent in 64 steps; others are far from it (`docs/concepts/exactness.md`).
 
 References:
     Cotter, Roberts, Stuart, White, MCMC methods for functions, 2013, https://arxiv.org/abs/1202.0709.
@@ -140,7 +142,7 @@ class DiffusionPCN(DiffusionKernel):
         _checks.at_least(1, num_proposals=num_proposals)
         _checks.fraction(global_fraction=global_fraction, target_accept_prob=target_accept_prob)
         if not (solver is None or (isinstance(solver, Solver) and solver.stochastic)):
-            raise TypeError(f"solver must be a stochastic solver such as solve.StochasticHeun(); got {solver!r}")
+            raise TypeError(f"solver must be a stochastic solver such as solve.DPMSolverPP(eta=1.0); got {solver!r}")
         self._num_proposals = num_proposals
         self._global_fraction = global_fraction
         self._target_accept_prob = target_accept_prob
