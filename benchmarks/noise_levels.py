@@ -1,4 +1,4 @@
-"""Does it pay to draw noise levels where the loss is? Adaptive and evenly spread levels against independent ones.
+"""Does it pay to draw noise levels where the gradient is, or the loss? Adaptive levels against fixed log-normal ones.
 
     python benchmarks/noise_levels.py --json OUT
 
@@ -31,8 +31,8 @@ from numpyro_diffusion.train.steps import held_out_loss, init, train_steps
 WEIGHTINGS = {"EDM": weighting.EDM(), "Sigmoid": weighting.Sigmoid(), "V": weighting.V()}
 NOISE_LAWS = {
     "fixed": levels.LogNormal(),
-    "even": levels.LowDiscrepancy(levels.LogNormal()),
     "adaptive": Adaptive(),
+    "adaptive_by_loss": Adaptive(follows="loss"),
 }
 EVALUATIONS, BATCH_SIZE = 40, 250
 
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="one seed, two runs of eighty steps")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--weightings", nargs="+", choices=WEIGHTINGS, default=["EDM"])
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()

@@ -215,11 +215,12 @@ def test_patience_ends_a_run_and_keeps_the_best_average():
     jax.tree.map(np.testing.assert_array_equal, patient.denoiser, shorter.denoiser)
 
 
-def test_what_adaptive_levels_learned_is_told(resident):
-    law = Adaptive(num_bins=8)
+@pytest.mark.parametrize("follows", ["gradient", "loss"])
+def test_what_adaptive_levels_learned_is_told(resident, follows):
+    law = Adaptive(num_bins=8, follows=follows)
     result = run(noise_levels=law)
     assert law.masses(result.levels).sum() == pytest.approx(1.0, rel=1e-5)
-    assert not np.array_equal(result.levels.moments, np.ones(8))
+    assert (result.levels.moments > 0.0).sum() > 3
     assert resident.levels == ()
 
 

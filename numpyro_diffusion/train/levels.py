@@ -46,7 +46,13 @@ def spread_evenly(key: jax.Array, num: int) -> jax.Array:
 
 
 class NoiseLaw(abc.ABC):
-    """A law of the noise level: a frozen dataclass of plain numbers, registered as a static pytree."""
+    """A law of the noise level: a frozen dataclass of plain numbers, registered as a static pytree.
+
+    Attributes:
+        follows: what it learns from: "nothing", the "loss" of each batch, or the size of the "gradient".
+    """
+
+    follows: str = "nothing"
 
     @abc.abstractmethod
     def quantile(self, u: jax.Array, schedule: Schedule, state: State = ()) -> jax.Array:
@@ -80,7 +86,8 @@ class NoiseLaw(abc.ABC):
         Args:
             state: what was known before.
             log_snr: the levels of the batch, shape (batch,).
-            values: the integrand there, $w(\lambda)$ times the error, shape (batch,).
+            values: $w(\lambda)$ times what is followed there, shape (batch,); for a gradient, its product with a random
+                direction.
             schedule: the noising process in standardised units.
 
         Returns:
@@ -184,6 +191,10 @@ class LowDiscrepancy(NoiseLaw):
 
     def sample(self, key: jax.Array, num: int, schedule: Schedule, state: State = ()) -> jax.Array:
         return self.law.quantile(spread_evenly(key, num), schedule, state)
+
+    @property
+    def follows(self) -> str:
+        return self.law.follows
 
     def quantile(self, u: jax.Array, schedule: Schedule, state: State = ()) -> jax.Array:
         return self.law.quantile(u, schedule, state)

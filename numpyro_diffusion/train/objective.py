@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.typing import ArrayLike
 
-from numpyro_diffusion.denoise import Denoiser
+from numpyro_diffusion.denoise import Denoiser, NetworkDenoiser
 from numpyro_diffusion.nn.condition import Condition
 from numpyro_diffusion.noise import Scaled
 from numpyro_diffusion.train.adaptive import Adaptive
@@ -79,20 +80,56 @@ class Objective:
         Returns:
             Weighted losses, shape (batch,), and what the law knows after them.
         """
+        schedule = _standardised(denoiser)
+        losses, log_snr = self._losses(denoiser, key, x, cond, state)
+        log_weight = self.weighting.log_weight(log_snr)
+        ratio = jnp.exp(log_weight - self.noise_levels.log_density(log_snr, schedule, state))
+        if self.noise_levels.follows == "loss":
+            values = jnp.exp(log_weight) * jax.lax.stop_gradient(losses)
+            state = self.noise_levels.update(state, log_snr, values, schedule)
+        return ratio.astype(x.dtype) * losses, state
+
+    def follow_gradient(
+        self, denoiser: NetworkDenoiser, key: jax.Array, x: jax.Array, cond: ArrayLike | None, state: State
+    ) -> State:
+        """What the law of the levels knows after the gradients of a batch, seen along one random direction.
+
+        Args:
+            denoiser: the denoiser whose weights are trained, unfrozen.
+            key: random key, for levels, noises, withheld conditions and the direction.
+            x: clean points, shape (batch, *event_shape).
+            cond: their conditions, (batch, *cond_shape), or None.
+            state: what the law knew.
+
+        Returns:
+            The new state.
+        """
+        key, key_direction = jax.random.split(key)
+        leaves, tree = jax.tree.flatten(denoiser.params)
+        keys = jax.random.split(key_direction, len(leaves))
+        along = [jax.random.rademacher(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+
+        def losses(params: nnx.State) -> tuple[jax.Array, jax.Array]:
+            return self._losses(denoiser.with_params(params), key, x, cond, state)
+
+        _, slopes, log_snr = jax.jvp(losses, (denoiser.params,), (jax.tree.unflatten(tree, along),), has_aux=True)
+        values = self.weighting(log_snr) * slopes
+        return self.noise_levels.update(state, log_snr, values, _standardised(denoiser))
+
+    def _losses(
+        self, denoiser: Denoiser, key: jax.Array, x: jax.Array, cond: ArrayLike | None, state: State
+    ) -> tuple[jax.Array, jax.Array]:
+        """The loss of each row at a level drawn for it, unweighted, and these log-SNRs."""
         key_levels, key_noise, key_cond = jax.random.split(key, 3)
         schedule = _standardised(denoiser)
         log_snr = self.noise_levels.sample(key_levels, len(x), schedule, state)
         t = jnp.clip(schedule.inverse_log_snr(log_snr), schedule.t_min, schedule.t_max)
         keys, cond = jax.random.split(key_noise, len(x)), self._withhold(key_cond, cond)
-        losses = jax.vmap(self.loss, in_axes=(None, 0, 0, 0, 0))(denoiser, keys, x, t, cond)
-        log_weight = self.weighting.log_weight(log_snr)
-        ratio = jnp.exp(log_weight - self.noise_levels.log_density(log_snr, schedule, state))
-        values = jnp.exp(log_weight) * jax.lax.stop_gradient(losses)
-        return ratio.astype(x.dtype) * losses, self.noise_levels.update(state, log_snr, values, schedule)
+        return jax.vmap(self.loss, in_axes=(None, 0, 0, 0, 0))(denoiser, keys, x, t, cond), log_snr
 
     def held_out(self) -> "Objective":
         """The same objective at levels that no training moves, spread evenly, with all conditions present."""
-        return Objective(self.loss, self.weighting, Adaptive(power=0.0))
+        return Objective(self.loss, self.weighting, Adaptive(floor=1.0))
 
     def _withhold(self, key: jax.Array, cond: ArrayLike | None) -> ArrayLike | Condition | None:
         if cond is None or self.cond_dropout == 0.0:

@@ -27,6 +27,7 @@ from numpyro_diffusion.train import ema
 from numpyro_diffusion.train.levels import State
 from numpyro_diffusion.train.objective import Objective
 
+STEPS_PER_GRADIENT_SEEN = 8  # between looks at its size by adaptive noise levels, each worth half a step
 HELD_OUT_NOISES = 1024  # least noised points in a held-out loss; fewer rows are used again, under different noises
 
 Rows = tuple[jax.Array, jax.Array | None]  # points and their conditions
@@ -93,6 +94,13 @@ def train_steps(
         losses, levels = objective(denoiser.with_params(params), key, *batch, levels)
         return jnp.mean(_share_out(losses, mesh)), levels
 
+    def follow(state: TrainState, key: jax.Array, batch: Rows) -> State:
+        trained = denoiser.with_params(state.params)
+        due = state.step % STEPS_PER_GRADIENT_SEEN == 0
+        return jax.lax.cond(
+            due, lambda: objective.follow_gradient(trained, key, *batch, state.levels), lambda: state.levels
+        )
+
     def step(i: jax.Array, carry: tuple[TrainState, jax.Array]) -> tuple[TrainState, jax.Array]:
         state, losses = carry
         key_rows, key_noise = jax.random.split(jax.random.fold_in(key, state.step))
@@ -101,6 +109,8 @@ def train_steps(
         value_and_grad = jax.value_and_grad(batch_loss, has_aux=True)
         (loss, levels), gradient = value_and_grad(state.params, key_noise, batch, state.levels)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        if objective.noise_levels.follows == "gradient":
+            levels = follow(state, jax.random.fold_in(key_rows, 1), batch)
         params = optax.apply_updates(state.params, updates)
         average = ema.update(state.average, params, state.step, ema_decay)
         return TrainState(params, average, opt_state, state.step + 1, levels), losses.at[i].set(loss)
