@@ -145,13 +145,14 @@ def test_a_checkpoint_keeps_the_density(name, tmp_path):
 
 
 def test_a_checkpoint_of_a_network_from_before_scalar_heads(tmp_path, monkeypatch):
-    """A description without the key is one of a network with values of the event's shape."""
-    config, path = MLP.config.fget, tmp_path / "older"
+    """A description without the keys is one of a network with values of the event's shape, and without waves."""
+    config, path, newer = MLP.config.fget, tmp_path / "older", ("scalar", "input_frequencies")
     with monkeypatch.context() as patch:
-        patch.setattr(MLP, "config", property(lambda self: {k: v for k, v in config(self).items() if k != "scalar"}))
+        patch.setattr(MLP, "config", property(lambda self: {k: v for k, v in config(self).items() if k not in newer}))
         checkpoint.save(path, NetworkDenoiser(awake(MLP((3,), **SIZES, rngs=nnx.Rngs(0)))))
-    assert b"cond_shape" in path.read_bytes() and b"scalar" not in path.read_bytes()
-    assert checkpoint.load(path).backbone.scalar is False
+    assert b"cond_shape" in path.read_bytes() and not any(key.encode() in path.read_bytes() for key in newer)
+    loaded = checkpoint.load(path).backbone
+    assert loaded.scalar is False and loaded.input_frequencies == ()
 
 
 def test_an_energy_asked_from_a_score_network():

@@ -14,9 +14,9 @@ EVENT_SHAPES = [(), (3,), (2, 3)]
 SIZES = {"features": 8, "num_blocks": 2, "embed_features": 6}
 
 
-def awake(event_shape):
+def awake(event_shape, **options):
     """A small network with random weights everywhere, also where it starts at zero."""
-    graphdef, weights = nnx.split(nnx.eval_shape(lambda: MLP(event_shape, **SIZES, rngs=nnx.Rngs(0))))
+    graphdef, weights = nnx.split(nnx.eval_shape(lambda: MLP(event_shape, **SIZES, **options, rngs=nnx.Rngs(0))))
     random = np.random.default_rng(0)
     weights = jax.tree.map(lambda leaf: jnp.asarray(0.4 * random.normal(size=leaf.shape), leaf.dtype), weights)
     return nnx.merge(graphdef, weights)
@@ -29,12 +29,13 @@ def numpy_mlp(backbone, x, c_noise):
     silu = lambda h: h / (1.0 + np.exp(-h))  # noqa: E731
     angles = c_noise * 32.0 ** (np.arange(backbone.embed_features // 2) / (backbone.embed_features // 2 - 1))
     embedding = silu(linear(backbone.embed_layer, np.concatenate([np.sin(angles), np.cos(angles)])))
-    h = linear(backbone.input_layer, np.ravel(x))
+    waves = [f(w * np.ravel(x)) for f in (np.sin, np.cos) for w in backbone.input_frequencies]
+    h = linear(backbone.input_layer, np.concatenate([np.ravel(x), *waves]))
     for block in backbone.blocks:
         scale, shift = np.split(linear(block.modulation, embedding), 2)
         h = h + linear(block.second, silu(linear(block.first, (1.0 + scale) * norm(h) + shift)))
     out_norm = norm(h) * np.asarray(backbone.output_norm.scale[...]) + np.asarray(backbone.output_norm.bias[...])
-    return linear(backbone.output_layer, silu(out_norm)).reshape(np.shape(x))
+    return linear(backbone.output_layer, silu(out_norm)).reshape(() if backbone.scalar else np.shape(x))
 
 
 def test_embedding_is_sines_and_cosines_of_a_geometric_ladder():
@@ -46,9 +47,13 @@ def test_embedding_has_nothing_to_train_or_store():
     assert not jax.tree.leaves(nnx.state(FourierEmbedding(6)))
 
 
-@pytest.mark.parametrize("event_shape", EVENT_SHAPES)
-def test_mlp_is_what_its_docstring_says(event_shape):
-    backbone = awake(event_shape)
+FORMS = [(shape, {}) for shape in EVENT_SHAPES]
+FORMS += [((2, 3), {"input_frequencies": (0.5, 3.0)}), ((3,), {"scalar": True, "input_frequencies": (2.0,)})]
+
+
+@pytest.mark.parametrize("event_shape, options", FORMS, ids=str)
+def test_mlp_is_what_its_docstring_says(event_shape, options):
+    backbone = awake(event_shape, **options)
     x = np.random.default_rng(1).normal(size=event_shape).astype(np.float32)
     np.testing.assert_allclose(jax.jit(backbone)(x, 0.3), numpy_mlp(backbone, x, 0.3), rtol=1e-4, atol=1e-5)
 
@@ -66,7 +71,7 @@ def test_mlp_maps_a_batch_under_vmap():
 
 
 def test_config_is_json_and_rebuilds_the_network():
-    backbone = MLP((2, 3), **SIZES, rngs=nnx.Rngs(3))
+    backbone = MLP((2, 3), **SIZES, input_frequencies=(0.5, 2.0), rngs=nnx.Rngs(3))
     again = MLP(**json.loads(json.dumps(backbone.config)), rngs=nnx.Rngs(3))
     (graphdef, weights), (graphdef_again, weights_again) = nnx.split(backbone), nnx.split(again)
     assert graphdef == graphdef_again and hash(graphdef) == hash(graphdef_again)
@@ -82,6 +87,10 @@ def test_config_is_json_and_rebuilds_the_network():
         (lambda: MLP((2,), features=0, rngs=nnx.Rngs(0)), "features must be at least 1; got 0"),
         (lambda: MLP((2,), num_blocks=0, rngs=nnx.Rngs(0)), "num_blocks must be at least 1; got 0"),
         (lambda: MLP((2, 0), rngs=nnx.Rngs(0)), "every entry of event_shape must be at least 1; got 0"),
+        (
+            lambda: MLP((2,), input_frequencies=(1.0, 0.0), rngs=nnx.Rngs(0)),
+            "every one of input_frequencies must be positive and finite; got 0.0",
+        ),
         (
             lambda: awake((3,))(jnp.ones(3), 0.0, jnp.ones(1)),
             "cond must be None: this MLP is unconditional. Make it with cond_shape=",

@@ -103,3 +103,19 @@ def test_it_can_be_made_inside_jit(x64):
     inside = jax.jit(lambda law, x_t: reschedule(law, Rectified())(x_t, 0.4).x0)
     x_t = jnp.array([0.7, -1.3])
     np.testing.assert_allclose(inside(mixture(VE()), x_t), mixture(Rectified())(x_t, 0.4).x0, rtol=1e-7)
+
+
+class Rising(Rectified):
+    """A schedule by a mistaken user: noise at t = 0, data at t = 1."""
+
+    alpha = Rectified.sigma
+    sigma = Rectified.alpha
+
+
+def test_a_schedule_whose_log_snr_rises():
+    """Refused by whoever is given one: an exact law and `reschedule` here, a network in `test_network`."""
+    for make in (lambda: mixture(Rising()), lambda: reschedule(mixture(VE()), Rising())):
+        with pytest.raises(
+            ValueError, match="the log-SNR of schedule must decrease from t_min to t_max; that of Rising"
+        ):
+            make()

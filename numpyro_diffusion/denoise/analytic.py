@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise.prediction import Prediction
-from numpyro_diffusion.noise import VE, Schedule
+from numpyro_diffusion.noise import VE, Scaled, Schedule, check_decreasing
 
 
 @jax.tree_util.register_pytree_node_class
@@ -34,8 +34,8 @@ class GaussianMixture:
         schedule: the noising process, in the units of the data.
 
     Raises:
-        ValueError: if shapes do not agree, a value is not finite, a weight is negative or all are zero, or a covariance
-            is not symmetric and positive definite.
+        ValueError: if shapes do not agree, a value is not finite, a weight is negative or all are zero, a covariance is
+            not symmetric and positive definite, or the schedule's log-SNR does not fall.
 
     Example:
         >>> import jax.numpy as jnp
@@ -58,6 +58,8 @@ class GaussianMixture:
         self.means = means
         self.variances, self.rotations = _decompose(covariances, count, dimension)
         self.schedule = VE() if schedule is None else schedule
+        if not isinstance(self.schedule, Scaled):  # a scale may be traced, and moves nothing up or down
+            check_decreasing(self.schedule)
         self._check_values({"weights": weights, "means": means, "covariances": covariances})
 
     def _check_values(self, given: dict[str, jax.Array]) -> None:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from numpyro_diffusion.denoise.prediction import Denoiser, Prediction
-from numpyro_diffusion.noise import Scaled, Schedule
+from numpyro_diffusion.noise import Scaled, Schedule, check_decreasing
 
 
 @jax.tree_util.register_dataclass
@@ -80,7 +80,7 @@ def reschedule(denoiser: Denoiser, schedule: Schedule) -> Rescheduled:
 
     Raises:
         TypeError: if `schedule` is no schedule, or a `Scaled` one.
-        ValueError: if the two schedules have no noise level in common.
+        ValueError: if its log-SNR does not fall, or the two schedules have no noise level in common.
 
     Example:
         >>> import jax.numpy as jnp
@@ -92,6 +92,7 @@ def reschedule(denoiser: Denoiser, schedule: Schedule) -> Rescheduled:
     """
     if not isinstance(schedule, Schedule) or isinstance(schedule, Scaled):
         raise TypeError(f"schedule must be a noise.Schedule, not Scaled; got {type(schedule).__name__}")
+    check_decreasing(schedule)
     known = denoiser.schedule
     known, scale = (known.base, known.scale) if isinstance(known, Scaled) else (known, None)
     with jax.ensure_compile_time_eval():  # schedules are plain numbers, also inside jit

@@ -6,7 +6,8 @@ $$h \leftarrow h + W_2\, \mathrm{silu}\!\left( W_1 \left[ (1 + a)\, \mathrm{norm
 (a, b) = W_e\, \mathrm{silu}(e),$$
 
 where norm is layer normalisation without parameters of its own and $e$ embeds the noise level: each block is scaled and
-shifted by the noise level it works at (FiLM). The output layer starts at zero, so that an untrained denoiser under EDM
+shifted by the noise level it works at (FiLM). Sines and cosines of $x$ may join it (`input_frequencies`), without which
+fine detail is learned slowly. The output layer starts at zero, so that an untrained denoiser under EDM
 preconditioning returns the best linear guess for isotropic data, and the first gradient steps are tame.
 
 Every backbone of this library has the same call, `backbone(x, c_noise, cond=None)`, for ONE point: `x` of
@@ -17,9 +18,12 @@ means is decided in `denoise.network`.
 References:
     He et al., Identity mappings in deep residual networks, 2016, https://arxiv.org/abs/1603.05027.
     Perez et al., FiLM: visual reasoning with a general conditioning layer, 2018, https://arxiv.org/abs/1709.07871.
+    Tancik et al., Fourier features let networks learn high frequency functions in low dimensional domains, 2020,
+    https://arxiv.org/abs/2006.10739.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -41,6 +45,8 @@ class MLP(nnx.Module):
         embed_features: number of Fourier features of the noise level, even.
         cond_shape: shape of a condition, None for an unconditional network.
         scalar: whether to return one number, for the "energy" target, instead of an array of `event_shape`.
+        input_frequencies: frequencies, in radians per unit of an input of unit variance, of sines and cosines of every
+            entry that join the input; for few dimensions with detail much finer than their spread.
         rngs: source of the initial weights.
 
     Raises:
@@ -64,6 +70,7 @@ class MLP(nnx.Module):
         *,
         cond_shape: tuple[int, ...] | None = None,
         scalar: bool = False,
+        input_frequencies: Sequence[float] = (),
         rngs: nnx.Rngs,
     ) -> None:
         for size in event_shape:
@@ -75,11 +82,13 @@ class MLP(nnx.Module):
         self.embed_features = embed_features
         self.cond_shape = None if cond_shape is None else tuple(cond_shape)
         self.scalar = scalar
+        self.input_frequencies = tuple(float(f) for f in input_frequencies)
+        _checks.positive(**{"every one of input_frequencies": min(self.input_frequencies, default=1.0)})
         event_size = math.prod(self.event_shape)
         self.embed = FourierEmbedding(embed_features)
         self.embed_layer = nnx.Linear(embed_features, embed_features, rngs=rngs)
         self.cond_embed = None if cond_shape is None else ConditionEmbedding(cond_shape, embed_features, rngs=rngs)
-        self.input_layer = nnx.Linear(event_size, features, rngs=rngs)
+        self.input_layer = nnx.Linear(event_size * (1 + 2 * len(self.input_frequencies)), features, rngs=rngs)
         self.blocks = nnx.List([Block(features, embed_features, rngs=rngs) for _ in range(num_blocks)])
         self.output_norm = nnx.LayerNorm(features, rngs=rngs)
         outward = 1 if scalar else event_size
@@ -95,6 +104,7 @@ class MLP(nnx.Module):
             "embed_features": self.embed_features,
             "cond_shape": None if self.cond_shape is None else list(self.cond_shape),
             "scalar": self.scalar,
+            "input_frequencies": list(self.input_frequencies),
         }
 
     def __call__(self, x: jax.Array, c_noise: jax.Array, cond: Condition | jax.Array | None = None) -> jax.Array:
@@ -113,7 +123,9 @@ class MLP(nnx.Module):
         """
         embedding = self.embed_layer(self.embed(c_noise)) + embed_condition(self.cond_embed, cond, "MLP")
         embedding = jax.nn.silu(embedding)
-        h = self.input_layer(jnp.reshape(x, (-1,)))
+        x = jnp.reshape(x, (-1,))
+        angles = jnp.outer(jnp.asarray(self.input_frequencies, x.dtype), x).reshape(-1)
+        h = self.input_layer(jnp.concatenate([x, jnp.sin(angles), jnp.cos(angles)]))
         for block in self.blocks:
             h = block(h, embedding)
         out = self.output_layer(jax.nn.silu(self.output_norm(h)))

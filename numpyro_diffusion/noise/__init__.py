@@ -9,6 +9,7 @@ from numpyro_diffusion.noise.schedule import (
     Scaled,
     Schedule,
     SubVP,
+    check_decreasing,
     perturb,
     value_and_slope,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "TimeGrid",
     "UniformLogSNR",
     "UniformTime",
+    "check_decreasing",
     "perturb",
     "value_and_slope",
 ]
