@@ -4,10 +4,8 @@ On a Gaussian prior with a Gaussian likelihood every step is affine with Gaussia
 trajectory are known, bias and all: a kernel must meet these, not the posterior.
 """
 
-import pickle
 from functools import partial
 
-import arviz as az
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,6 +163,7 @@ def test_annealed_law_is_the_recursion(options, prior, c):
     assert (extra["num_score_evals"] == levels * options["steps_per_level"] + 1).all()
 
 
+@SLOW
 def test_restart_is_a_chain_with_the_law_of_its_recursion():
     """Each draw begins at the last one, noised: the fixed point of noising, walking and denoising."""
     levels = [8.0, 2.0, 0.9, 0.3]
@@ -205,6 +204,7 @@ def test_bias_of_the_step_and_its_cure(metropolis):
         np.testing.assert_allclose(extra["accept_prob"], extra["level_accept_prob"].mean(1), rtol=1e-5)
 
 
+@SLOW
 def test_adjusted_walk_leaves_its_level_in_place():
     """Exact draws of a bimodal target at one level, by inverting its distribution function, walk and keep their law."""
     count, t = 20_000, 0.5
@@ -235,6 +235,7 @@ def test_adjusted_walk_leaves_its_level_in_place():
     assert distance < 1.95 / np.sqrt(count)  # the 0.1 % point of the Kolmogorov-Smirnov statistic
 
 
+@SLOW
 def test_sites_plates_and_transforms():
     """Two sites of different schedules, one positive and in a plate: each has the law of its own recursion."""
     positive = DiffusionPrior(VP_PRIOR.denoiser, transform=EXP, sampler=SAMPLER)
@@ -276,6 +277,7 @@ def test_predictor_corrector_law_is_the_recursion(num_corrections, prior):
     assert (mcmc.get_extra_fields()["num_score_evals"] == 12 + 11 * num_corrections).all()
 
 
+@SLOW
 def test_without_data_the_prior_comes_back():
     """Weights and moments of a mixture, by solvers of two evaluations and with a memory; the corrector does no harm."""
     mixture = GaussianMixture([0.3, 0.7], [[-4.0], [4.0]], 1.0, VE(0.02, 80.0))
@@ -292,49 +294,6 @@ KERNELS = {
     "annealed_restart": partial(AnnealedLangevin, num_levels=10, step_size=0.3, restart_level=1.0),
     "predictor_corrector": partial(PredictorCorrector, predictor=Ancestral(10)),
 }
-METHODS = [
-    pytest.param("sequential", id="sequential", marks=SLOW),
-    pytest.param("vectorized", id="vectorized"),
-    pytest.param("parallel", id="parallel", marks=SLOW),
-    pytest.param(jax.vmap, id="jax.vmap", marks=SLOW),
-]
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS)
-def test_chain_methods(make, method):
-    """Shapes, extra fields, chains that differ, a run continued from the last state, pickling, thinning and ArviZ."""
-    mcmc = run(pickle.loads(pickle.dumps(make(model))), Y, num_samples=30, chains=2, method=method, thinning=3)
-    x = mcmc.get_samples(group_by_chain=True)["x"]
-    assert x.shape == (2, 10, 2) and not np.array_equal(x[0], x[1])
-    extra = mcmc.get_extra_fields(group_by_chain=True)
-    assert extra["diverging"].shape == extra["num_score_evals"].shape == (2, 10)
-    assert (extra["num_score_evals"] > 0).all() and not extra["diverging"].any()
-    mcmc.post_warmup_state = mcmc.last_state
-    mcmc.run(mcmc.last_state.rng_key, Y)
-    assert not np.array_equal(np.asarray(mcmc.get_samples(group_by_chain=True)["x"]), np.asarray(x))
-    idata = az.from_numpyro(pickle.loads(pickle.dumps(mcmc)), log_likelihood=False)
-    assert {"x", "twice"} <= set(idata["posterior"].data_vars)
-    assert {"diverging", "num_score_evals"} <= set(idata["sample_stats"].data_vars)
-
-
-@pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS)
-def test_second_run_with_new_data_and_weights_does_not_compile(make, monkeypatch):
-    for variable in ("CI", "PYTEST_XDIST_WORKER"):  # there NumPyro turns the progress bar off, which recompiles
-        monkeypatch.delenv(variable, raising=False)
-    options = {"num_warmup": 2, "num_samples": 3, "num_chains": 2, "chain_method": "vectorized"}
-    mcmc = MCMC(make(model), **options, jit_model_args=True)
-    mcmc.run(jax.random.key(0), Y, VE_PRIOR)
-    compiles = []
-    listener = lambda event, *_, **__: compiles.append(event) if "backend_compile" in event else None  # noqa: E731
-    other = DiffusionPrior(Gaussian([1.0, 0.0], [2.0, 1.0], VE(0.02, 40.0)), sampler=SAMPLER, density="none")
-    y, key = Y + 1.0, jax.random.key(1)
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        mcmc.run(key, y, other)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
-    assert compiles == []
 
 
 @SLOW

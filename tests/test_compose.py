@@ -1,6 +1,5 @@
 """Cycles and mixtures of kernels, and any kernel vectorized: laws in closed form, what they cost, and refusals."""
 
-import pickle
 from functools import partial
 from typing import NamedTuple
 
@@ -87,7 +86,9 @@ PAIR = {
 }
 
 
-@pytest.mark.parametrize("make", PAIR.values(), ids=PAIR)
+@pytest.mark.parametrize(
+    "make", [pytest.param(make, id=name, marks=() if name == "mixture" else SLOW) for name, make in PAIR.items()]
+)
 def test_law(make):
     """A cache that is not brought up to date, a prior lost or counted twice: each moves the means."""
     assert_pair(run(make(pair), 3.0))
@@ -103,38 +104,7 @@ def test_chain_methods(make, method):
     assert_pair(run(make(pair), 3.0, chains=2, method=method))
 
 
-@pytest.mark.parametrize("make", [cycle, mixture, PAIR["cycle_in_gibbs"], PAIR["barker"]])
-def test_continuing_and_pickling(make):
-    """A run goes on from its last state, and a pickled one has its draws; the kernel is pickled before and after."""
-    kernel = pickle.loads(pickle.dumps(make(pair)))
-    mcmc = run(kernel, 3.0, num_warmup=20, num_samples=10, chains=2)
-    first = np.asarray(mcmc.get_samples(group_by_chain=True)["x"])
-    again = pickle.loads(pickle.dumps(mcmc))
-    np.testing.assert_array_equal(again.get_samples(group_by_chain=True)["x"], first)
-    again.post_warmup_state = again.last_state
-    again.run(again.last_state.rng_key, 3.0)
-    more = np.asarray(again.get_samples(group_by_chain=True)["x"])
-    assert more.shape == (2, 10) and not np.array_equal(more, first)
-
-
-@pytest.mark.parametrize("make", [mixture, PAIR["barker"], lambda model: Vectorize(LEAP(model))])
-def test_second_run_with_new_data(make, monkeypatch):
-    """It compiles nothing, and it is the new data's posterior: at y = -30, x is near -20."""
-    for variable in ("CI", "PYTEST_XDIST_WORKER"):  # there NumPyro turns the progress bar off, which recompiles
-        monkeypatch.delenv(variable, raising=False)
-    kernel, y, key = make(pair), jnp.array(-30.0), jax.random.key(1)
-    mcmc = run(kernel, jnp.array(3.0), num_warmup=100, num_samples=20, chains=2, progress_bar=True, jit_model_args=True)
-    compiles = []
-    listener = lambda event, *_, **__: compiles.append(event) if "backend_compile" in event else None  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        mcmc.run(key, y)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
-    assert compiles == []
-    assert abs(mcmc.get_samples()["x"].mean() + 20.0) < 3.0
-
-
+@SLOW
 @pytest.mark.parametrize("make", [cycle, mixture])
 def test_no_kernel_adapts_after_warmup(make):
     """Each has made just the moves that it was told it would get, and its step size stands still."""

@@ -181,21 +181,6 @@ def test_hard_constraint_and_nan():
         assert bool(mcmc.get_extra_fields()["diverging"].any()) == (nan_below == 0.0)
 
 
-def test_second_run_with_new_data_compiles_nothing(monkeypatch):
-    for variable in ("CI", "PYTEST_XDIST_WORKER"):  # there NumPyro turns the progress bar off, which recompiles
-        monkeypatch.delenv(variable, raising=False)
-    options = {"num_warmup": 5, "num_samples": 5, "chains": 2, "progress_bar": True, "jit_model_args": True}
-    mcmc = run(DiffusiveGibbs(two_modes, **LADDER), jnp.array(-4.0), **options)
-    compiles, y, key = [], jnp.array(3.0), jax.random.key(1)
-    listener = lambda event, *_, **__: compiles.append(event) if "backend_compile" in event else None  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        mcmc.run(key, y)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
-    assert compiles == []
-
-
 BAD_ARGUMENTS = {
     "score": (
         {"provider": Score()},

@@ -1,9 +1,7 @@
 """Every kernel against posteriors in closed form, under every chain method, and its refusals."""
 
-import pickle
 from functools import partial
 
-import arviz as az
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,7 @@ import numpyro.distributions as dist
 import pytest
 from numpyro.diagnostics import effective_sample_size
 from numpyro.distributions import transforms
-from numpyro.infer import HMC, MCMC, NUTS, Predictive, log_likelihood
+from numpyro.infer import HMC, MCMC, NUTS
 
 from numpyro_diffusion.denoise import Gaussian, GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
@@ -237,6 +235,7 @@ ALL = {
 }
 
 
+@SLOW
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("make", "model"), ALL.values(), ids=ALL)
 def test_chain_methods(make, model, method):
@@ -255,50 +254,6 @@ def test_chain_methods(make, model, method):
     error = both.std((0, 1)) / np.sqrt(effective_sample_size(both))
     truth = Y / 2 if model is known_noise else quadrature()[0]
     assert (np.abs(both.mean((0, 1)) - truth) < 5 * error).all()
-
-
-@pytest.mark.parametrize(("make", "model"), ALL.values(), ids=ALL)
-def test_pickling_thinning_arviz_and_predictive(make, model):
-    kernel = pickle.loads(pickle.dumps(make(model)))
-    mcmc = run(kernel, Y, num_warmup=20, num_samples=30, chains=2, thinning=3)
-    mcmc = pickle.loads(pickle.dumps(mcmc))
-    assert mcmc.get_samples(group_by_chain=True)["x"].shape == (2, 10, 2)
-    idata = az.from_numpyro(mcmc)
-    assert idata["posterior"]["x"].shape == (2, 10, 2)
-    stats = set(idata["sample_stats"].data_vars)
-    own = "step_size" if make is NoiseSpace else "noise_level"
-    assert {"acceptance_rate", "diverging", "num_score_evals", own} <= stats
-    assert {"x_noise"} & set(idata["posterior"].data_vars) == set()
-    samples = mcmc.get_samples()
-    assert log_likelihood(model, samples, Y)["y"].shape == (20,)
-    predictive = Predictive(model, samples)(jax.random.key(0), None)
-    assert predictive["y"].shape == (20, 2)
-
-
-@pytest.mark.parametrize(("make", "model"), ALL.values(), ids=ALL)
-def test_second_run_with_new_data_and_weights_does_not_trace(make, model, monkeypatch):
-    """Data and prior are model arguments; a second run of the same shapes finds everything compiled."""
-    for variable in ("CI", "PYTEST_XDIST_WORKER"):  # there NumPyro turns the progress bar off, which recompiles
-        monkeypatch.delenv(variable, raising=False)
-    traces = []
-
-    def counted(y, prior):
-        traces.append(None)
-        model(y, prior)
-
-    options = {"num_warmup": 5, "num_samples": 5, "num_chains": 2, "chain_method": "vectorized"}
-    mcmc = MCMC(make(counted), **options, jit_model_args=True)
-    mcmc.run(jax.random.key(0), Y, STANDARD)
-    first = len(traces)
-    compiles = []
-    listener = lambda event, *_, **__: compiles.append(event) if "backend_compile" in event else None  # noqa: E731
-    other, y, key = DiffusionPrior(Gaussian([1.0, 0.0], 2.0, SCHEDULE), sampler=SAMPLER), Y + 1.0, jax.random.key(1)
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        mcmc.run(key, y, other)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
-    assert first > 0 and compiles == []
 
 
 def test_gibbs_refreshes_both_blocks():

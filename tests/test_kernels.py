@@ -131,7 +131,8 @@ def test_double_precision(make, model, x64):
     assert all(bool(jnp.isfinite(value).all()) for value in mcmc.get_samples().values())
 
 
-@pytest.mark.parametrize(("make", "model"), ONE_OF_EACH)
+@SLOW
+@pytest.mark.parametrize(("make", "model"), TABLE)
 def test_second_run_with_new_data_and_weights_compiles_nothing(make, model, monkeypatch):
     """Data and prior are model arguments; a second run of the same shapes finds everything compiled."""
     for variable in ("CI", "PYTEST_XDIST_WORKER"):  # there NumPyro turns the progress bar off, which recompiles

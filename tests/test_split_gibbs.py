@@ -1,9 +1,7 @@
 """Split Gibbs against the law of its split, Gaussian in closed form or a matrix on a grid; and its refusals."""
 
-import pickle
 from functools import partial
 
-import arviz as az
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -207,48 +205,7 @@ def test_the_solver_starts_at_the_coupling_and_its_conditional_law_is_right():
     assert off[0] < off[1] < 0.15 * 0.2 < off[2]
 
 
-METHODS = [
-    pytest.param("sequential", id="sequential", marks=SLOW),
-    pytest.param("vectorized", id="vectorized"),
-    pytest.param("parallel", id="parallel", marks=SLOW),
-    pytest.param(jax.vmap, id="jax.vmap", marks=SLOW),
-]
 QUICK = partial(SplitGibbs, rho=RHO, solver=ROUGH, rest_kernel=partial(HMC, num_steps=2, trajectory_length=None))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_chain_methods(method):
-    """Shapes, extra fields, chains that differ, a run continued from the last state, pickling, thinning and ArviZ."""
-    kernel = pickle.loads(pickle.dumps(QUICK(unknown_noise, schedule=[2.0])))
-    mcmc = run(kernel, Y, num_warmup=10, num_samples=30, chains=2, method=method, thinning=3)
-    x = mcmc.get_samples(group_by_chain=True)["x"]
-    assert x.shape == (2, 10, 2) and not np.array_equal(x[0], x[1])
-    extra = mcmc.get_extra_fields(group_by_chain=True)
-    assert extra["diverging"].shape == extra["accept_prob"].shape == extra["num_score_evals"].shape == (2, 10)
-    mcmc.post_warmup_state = mcmc.last_state
-    mcmc.run(mcmc.last_state.rng_key, Y)
-    assert not np.array_equal(np.asarray(mcmc.get_samples(group_by_chain=True)["x"]), np.asarray(x))
-    idata = az.from_numpyro(pickle.loads(pickle.dumps(mcmc)), log_likelihood=False)
-    assert {"x", "noise", "twice"} <= set(idata["posterior"].data_vars)
-    assert {"acceptance_rate", "diverging", "noise_level", "num_score_evals"} <= set(idata["sample_stats"].data_vars)
-
-
-def test_second_run_with_new_data_and_weights_does_not_compile(monkeypatch):
-    for variable in ("CI", "PYTEST_XDIST_WORKER"):  # there NumPyro turns the progress bar off, which recompiles
-        monkeypatch.delenv(variable, raising=False)
-    options = {"num_warmup": 4, "num_samples": 3, "num_chains": 2, "chain_method": "vectorized"}
-    mcmc = MCMC(QUICK(unknown_noise), **options, jit_model_args=True)
-    mcmc.run(jax.random.key(0), Y, STANDARD)
-    compiles = []
-    listener = lambda event, *_, **__: compiles.append(event) if "backend_compile" in event else None  # noqa: E731
-    other = DiffusionPrior(Gaussian([1.0, 0.0], 2.0, VE(0.01, 40.0)), density="none")
-    y, key = Y + 1.0, jax.random.key(1)
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        mcmc.run(key, y, other)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
-    assert compiles == []
 
 
 GIVEN = {"x": jnp.array([7.0, 8.0]), "noise": jnp.array(0.3)}

@@ -17,6 +17,9 @@ Before each trajectory the momentum is refreshed, in part or whole, $p \leftarro
 and where a trajectory is rejected the old momentum is turned round: with partial refreshment the chain would otherwise
 not be invariant.
 
+The step is drawn anew for every trajectory, within a fifth of `step_size`: trajectories of one length come back near
+their start for some scale of the posterior or other, and a chain of them hardly moves there.
+
 NumPyro's own `HMC` and `NUTS` serve where there is a density (`with_density`). This kernel is for scores that are
 no gradients, and for persistent momentum.
 
@@ -38,6 +41,9 @@ from numpyro_diffusion.infer.provider import Density, LineIntegral, Provider
 from numpyro_diffusion.infer.split import Model
 from numpyro_diffusion.infer.target import Evaluation, Target
 
+_JITTER = 0.2
+"""Share by which the step of a trajectory varies."""
+
 
 class ScoreHMCState(NamedTuple):
     """State of `ScoreHMC`.
@@ -51,7 +57,7 @@ class ScoreHMCState(NamedTuple):
         adapt_state: state of the adaptation.
         accept_prob: acceptance probability of the last trajectory.
         mean_accept_prob: its mean over the phase (warm-up or sampling) so far.
-        step_size: step of the next trajectory.
+        step_size: centre of the next trajectory's step.
         circulation: work of the score around the triangle of the trajectory's ends and its start moved by the momentum,
             in nats, if the provider is a `LineIntegral`; NaN if it is not.
         num_score_evals: denoiser evaluations of the last step, per point.
@@ -176,12 +182,14 @@ class ScoreHMC(GradientKernel):
         )
 
     def _step(self, state: ScoreHMCState, args: tuple, kwargs: dict) -> ScoreHMCState:
-        key, key_momentum, key_accept = jax.random.split(state.rng_key, 3)
+        key, key_momentum, key_accept, key_length = jax.random.split(state.rng_key, 4)
         target, here = self._target(state.z, args, kwargs), state.evaluation
         q, root = target.flat, self._adaptation.root(state.adapt_state)
         fresh = jax.random.normal(key_momentum, q.shape, q.dtype)
         momentum = jnp.sqrt(1.0 - self._refresh) * state.momentum + jnp.sqrt(self._refresh) * fresh
-        q_new, momentum_new, there = leapfrog(target, q, momentum, here, root, state.step_size, self._num_steps)
+        jitter = jax.random.uniform(key_length, (), q.dtype, 1.0 - _JITTER, 1.0 + _JITTER)
+        step_size = jitter * state.step_size
+        q_new, momentum_new, there = leapfrog(target, q, momentum, here, root, step_size, self._num_steps)
         log_ratio = target.log_ratio(here, there, q, q_new)
         log_ratio += 0.5 * (jnp.sum(momentum**2) - jnp.sum(momentum_new**2))
         fine = proper(log_ratio) & jnp.isfinite(there.gradient).all()
