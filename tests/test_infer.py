@@ -14,7 +14,7 @@ from numpyro.infer import HMC, MCMC, NUTS
 
 from numpyro_diffusion.denoise import Gaussian, GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.infer import DiffusionGibbs, DiffusionPCN, NoiseSpace
+from numpyro_diffusion.infer import MALA, DiffusionGibbs, DiffusionPCN, NoiseSpace
 from numpyro_diffusion.noise import VE, VP
 from numpyro_diffusion.solve import Ancestral, DPMSolverPP, Heun
 
@@ -189,7 +189,7 @@ def test_one_step_leaves_the_posterior_invariant(num_proposals):
     """20,000 exact draws, one step each: ranks against as many fresh draws, by a Kolmogorov-Smirnov distance."""
     count = 20_000
     weights, means = jnp.array([0.4, 0.6]), jnp.array([[-2.0, 0.5], [1.5, -1.0]])
-    prior = DiffusionPrior(GaussianMixture(weights, means, 0.5, SCHEDULE), sampler=DPMSolverPP(64, eta=1.0))
+    prior = DiffusionPrior(GaussianMixture(weights, means, 0.5, SCHEDULE), sampler=DPMSolverPP(128, eta=1.0))
 
     def model(y):
         x = numpyro.sample("x", prior)
@@ -267,6 +267,17 @@ def test_gibbs_refreshes_both_blocks():
         float(truth + dist.LogNormal(0.0, 0.5).log_prob(values["noise"])), rel=1e-4
     )
     assert float(rest_state.potential_energy) != float(state.gibbs_state.block_states[1].potential_energy)
+
+
+def test_gibbs_starts_where_it_is_told():
+    """Unconstrained values as for any kernel of MCMC, whichever of the blocks would want them otherwise."""
+    given = {"x": jnp.array([0.3, -0.4]), "noise": jnp.log(0.7)}
+    for rest_kernel in (NUTS, MALA):
+        kernel = DiffusionGibbs(unknown_noise, rest_kernel=rest_kernel)
+        state = kernel.init(jax.random.key(0), 5, given, (Y,), {})
+        values = kernel.get_constrain_fn((Y,), {})(state.z)
+        np.testing.assert_allclose(values["noise"], 0.7, rtol=1e-5)
+        np.testing.assert_allclose(values["x"], given["x"], rtol=1e-5)
 
 
 @SLOW

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from numpyro.infer import NUTS
-from numpyro.infer.gibbs import Gibbs, with_conditioning
+from numpyro.handlers import seed
+from numpyro.infer import HMC, NUTS
+from numpyro.infer.gibbs import GIBBS_SITES_KWARG, Gibbs, conditioned, with_conditioning
 from numpyro.infer.mcmc import MCMCKernel
+from numpyro.infer.util import constrain_fn, unconstrain_fn
 
 from numpyro_diffusion.infer.base import DiffusionKernel
 from numpyro_diffusion.infer.noise_space import NoiseSpace
@@ -108,8 +110,29 @@ class DiffusionGibbs(DiffusionKernel):
             self._gibbs = Gibbs([(self._x_kernel(model), sites), (self._rest_kernel(model), None)])
 
     def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> DiffusionGibbsState:
+        init_params = self._params_of_blocks(init_params, args, kwargs)
         state = self._gibbs.init(key, self._num_warmup, init_params, model_args=args, model_kwargs=kwargs)
         return self._report(state)
+
+    def _params_of_blocks(self, init_params: dict | None, args: tuple, kwargs: dict) -> dict | None:
+        """Initial values as NumPyro's `Gibbs` takes them: unconstrained for HMC, constrained for other kernels.
+
+        `MCMC` gives them unconstrained, and a composite kernel constrained.
+        """
+        if init_params is None:
+            return None
+        model = seed(conditioned(self._model), jax.random.key(0))
+        if GIBBS_SITES_KWARG in kwargs:
+            constrained = init_params
+            unconstrained = unconstrain_fn(model, args, kwargs, init_params)
+        else:
+            constrained, unconstrained = constrain_fn(model, args, kwargs, init_params), init_params
+        diffusion_sites = prior_sites(self._model, args, kwargs)
+        values = {}
+        for (kernel, _), owns in zip(self._gibbs.blocks, (True, False), strict=True):
+            given = unconstrained if isinstance(kernel, HMC) else constrained
+            values |= {name: given[name] for name in init_params if (name in diffusion_sites) == owns}
+        return values
 
     def _step(self, state: DiffusionGibbsState, args: tuple, kwargs: dict) -> DiffusionGibbsState:
         gibbs_state = state.gibbs_state._replace(rng_key=state.rng_key)
