@@ -85,21 +85,24 @@ def linear(prior, matrix, y, sigma):
     ids=["pcn", "mixture_with_mala"],
 )
 def test_mixture_inverse_problem(make):
-    """Posterior mean in four directions, and the weights of the modes that hold more than a twentieth."""
+    """The weights of the modes that hold more than a twentieth, and where the draws within them are.
+
+    The rare modes are far away: moments over all of them are a matter of a few draws, and no test.
+    """
     law, matrix, y, sigma = inverse_problem("8_4_0")
     prior = DiffusionPrior(law, sampler=DPMSolverPP(80, eta=1.0, grid=UniformLogSNR()))
     kernel = make(model=linear) if isinstance(make, partial) and make.func is Mixture else make(linear)
-    x = run(kernel, prior, matrix, y, sigma, num_warmup=50, num_samples=150, chains=200)["x"]
+    x = run(kernel, prior, matrix, y, sigma, num_warmup=150, num_samples=150, chains=100)["x"]
     covariance = jnp.linalg.inv(jnp.eye(8) + matrix.T @ matrix / sigma**2)
     means = (matrix.T @ y / sigma**2 + law.means) @ covariance
     evidence = dist.MultivariateNormal(law.means @ matrix.T, matrix @ matrix.T + sigma**2 * jnp.eye(len(y)))
     weights = jax.nn.softmax(law.log_weights + evidence.log_prob(y))
-    mean = weights @ means
-    spread = covariance + jnp.einsum("k,ki,kj->ij", weights, means - mean, means - mean)
-    directions = jax.random.normal(jax.random.key(3), (8, 4))
-    assert_moments(x @ directions, mean @ directions, jnp.einsum("id,ij,jd->d", directions, spread, directions))
     nearest = jnp.argmax(
         law.log_weights - 0.5 * jnp.sum((x[..., None, :] - law.means) ** 2, -1), axis=-1
     )  # prior components are eight apart in every pair of dimensions: a draw's component is plain
+    deviation = jnp.sqrt(jnp.diag(covariance))
     for k in np.flatnonzero(np.asarray(weights) > 0.05):
         assert_moments((nearest == k).astype(float), weights[k], weights[k] * (1.0 - weights[k]))
+        within = x[nearest == k]
+        np.testing.assert_allclose((within.mean(0) - means[k]) / deviation, 0.0, atol=0.1)
+        np.testing.assert_allclose(within.std(0) / deviation, 1.0, atol=0.1)
