@@ -136,9 +136,7 @@ class DiffusiveGibbs(GradientKernel):
     ) -> None:
         super().__init__(model, provider)
         if not provider.has_density:
-            raise ValueError(
-                f"DiffusiveGibbs restarts far away and needs a density; got {provider}. Use Density()"
-            )
+            raise ValueError(f"DiffusiveGibbs restarts far away and needs a density; got {provider}. Use Density()")
         levels = tuple(float(level) for level in noise_levels)
         if not levels:
             raise ValueError("noise_levels must hold at least one level; got none")
