@@ -146,9 +146,10 @@ def test_a_checkpoint_keeps_the_density(name, tmp_path):
 
 def test_a_checkpoint_of_a_network_from_before_scalar_heads(tmp_path, monkeypatch):
     """A description without the keys is one of a network with values of the event's shape, and without waves."""
-    config, path, newer = MLP.config.fget, tmp_path / "older", ("scalar", "input_frequencies")
+    config, path, newer = MLP.config.fget, tmp_path / "older", ("scalar", "input_frequencies", "embed_frequency")
+    older = property(lambda self: {k: v for k, v in config(self).items() if k not in newer})
     with monkeypatch.context() as patch:
-        patch.setattr(MLP, "config", property(lambda self: {k: v for k, v in config(self).items() if k not in newer}))
+        patch.setattr(MLP, "config", older)
         checkpoint.save(path, NetworkDenoiser(awake(MLP((3,), **SIZES, rngs=nnx.Rngs(0)))))
     assert b"cond_shape" in path.read_bytes() and not any(key.encode() in path.read_bytes() for key in newer)
     loaded = checkpoint.load(path).backbone

@@ -27,7 +27,9 @@ def numpy_mlp(backbone, x, c_noise):
     linear = lambda layer, h: h @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])  # noqa: E731
     norm = lambda h: (h - h.mean()) / np.sqrt(h.var() + 1e-6)  # noqa: E731
     silu = lambda h: h / (1.0 + np.exp(-h))  # noqa: E731
-    angles = c_noise * 32.0 ** (np.arange(backbone.embed_features // 2) / (backbone.embed_features // 2 - 1))
+    angles = c_noise * backbone.embed_frequency ** (
+        np.arange(backbone.embed_features // 2) / (backbone.embed_features // 2 - 1)
+    )
     embedding = silu(linear(backbone.embed_layer, np.concatenate([np.sin(angles), np.cos(angles)])))
     waves = [f(w * np.ravel(x)) for f in (np.sin, np.cos) for w in backbone.input_frequencies]
     h = linear(backbone.input_layer, np.concatenate([np.ravel(x), *waves]))
@@ -48,7 +50,10 @@ def test_embedding_has_nothing_to_train_or_store():
 
 
 FORMS = [(shape, {}) for shape in EVENT_SHAPES]
-FORMS += [((2, 3), {"input_frequencies": (0.5, 3.0)}), ((3,), {"scalar": True, "input_frequencies": (2.0,)})]
+FORMS += [
+    ((2, 3), {"input_frequencies": (0.5, 3.0), "embed_frequency": 5.0}),
+    ((3,), {"scalar": True, "input_frequencies": (2.0,)}),
+]
 
 
 @pytest.mark.parametrize("event_shape, options", FORMS, ids=str)
@@ -71,7 +76,7 @@ def test_mlp_maps_a_batch_under_vmap():
 
 
 def test_config_is_json_and_rebuilds_the_network():
-    backbone = MLP((2, 3), **SIZES, input_frequencies=(0.5, 2.0), rngs=nnx.Rngs(3))
+    backbone = MLP((2, 3), **SIZES, input_frequencies=(0.5, 2.0), embed_frequency=5.0, rngs=nnx.Rngs(3))
     again = MLP(**json.loads(json.dumps(backbone.config)), rngs=nnx.Rngs(3))
     (graphdef, weights), (graphdef_again, weights_again) = nnx.split(backbone), nnx.split(again)
     assert graphdef == graphdef_again and hash(graphdef) == hash(graphdef_again)

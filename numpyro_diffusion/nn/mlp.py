@@ -43,6 +43,7 @@ class MLP(nnx.Module):
         features: width of the hidden layers.
         num_blocks: number of residual blocks, of two layers each.
         embed_features: number of Fourier features of the noise level, even.
+        embed_frequency: the highest frequency of these features; a lower one makes neighbouring levels more alike.
         cond_shape: shape of a condition, None for an unconditional network.
         scalar: whether to return one number, for the "energy" target, instead of an array of `event_shape`.
         input_frequencies: frequencies, in radians per unit of an input of unit variance, of sines and cosines of every
@@ -68,6 +69,7 @@ class MLP(nnx.Module):
         num_blocks: int = 3,
         embed_features: int = 64,
         *,
+        embed_frequency: float = 32.0,
         cond_shape: tuple[int, ...] | None = None,
         scalar: bool = False,
         input_frequencies: Sequence[float] = (),
@@ -80,12 +82,13 @@ class MLP(nnx.Module):
         self.features = features
         self.num_blocks = num_blocks
         self.embed_features = embed_features
+        self.embed_frequency = float(embed_frequency)
         self.cond_shape = None if cond_shape is None else tuple(cond_shape)
         self.scalar = scalar
         self.input_frequencies = tuple(float(f) for f in input_frequencies)
         _checks.positive(**{"every one of input_frequencies": min(self.input_frequencies, default=1.0)})
         event_size = math.prod(self.event_shape)
-        self.embed = FourierEmbedding(embed_features)
+        self.embed = FourierEmbedding(embed_features, self.embed_frequency)
         self.embed_layer = nnx.Linear(embed_features, embed_features, rngs=rngs)
         self.cond_embed = None if cond_shape is None else ConditionEmbedding(cond_shape, embed_features, rngs=rngs)
         self.input_layer = nnx.Linear(event_size * (1 + 2 * len(self.input_frequencies)), features, rngs=rngs)
@@ -102,6 +105,7 @@ class MLP(nnx.Module):
             "features": self.features,
             "num_blocks": self.num_blocks,
             "embed_features": self.embed_features,
+            "embed_frequency": self.embed_frequency,
             "cond_shape": None if self.cond_shape is None else list(self.cond_shape),
             "scalar": self.scalar,
             "input_frequencies": list(self.input_frequencies),

@@ -107,9 +107,9 @@ class UNet(nnx.Module):
         for level, wider in reversed(list(enumerate(widths))):
             blocks = [block((width if k == 0 else wider) + wider, wider, level) for k in range(num_blocks)]
             self.ups.append(nnx.List(blocks))
-            width = wider
+            width = widths[max(level - 1, 0)]
             if level > 0:
-                self.double.append(conv(width, width))
+                self.double.append(conv(wider, width))
         outward = 1 if scalar else channels
         self.output_layer = conv(features * multipliers[0], outward, kernel_init=nnx.initializers.zeros)
 
@@ -157,9 +157,9 @@ class UNet(nnx.Module):
             for block in blocks:
                 h = block(jnp.concatenate([h, kept.pop()], -1), embedding)
             if level < len(self.double):
+                h = self.double[level](h)  # before the places are doubled: a fraction of the cost after
                 for axis in range(self.spatial):
                     h = jnp.repeat(h, 2, axis)
-                h = self.double[level](h)
         out = self.output_layer(jax.nn.silu(_group_norm(h)))
         return out.sum() if self.scalar else out.reshape(self.event_shape)
 
@@ -198,11 +198,14 @@ class Block(nnx.Module):
 
 def _group_norm(h: jax.Array) -> jax.Array:
     """Mean zero and variance one over the places and each group of channels."""
-    groups = math.gcd(8, h.shape[-1])
-    grouped = h.reshape(-1, groups, h.shape[-1] // groups)
-    mean = grouped.mean((0, 2), keepdims=True)
-    variance = jnp.square(grouped - mean).mean((0, 2), keepdims=True)
-    return ((grouped - mean) * jax.lax.rsqrt(variance + 1e-5)).reshape(h.shape)
+    channels, groups, places = h.shape[-1], math.gcd(8, h.shape[-1]), tuple(range(h.ndim - 1))
+
+    def group_mean(values: jax.Array) -> jax.Array:
+        # places first and channels last: the sums run along memory
+        return jnp.repeat(values.mean(places).reshape(groups, -1).mean(-1), channels // groups)
+
+    centred = h - group_mean(h)
+    return centred * jax.lax.rsqrt(group_mean(jnp.square(centred)) + 1e-5)
 
 
 def _check_sizes(event_shape: tuple[int, ...], spatial: int, num_levels: int) -> None:
