@@ -3,12 +3,14 @@
     python benchmarks/learned.py --json OUT
 
 For each law and seed: the mean over fresh draws of |log p_model - log p| in nats, where log p_model is the probability
-flow's; and the sliced W1 of the model's draws to exact ones over the floor, that of other exact draws.
+flow's, and of the difference with its sign; and the sliced W1 of the model's draws to exact ones over the floor, that
+of other exact draws. Training takes about three minutes a law on two cores.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -22,6 +24,8 @@ from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import StochasticHeun, sample
 from numpyro_diffusion.train import fit
+from numpyro_diffusion.train.levels import LogNormal
+from numpyro_diffusion.train.weighting import EDM
 
 
 def moons(count: int = 500, noise: float = 0.1) -> GaussianMixture:
@@ -36,6 +40,26 @@ def grid() -> GaussianMixture:
     """25 unit Gaussians, eight apart."""
     corners = 8.0 * np.array([(i, j) for i in range(-2, 3) for j in range(-2, 3)])
     return GaussianMixture(np.ones(25) / 25, corners, 1.0)
+
+
+def pooled(rows: jax.Array, count: int) -> Callable[..., jax.Array]:
+    """Denoising score matching with less noise in what it regresses on, and the same minimiser.
+
+    Which of the row and `count` others was noised to x_t? Given all of them and x_t, row j with a probability
+    proportional to N(x_t; alpha x_j, sigma^2). So the mean of the rows under these probabilities has, given x_t, the
+    same mean as the row itself, E[x | x_t], whatever the count, and less variance: by Rao and Blackwell.
+    """
+
+    def loss(denoiser: NetworkDenoiser, key: jax.Array, x: jax.Array, t: jax.Array, cond: None = None) -> jax.Array:
+        key_noise, key_rows = jax.random.split(key)
+        alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
+        x_t = alpha * x + sigma * jax.random.normal(key_noise, x.shape)
+        others = rows[jax.random.randint(key_rows, (count,), 0, len(rows))]
+        points = jnp.concatenate([x[None], others])
+        target = jax.nn.softmax(-0.5 * jnp.sum((x_t - alpha * points) ** 2, 1) / sigma**2) @ points
+        return jnp.mean((denoiser(x_t, t).x0 - target) ** 2) * (alpha / sigma) ** 2
+
+    return loss
 
 
 LAWS = {"two moons": moons, "25 Gaussians": grid}
@@ -62,16 +86,22 @@ def run(name: str, seed: int, num_steps: int, features: int) -> dict[str, object
     law, started = LAWS[name](), time.perf_counter()
     keys = jax.random.split(jax.random.key(seed), 6)
     data = law.sample(keys[0], (200_000,))
-    # a narrow law in wide data: the smallest noise level is a tenth of the narrowest spread, in units of the data's
-    schedule = VE(0.1 * float(np.sqrt(jnp.min(law.variances))) / float(data.std()), 80.0)
-    backbone = MLP((2,), features=features, rngs=nnx.Rngs(seed))
-    result = fit(keys[1], backbone, data, schedule=schedule, num_steps=num_steps, batch_size=512, progress_bar=False)
+    location, scale = data.mean(0), data.std()
+    rows = (data - location) / scale
+    # narrow laws in wide data: the smallest noise level is a tenth of the narrowest spread, in units of the data's, and
+    # most of the training is at levels between that spread and the data's
+    schedule = VE(0.1 * float(jnp.sqrt(jnp.min(law.variances)) / scale), 80.0)
+    levels = {"noise_levels": LogNormal(-1.5, 1.3), "weighting": EDM(-1.5, 1.3), "loss": pooled(rows, 1024)}
+    waves = {"input_frequencies": tuple(np.geomspace(0.5, 4.0, 6)), "embed_frequency": 4.0}
+    backbone = MLP((2,), features=features, **waves, rngs=nnx.Rngs(seed))
+    options = {"schedule": schedule, "num_steps": num_steps, "batch_size": 512, "progress_bar": False, **levels}
+    denoiser = fit(keys[1], backbone, rows, **options).denoiser.with_units(location, scale)
     trained = time.perf_counter() - started
     x = law.sample(keys[2], (2000,))
-    error = log_probs(result.denoiser, x) - jax.vmap(lambda x: law.log_density(x, law.schedule.t_min))(x)
+    error = log_probs(denoiser, x) - jax.vmap(lambda x: law.log_density(x, law.schedule.t_min))(x)
     exact = [law.sample(key, (5000,)) for key in jax.random.split(keys[3], 9)]
     floor = float(np.mean([sliced_w1(other, exact[0]) for other in exact[1:]]))
-    drawn = [draws_of(result.denoiser, key) for key in jax.random.split(keys[4], 4)]
+    drawn = [draws_of(denoiser, key) for key in jax.random.split(keys[4], 4)]
     distance = float(np.mean([sliced_w1(x, exact[0]) for x in drawn]))
     return {
         "law": name,
@@ -89,10 +119,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="one seed, a hundred steps")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()
-    num_steps, seeds, features = (100, 1, 32) if options.fast else (options.steps, options.seeds, 128)
+    num_steps, seeds, features = (100, 1, 32) if options.fast else (options.steps, options.seeds, 64)
     results = [run(name, seed, num_steps, features) for name in LAWS for seed in range(seeds)]
     for row in results:
         print("  ".join(f"{k} {v if isinstance(v, str | int) else round(v, 3)}" for k, v in row.items()))
