@@ -82,7 +82,7 @@ def draws_of(denoiser: NetworkDenoiser, key: jax.Array) -> jax.Array:
     return sample(StochasticHeun(64), denoiser, key, (5000,))
 
 
-def run(name: str, seed: int, num_steps: int, features: int) -> dict[str, object]:
+def run(name: str, seed: int, num_steps: int, features: int, plain: bool = False) -> dict[str, object]:
     law, started = LAWS[name](), time.perf_counter()
     keys = jax.random.split(jax.random.key(seed), 6)
     data = law.sample(keys[0], (200_000,))
@@ -91,10 +91,13 @@ def run(name: str, seed: int, num_steps: int, features: int) -> dict[str, object
     # narrow laws in wide data: the smallest noise level is a tenth of the narrowest spread, in units of the data's, and
     # most of the training is at levels between that spread and the data's
     schedule = VE(0.1 * float(jnp.sqrt(jnp.min(law.variances)) / scale), 80.0)
-    levels = {"noise_levels": LogNormal(-1.5, 1.3), "weighting": EDM(-1.5, 1.3), "loss": pooled(rows, 1024)}
-    waves = {"input_frequencies": tuple(np.geomspace(0.5, 4.0, 6)), "embed_frequency": 4.0}
+    options = {"schedule": schedule, "num_steps": num_steps, "batch_size": 512, "progress_bar": False}
+    waves = {}
+    if not plain:
+        levels = {"noise_levels": LogNormal(-1.5, 1.3), "weighting": EDM(-1.5, 1.3)}
+        options |= {"loss": pooled(rows, 1024), **levels}
+        waves = {"input_frequencies": tuple(np.geomspace(0.5, 4.0, 6)), "embed_frequency": 4.0}
     backbone = MLP((2,), features=features, **waves, rngs=nnx.Rngs(seed))
-    options = {"schedule": schedule, "num_steps": num_steps, "batch_size": 512, "progress_bar": False, **levels}
     denoiser = fit(keys[1], backbone, rows, **options).denoiser.with_units(location, scale)
     trained = time.perf_counter() - started
     x = law.sample(keys[2], (2000,))
@@ -120,10 +123,14 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="one seed, a hundred steps")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--features", type=int, default=64)
+    parser.add_argument(
+        "--plain", action="store_true", help="the defaults of fit and MLP, to see what the rest is worth"
+    )
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()
-    num_steps, seeds, features = (100, 1, 32) if options.fast else (options.steps, options.seeds, 64)
-    results = [run(name, seed, num_steps, features) for name in LAWS for seed in range(seeds)]
+    num_steps, seeds, features = (100, 1, 32) if options.fast else (options.steps, options.seeds, options.features)
+    results = [run(name, seed, num_steps, features, options.plain) for name in LAWS for seed in range(seeds)]
     for row in results:
         print("  ".join(f"{k} {v if isinstance(v, str | int) else round(v, 3)}" for k, v in row.items()))
     if options.json:
