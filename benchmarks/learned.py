@@ -124,9 +124,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--features", type=int, default=64)
-    parser.add_argument(
-        "--plain", action="store_true", help="the defaults of fit and MLP, to see what the rest is worth"
-    )
+    parser.add_argument("--plain", action="store_true", help="the defaults of fit and MLP instead")
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()
     num_steps, seeds, features = (100, 1, 32) if options.fast else (options.steps, options.seeds, options.features)
