@@ -43,20 +43,13 @@ from numpyro.infer.util import constrain_fn, unconstrain_fn
 from tqdm.auto import tqdm
 
 from numpyro_diffusion import _checks
+from numpyro_diffusion.infer.evidence import Evidence, evidence_of, pool_islands
 from numpyro_diffusion.infer.gibbs import DiffusionGibbs
 from numpyro_diffusion.infer.langevin import MALA
 from numpyro_diffusion.infer.pcn import DiffusionPCN
 from numpyro_diffusion.infer.resampling import effective_size, next_temperature, systematic
 from numpyro_diffusion.infer.split import Model, other_latent_sites, prior_sites
 from numpyro_diffusion.infer.tempered import TEMPERATURE, draw_prior, log_likelihood, temper
-
-
-class Evidence(NamedTuple):
-    """An estimate of the log-evidence, in nats."""
-
-    value: jax.Array  # log of the mean over islands
-    standard_error: jax.Array  # over islands; NaN for a single one
-    islands: jax.Array  # the estimate of each, (islands,)
 
 
 class Temperature(NamedTuple):
@@ -176,7 +169,7 @@ class TemperedSMC:
                 bar.set_postfix_str(f"ESS {step.effective_size:.0f}, moves {step.num_moves}", refresh=False)
                 bar.update(float(step.temperature) - bar.n)
         self._samples = self._finish_compiled(key_finish, population, args, kwargs)
-        self._evidence = _evidence(population.log_evidence)
+        self._evidence = evidence_of(population.log_evidence)
         self._history = history
         return self
 
@@ -302,8 +295,7 @@ class TemperedSMC:
 
     def _finish(self, key: jax.Array, population: Population, args: tuple, kwargs: dict) -> dict[str, jax.Array]:
         """Draws by island in proportion to its evidence, constrained."""
-        log_weights = jnp.repeat(population.log_evidence, self._shape[1])
-        ancestors = systematic(key, log_weights)
+        ancestors = pool_islands(key, population.log_evidence, self._shape[1])
         z = jax.tree.map(lambda leaf: leaf[ancestors], population.z)
         constrain = partial(constrain_fn, self._model, args, kwargs, return_deterministic=True)
         return jax.vmap(constrain)(z)
@@ -317,11 +309,3 @@ def _mean_correlation(a: jax.Array, b: jax.Array) -> jax.Array:
     a, b = a - a.mean(0), b - b.mean(0)
     scale = jnp.sqrt((a**2).mean(0) * (b**2).mean(0))
     return jnp.mean(jnp.where(scale > 0, (a * b).mean(0) / jnp.where(scale > 0, scale, 1.0), 1.0))
-
-
-def _evidence(islands: jax.Array) -> Evidence:
-    count = islands.size
-    value = logsumexp(islands) - jnp.log(count)
-    relative = jnp.exp(islands - value)
-    error = jnp.std(relative, ddof=1) / jnp.sqrt(count) if count > 1 else jnp.full((), jnp.nan)
-    return Evidence(value, error, islands)
