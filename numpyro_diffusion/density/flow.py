@@ -37,7 +37,8 @@ from jax.scipy.stats import norm
 from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.denoise import Denoiser
+from numpyro_diffusion.denoise import Denoiser, Product
+from numpyro_diffusion.denoise.composed import inside
 from numpyro_diffusion.solve import AdaptiveFlow, Heun, ode
 
 
@@ -77,7 +78,7 @@ def log_prob(
     Raises:
         ValueError: if `x` is not of `event_shape`, `num_probes` is below one or `probes` unknown, or a key is missing
             or idle.
-        TypeError: if `solver` is of another kind.
+        TypeError: if `solver` is of another kind, or the denoiser is a `Product`, whose flow has another law.
 
     Example:
         >>> import jax.numpy as jnp
@@ -91,6 +92,11 @@ def log_prob(
         raise ValueError(f"x must be one point of shape {denoiser.event_shape}; got {x.shape}. Use jax.vmap")
     if not isinstance(solver, AdaptiveFlow) and type(solver) is not Heun:
         raise TypeError(f"solver must be Heun or AdaptiveFlow; got {solver!r}")
+    if isinstance(inside(denoiser), Product):
+        raise TypeError(
+            "a Product has no probability flow: that of its summed scores is not the flow of its law. Its log_density "
+            "is known up to a constant; kernels take it with Density(), NUTS with infer.with_density(model)"
+        )
     drawn = _draw_probes(x, num_probes, key, probes)
     value, standard_error, num_evals = _log_prob(solver, (denoiser, cond), x, drawn)
     return LogProb(value, standard_error, num_evals)

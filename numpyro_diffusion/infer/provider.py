@@ -41,7 +41,8 @@ from numpyro.handlers import reparam
 from numpyro.infer.reparam import Reparam
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.denoise import Conditioned, Denoiser, Rescheduled
+from numpyro_diffusion.denoise import Denoiser
+from numpyro_diffusion.denoise.composed import density_kind
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer.split import Model, is_diffusion_site, undropped
 
@@ -129,7 +130,7 @@ class Density(Provider):
 
     def source_of(self, prior: DiffusionPrior) -> str | None:
         """Where the density of a prior comes from: "denoiser", "flow", or None if it has none."""
-        has = {"denoiser": _target_of(prior.denoiser) in ("exact", "energy"), "flow": prior.density == "ode"}
+        has = {"denoiser": density_kind(prior.denoiser) is not None, "flow": prior.density == "ode"}
         return next((source for source in has if has[source] and self.source in ("auto", source)), None)
 
     def log_density(self, prior: DiffusionPrior, u: jax.Array) -> jax.Array:
@@ -142,10 +143,10 @@ class Density(Provider):
 
     def check(self, name: str, prior: DiffusionPrior, depends: bool, kernel: str) -> None:
         source = self.source_of(prior)
-        if depends and source == "denoiser" and _target_of(prior.denoiser) == "energy":
+        if depends and source == "denoiser" and density_kind(prior.denoiser) == "unnormalized":
             raise ValueError(
-                f"the energy at site {name!r} is known but for a constant that depends on other latent sites: {kernel} "
-                'cannot move these by it. Use Density("flow"), NoiseSpace(model) or DiffusionGibbs(model)'
+                f"the density at site {name!r} is known but for a constant that depends on other latent sites: "
+                f'{kernel} cannot move these by it. Use Density("flow"), NoiseSpace(model) or DiffusionGibbs(model)'
             )
         if source is None:
             raise ValueError(
@@ -285,10 +286,3 @@ def _score(denoiser: Denoiser, u: jax.Array) -> jax.Array:
     t = denoiser.schedule.t_min
     alpha = denoiser.schedule.alpha(t).astype(u.dtype)
     return (alpha * denoiser((alpha * u).astype(u.dtype), t).score).astype(u.dtype)
-
-
-def _target_of(denoiser: Denoiser) -> str:
-    """What a denoiser was made from: "energy" and "exact" ones have a log-density of their own, others a score."""
-    while isinstance(denoiser, Rescheduled | Conditioned):
-        denoiser = denoiser.base
-    return getattr(denoiser, "target", "exact" if hasattr(denoiser, "log_density") else "score")

@@ -1,0 +1,332 @@
+r"""Products and mixtures of denoisers: laws put together at inference, without training.
+
+**A mixture** $\sum_i w_i p_i$ is noised term by term, so it is a denoiser like any other: with the normalised densities
+$p_{i,t}$ of its members at noise,
+
+$$\hat x_0(x_t) = \sum_i r_i(x_t)\, \hat x_{0,i}(x_t), \qquad r_i \propto w_i\, p_{i,t}(x_t),$$
+
+exactly and at every time.
+
+**A product** $\prod_i p_i^{w_i}$ is not. What can be had from its factors is the product of the noised,
+
+$$\tilde p_t(x_t) = \prod_i p_{i,t}(x_t)^{w_i}, \qquad
+\nabla \log \tilde p_t = \sum_i w_i \nabla \log p_{i,t}, \qquad
+\hat x_0 = \sum_i w_i\, \hat x_{0,i} + \left( 1 - \sum_i w_i \right) \frac{x_t}{\alpha_t},$$
+
+and **that is the noised product at $t = 0$ alone**. At noise the two differ: $n$ factors $N(0, 1)$ have the precision
+$n / (1 + \sigma^2)$ together, their product noised has $1 / (1 / n + \sigma^2)$. A walk down the reverse process by the
+summed scores therefore ends elsewhere: here, finely solved and from far above, at the variance $1 / (2n - 1)$ instead
+of $1 / n$, and the probability flow shrinks to a point. The $\tilde p_t$ are good for something else. They are a path
+of densities from noise to the product, known up to a constant if the factors are, so a kernel that tests its moves by
+them at every level, or at the last one alone, targets the product (`infer.AnnealedLangevin` with `metropolis=True`,
+`infer.MALA`). `DiffusionPCN` and `NoiseSpace` take the reverse process or the flow for the prior, and cannot. But a
+product with a factor that can be evaluated is a posterior, with the other one as prior: written as such, in a NumPyro
+model, it is theirs, and needs nothing of this file.
+
+A power below zero takes a factor out: a negation, or a prior that was counted too often, as in
+
+$$p(\theta \mid y_1, \dots, y_n) \propto p(\theta)^{-(n-1)} \prod_i p(\theta \mid y_i).$$
+
+There must be a law left. Far out a noised factor of bounded data falls as $e^{-\|x_t\|^2 / 2 \sigma_t^2}$, so the
+powers must have a positive sum; and where factors have wide tails of their own, those that are taken out must be wider
+than those that stay: $\sum_i w_i / (v_i + \sigma_t^2) > 0$ at every level for Gaussians of variances $v_i$.
+
+References:
+    Du et al., Reduce, reuse, recycle: compositional generation with energy-based diffusion models and MCMC, 2023,
+    https://arxiv.org/abs/2302.11552.
+    Liu et al., Compositional visual generation with composable diffusion models, 2022 (summed scores, negation),
+    https://arxiv.org/abs/2206.01714.
+    Geffner et al., Compositional score modeling for simulation-based inference, 2023 (a prior taken out),
+    https://arxiv.org/abs/2209.14249.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from numpyro_diffusion import _checks
+from numpyro_diffusion.denoise.conditioned import Conditioned
+from numpyro_diffusion.denoise.prediction import Denoiser, Prediction
+from numpyro_diffusion.denoise.reschedule import Rescheduled
+from numpyro_diffusion.noise import Schedule
+
+DensityKind = Literal["normalized", "unnormalized"]
+
+
+class _Composed:
+    """What the two have in common: members of one event shape and one schedule, and a number for each."""
+
+    denoisers: tuple[Denoiser, ...]
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.denoisers[0].schedule
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return tuple(self.denoisers[0].event_shape)
+
+    def _moments(self) -> tuple[jax.Array, jax.Array]:
+        """Locations, (n, *event_shape), and scales, (n,), of the members."""
+        locations = [jnp.broadcast_to(d.location, self.event_shape) for d in self.denoisers]
+        return jnp.stack(locations), jnp.stack([jnp.asarray(d.scale) for d in self.denoisers])
+
+    def _posterior_means(self, x_t: jax.Array, t: ArrayLike, cond: None) -> jax.Array:
+        if cond is not None:
+            raise ValueError("cond must be None: give each of the denoisers its own by Conditioned(denoiser, cond)")
+        return jnp.stack([denoiser(x_t, t).x0 for denoiser in self.denoisers])
+
+    def _log_densities(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
+        return jnp.stack([denoiser.log_density(x_t, t) for denoiser in self.denoisers])
+
+
+@jax.tree_util.register_pytree_node_class
+class Product(_Composed):
+    r"""The product of the noised laws, $\prod_i p_{i,t}^{w_i}$: a path of densities that ends at $\prod_i p_i^{w_i}$.
+
+    Its `log_density` is known up to a constant of time and powers, and its score is $\sum_i w_i s_i$. It is no noised
+    law: a reverse process with it is biased, and it has no probability flow to speak of; see the module. Give it to a
+    `DiffusionPrior` for kernels that test by the density, or that are biased anyhow.
+
+    Args:
+        denoisers: the factors, of one event shape and one schedule.
+        powers: $w_i$, shape (n,), of positive sum; one for each by default. Below zero is negation.
+
+    Raises:
+        TypeError: if a factor is no denoiser.
+        ValueError: if event shapes or noise levels differ, or powers are not finite or their sum not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_diffusion.denoise import Gaussian, Product
+        >>> product = Product([Gaussian([-1.0]), Gaussian([3.0])])
+        >>> product(jnp.array([1.0]), 0.0).x0.tolist()
+        [1.0]
+    """
+
+    def __init__(self, denoisers: Sequence[Denoiser], powers: ArrayLike | None = None) -> None:
+        self.denoisers = _agreed(denoisers)
+        self.powers = _numbers("powers", jnp.ones(len(self.denoisers)) if powers is None else powers, self.denoisers)
+        if not isinstance(self.powers, jax.core.Tracer) and not np.sum(self.powers) > 0:
+            raise ValueError(
+                f"powers must have a positive sum, or there is no law at noise; got {np.asarray(self.powers)}. Raise "
+                "those of the factors to keep"
+            )
+
+    @property
+    def location(self) -> jax.Array:
+        """The mean that Gaussians of the factors' locations and scales would have together, of `event_shape`."""
+        return self._gaussian()[0]
+
+    @property
+    def scale(self) -> jax.Array:
+        """The standard deviation that these Gaussians would have together; a scalar."""
+        return self._gaussian()[1]
+
+    def _gaussian(self) -> tuple[jax.Array, jax.Array]:
+        """The product of Gaussians, or where it has no variance (negation) the widest of them at their mean place."""
+        locations, scales = self._moments()
+        precisions = self.powers / scales**2
+        total = precisions.sum()
+        proper = total > 0
+        divisor = jnp.where(proper, total, 1.0)
+        location = jnp.where(proper, jnp.tensordot(precisions, locations, 1) / divisor, locations.mean(0))
+        return location, jnp.where(proper, divisor**-0.5, scales.max())
+
+    @property
+    def density_kind(self) -> DensityKind | None:
+        return "unnormalized" if all(density_kind(d) for d in self.denoisers) else None
+
+    def __call__(self, x_t: jax.Array, t: ArrayLike, cond: None = None) -> Prediction:
+        r"""The clean point that the summed scores stand for, $(x_t + \sigma_t^2 \sum_i w_i s_i) / \alpha_t$."""
+        means = self._posterior_means(x_t, t, cond)
+        powers = self.powers.astype(means.dtype)
+        x0 = jnp.tensordot(powers, means, 1) + (1.0 - powers.sum()) * x_t / self.schedule.alpha(t)
+        return Prediction(x0.astype(means.dtype), x_t, t, self.schedule)
+
+    def log_density(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
+        r"""$\sum_i w_i \log p_{i,t}(x_t)$: a log-density up to a constant that depends on time and powers.
+
+        Args:
+            x_t: noisy point of `event_shape`.
+            t: its time, a scalar.
+
+        Returns:
+            A scalar, whose gradient in `x_t` is the score of the prediction.
+
+        Raises:
+            TypeError: if a factor has a score but no density.
+        """
+        without = [i for i, denoiser in enumerate(self.denoisers) if density_kind(denoiser) is None]
+        if without:
+            raise TypeError(
+                f"log_density needs one of every factor, and denoisers[{without[0]}] has a score only. Use exact "
+                'denoisers, FromDensity, or networks with target="energy"'
+            )
+        densities = self._log_densities(x_t, t)
+        return jnp.dot(self.powers.astype(densities.dtype), densities)
+
+    def tree_flatten(self):
+        return (self.denoisers, self.powers), None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        self = object.__new__(cls)
+        self.denoisers, self.powers = leaves
+        return self
+
+
+@jax.tree_util.register_pytree_node_class
+class MixtureOf(_Composed):
+    r"""The exact denoiser of a mixture $\sum_i w_i p_i$ of laws that have one themselves.
+
+    `GaussianMixture` is the one to take for Gaussians.
+
+    Args:
+        denoisers: the members, of one event shape and one schedule, each with a normalised density at every time.
+        weights: $w_i$, shape (n,), non-negative; they are normalised.
+
+    Raises:
+        TypeError: if a member is no denoiser.
+        ValueError: if event shapes or noise levels differ, a member has no normalised density, or a weight is negative
+            or all are zero.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_diffusion.denoise import Gaussian, MixtureOf
+        >>> mixture = MixtureOf([Gaussian([-3.0]), Gaussian([3.0])], [0.5, 0.5])
+        >>> float(mixture(jnp.array([0.0]), 0.5).x0[0])
+        0.0
+    """
+
+    density_kind = "normalized"
+
+    def __init__(self, denoisers: Sequence[Denoiser], weights: ArrayLike) -> None:
+        self.denoisers = _agreed(denoisers)
+        for i, denoiser in enumerate(self.denoisers):
+            if density_kind(denoiser) != "normalized":
+                raise ValueError(
+                    f"a mixture weighs its members by their normalised densities at every time, and denoisers[{i}] has "
+                    f"{'one up to a constant' if density_kind(denoiser) else 'a score only'}. Use exact denoisers or "
+                    "FromDensity(..., normalized=True), or train one network with the member as its condition"
+                )
+        weights = _numbers("weights", weights, self.denoisers)
+        if not isinstance(weights, jax.core.Tracer):
+            known = np.asarray(weights)
+            if not ((known >= 0).all() and known.any()):
+                raise ValueError(f"weights must be non-negative with a positive sum; got {known}")
+        self.log_weights = jax.nn.log_softmax(jnp.log(weights))
+
+    @property
+    def location(self) -> jax.Array:
+        """The mean of the members' locations, of `event_shape`."""
+        return jnp.tensordot(jnp.exp(self.log_weights), self._moments()[0], 1)
+
+    @property
+    def scale(self) -> jax.Array:
+        """The root mean square distance to it per dimension, a scalar."""
+        locations, scales = self._moments()
+        between = jnp.mean((locations - self.location) ** 2, axis=tuple(range(1, locations.ndim)))
+        return jnp.sqrt(jnp.exp(self.log_weights) @ (scales**2 + between))
+
+    def _log_joint(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
+        densities = self._log_densities(x_t, t)
+        return self.log_weights.astype(densities.dtype) + densities
+
+    def __call__(self, x_t: jax.Array, t: ArrayLike, cond: None = None) -> Prediction:
+        means = self._posterior_means(x_t, t, cond)
+        responsibilities = jax.nn.softmax(self._log_joint(x_t, t)).astype(means.dtype)
+        return Prediction(jnp.tensordot(responsibilities, means, 1), x_t, t, self.schedule)
+
+    def log_density(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
+        r"""The noised log-density $\log \sum_i w_i p_{i,t}(x_t)$, normalised, in nats.
+
+        Args:
+            x_t: noisy point of `event_shape`.
+            t: its time, a scalar.
+
+        Returns:
+            A scalar.
+        """
+        return jax.nn.logsumexp(self._log_joint(x_t, t))
+
+    def tree_flatten(self):
+        return (self.denoisers, self.log_weights), None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        self = object.__new__(cls)
+        self.denoisers, self.log_weights = leaves
+        return self
+
+
+def inside(denoiser: Denoiser) -> Denoiser:
+    """The denoiser behind those that change its clock or hold its condition, and nothing else."""
+    while isinstance(denoiser, Rescheduled | Conditioned):
+        denoiser = denoiser.base
+    return denoiser
+
+
+def density_kind(denoiser: Denoiser) -> DensityKind | None:
+    """Whether a denoiser has a `log_density` of its own: normalised, up to a constant that may depend on time, or none.
+
+    Args:
+        denoiser: any denoiser. One may say it by an attribute of this name; an energy network has one up to a constant,
+            others with a `log_density` have a normalised one.
+
+    Returns:
+        "normalized", "unnormalized" or None.
+    """
+    denoiser = inside(denoiser)
+    if hasattr(denoiser, "density_kind"):
+        return denoiser.density_kind
+    if hasattr(denoiser, "target"):  # of a network
+        return "unnormalized" if denoiser.target == "energy" else None
+    return "normalized" if hasattr(denoiser, "log_density") else None
+
+
+def _agreed(denoisers: Sequence[Denoiser]) -> tuple[Denoiser, ...]:
+    """Denoisers that can be put together: at least one, of one event shape and one schedule."""
+    denoisers = tuple(denoisers)
+    _checks.at_least(1, **{"the number of denoisers": len(denoisers)})
+    for i, denoiser in enumerate(denoisers):
+        if not isinstance(denoiser, Denoiser):
+            raise TypeError(f"denoisers[{i}] must be a Denoiser; got {type(denoiser).__name__}")
+        if tuple(denoiser.event_shape) != tuple(denoisers[0].event_shape):
+            raise ValueError(
+                f"denoisers must have one event_shape; got {tuple(denoisers[0].event_shape)} and, of denoisers[{i}], "
+                f"{tuple(denoiser.event_shape)}"
+            )
+        if not _same_levels(denoisers[0].schedule, denoiser.schedule):
+            raise ValueError(
+                f"denoisers must have one schedule, in the units of the data; got {denoisers[0].schedule} and, of "
+                f"denoisers[{i}], {denoiser.schedule}. Rescheduled(denoisers[{i}], denoisers[0].schedule) asks it "
+                "under the first one's"
+            )
+    return denoisers
+
+
+def _same_levels(one: Schedule, other: Schedule) -> bool:
+    """Whether two schedules have the same signal and noise at every time, as far as they are known."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((one, other))):
+        return True
+    if (one.t_min, one.t_max) != (other.t_min, other.t_max):
+        return False
+    with jax.ensure_compile_time_eval():
+        times = jnp.linspace(one.t_min, one.t_max, 9)
+        pairs = [(one.alpha(times), other.alpha(times)), (one.sigma(times), other.sigma(times))]
+        return all(np.allclose(a, b, rtol=1e-4, atol=0.0) for a, b in pairs)
+
+
+def _numbers(name: str, values: ArrayLike, denoisers: tuple[Denoiser, ...]) -> jax.Array:
+    """One finite number for each denoiser."""
+    values = jnp.asarray(values, jnp.result_type(float))
+    if values.shape != (len(denoisers),):
+        raise ValueError(f"{name} must have shape ({len(denoisers)},), one for each denoiser; got {values.shape}")
+    if not isinstance(values, jax.core.Tracer):
+        _checks.finite(name, values)
+    return values
