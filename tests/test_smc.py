@@ -206,7 +206,7 @@ def test_a_hard_constraint_is_met_or_said_to_be_out_of_reach():
     smc = TemperedSMC(above, 2000, **QUIET).run(jax.random.key(0), 2.0)
     assert (smc.get_samples()["x"][:, 0] > 2.0).all()
     assert abs(float(smc.log_evidence.value) - np.log(0.02275)) < 4.0 * float(smc.log_evidence.standard_error) + 0.05
-    with pytest.raises(ValueError, match="zero, or not a number, at all 2000 draws of the prior. Take more particles"):
+    with pytest.raises(ValueError, match="none of 2000 draws .* zero at 2000, .* take more particles"):
         smc.run(jax.random.key(0), 6.0)
 
 
@@ -221,7 +221,10 @@ def test_a_single_particle_left_and_a_nan_likelihood():
     start = jax.random.split(jax.random.key(5), 3)[0]
     first = np.sort(np.asarray(TemperedSMC(rare, 40, **QUIET)._start(start, (0.0,), {}).z["x"][:, 0]))
     threshold = float(first[-2] + first[-1]) / 2.0
-    smc = TemperedSMC(rare, 40, **QUIET).run(jax.random.key(5), threshold)
+    with pytest.warns(UserWarning) as warned:
+        smc = TemperedSMC(rare, 40, **QUIET).run(jax.random.key(5), threshold)
+    assert "not a number at 39" in str(warned[0].message)
+    assert "only 1 of 40 draws of the prior have a likelihood above zero" in str(warned[1].message)
     x = smc.get_samples()["x"][:, 0]
     assert (x > threshold).all() and len(np.unique(x)) > 5
     assert float(smc.temperatures[0].effective_size) == pytest.approx(1.0)
@@ -250,7 +253,7 @@ def test_refused_models():
     def improper(y):
         numpyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), ()))
 
-    with pytest.raises(ValueError, match="every latent site needs a prior that can be sampled"):
+    with pytest.raises(ValueError, match="prior of site 'x' cannot be drawn"):
         TemperedSMC(improper, **QUIET).run(jax.random.key(0), Y)
     with pytest.raises(ValueError, match="needs a latent site; it has none"):
         TemperedSMC(lambda y: None, **QUIET).run(jax.random.key(0), Y)

@@ -22,7 +22,20 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
+from numpyro_diffusion import _checks
 from numpyro_diffusion.infer.resampling import systematic
+
+
+def check_population(num_particles: int, num_islands: int, ess_threshold: float) -> None:
+    """Raises unless particles can be dealt to the islands, at least two each, and the threshold is a share of them."""
+    _checks.at_least(2, num_particles=num_particles)
+    _checks.at_least(1, num_islands=num_islands)
+    if num_particles % num_islands or num_particles < 2 * num_islands:
+        raise ValueError(
+            f"num_particles must be a multiple of num_islands={num_islands}, at least two each; got {num_particles}"
+        )
+    if not 0.0 < ess_threshold <= 1.0:
+        raise ValueError(f"ess_threshold must lie in (0, 1]; got {ess_threshold}")
 
 
 class Evidence(NamedTuple):

@@ -14,8 +14,11 @@ The mean weights multiply to an estimate of the evidence,
 $$\hat Z = \prod_t \frac1N \sum_i L(x_i)^{\beta_{t + 1} - \beta_t},$$
 
 whose expectation is $Z = \int p L$ if temperatures and kernels are given; that they are chosen from the particles
-biases it by less than its own error. Particles live on islands that share temperatures and nothing else: the spread of
-their estimates is its error, and each island counts by its own in the end.
+biases it by less than its own error. Particles live on islands that share temperatures and the tuning of the moves, and
+nothing else: the spread of their estimates is its error, and each island counts by its own in the end.
+
+A likelihood of zero has no temperature: $0^\beta = 0$. What a hard constraint costs is paid in the first step, by draws
+of the prior that meet it.
 
 What is exact: the law of the particles as their number grows, for any kernel that leaves $\pi_\beta$ in place. What
 these kernels owe, `DiffusionPCN` its discretised reverse process, remains.
@@ -28,14 +31,14 @@ References:
     decorrelated, with pCN), https://arxiv.org/abs/1307.6127.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jax.scipy.special import logsumexp
 from numpyro import diagnostics
 from numpyro.infer.mcmc import MCMCKernel
@@ -43,9 +46,10 @@ from numpyro.infer.util import constrain_fn, unconstrain_fn
 from tqdm.auto import tqdm
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.infer.evidence import Evidence, evidence_of, pool_islands
+from numpyro_diffusion.infer.evidence import Evidence, check_population, evidence_of, pool_islands
 from numpyro_diffusion.infer.gibbs import DiffusionGibbs
 from numpyro_diffusion.infer.langevin import MALA
+from numpyro_diffusion.infer.moves import move
 from numpyro_diffusion.infer.pcn import DiffusionPCN
 from numpyro_diffusion.infer.resampling import effective_size, next_temperature, systematic
 from numpyro_diffusion.infer.split import Model, other_latent_sites, prior_sites
@@ -57,17 +61,19 @@ class Temperature(NamedTuple):
 
     temperature: jax.Array  # inverse, after the step
     effective_size: jax.Array  # what the particles were worth after reweighting, over all islands
-    accept_prob: jax.Array  # mean over particles of the last move, NaN if the kernel has none
-    correlation: jax.Array  # left between particles and their ancestors after the moves
     num_moves: jax.Array
+    correlation: jax.Array  # left between particles and their ancestors after the moves
+    accept_prob: jax.Array  # mean over particles at the last move, NaN if the kernel has none
+    noise_level: jax.Array  # geometric mean over the moves, NaN if the kernel has none
     num_score_evals: jax.Array  # denoiser evaluations of the moves, per particle
+    num_diverging: jax.Array  # of all particles and moves: what the kernel rejected as not finite
 
 
 class Population(NamedTuple):
     """The particles at a temperature."""
 
     z: dict[str, jax.Array]  # unconstrained values by site, (islands * particles, ...)
-    log_likelihood: jax.Array  # (islands, particles)
+    log_likelihood: jax.Array  # as the model gives it, (islands, particles)
     log_evidence: jax.Array  # of each island so far, (islands,)
     temperature: jax.Array  # inverse
 
@@ -82,16 +88,19 @@ class TemperedSMC:
             are diffusion sites, `DiffusionGibbs` of it and `MALA` if there are others. For moves in noise space give a
             model under `NoiseReparam` and `lambda m: Vectorize(NUTS(m))`.
         num_islands: independent parts of the population, whose estimates of the evidence give its error.
-        ess_threshold: share of the particles that a step of the temperature leaves effective, in (0, 1].
+        ess_threshold: share of the particles that a step of the temperature leaves effective, in (0, 1]; near 1 the
+            steps become very many.
         correlation: what may be left between particles and their ancestors when the moves at a temperature end, as a
             mean correlation over dimensions, in (0, 1).
         max_moves: moves at a temperature after which they end all the same.
+        temperatures: inverse temperatures to visit, rising to 1, instead of those that the effective sample size asks
+            for: with a kernel that does not adapt, the evidence is then exactly unbiased.
         progress_bar: whether to show the temperature.
 
     Raises:
         TypeError: if `model` or `kernel` is not callable.
-        ValueError: for a number out of its range; when run, for a model without latent sites or with one that cannot be
-            drawn, or a likelihood that is zero at all draws of the prior.
+        ValueError: for a number out of its range; when run, for a model without latent sites, with discrete ones or
+            with one that cannot be drawn, or a likelihood that is zero at all particles.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -118,21 +127,17 @@ class TemperedSMC:
         ess_threshold: float = 0.5,
         correlation: float = 0.1,
         max_moves: int = 100,
+        temperatures: Sequence[float] | None = None,
         progress_bar: bool = True,
     ) -> None:
         for name, value in {"model": model, "kernel": DiffusionPCN if kernel is None else kernel}.items():
             if not callable(value):
                 raise TypeError(f"{name} must be callable; got {type(value).__name__}")
-        _checks.at_least(2, num_particles=num_particles)
-        _checks.at_least(1, num_islands=num_islands, max_moves=max_moves)
-        if num_particles % num_islands or num_particles < 2 * num_islands:
-            raise ValueError(
-                f"num_particles must be a multiple of num_islands={num_islands}, at least two each; got {num_particles}"
-            )
-        if not 0.0 < ess_threshold <= 1.0:
-            raise ValueError(f"ess_threshold must lie in (0, 1]; got {ess_threshold}")
+        check_population(num_particles, num_islands, ess_threshold)
+        _checks.at_least(1, max_moves=max_moves)
         if not 0.0 < correlation < 1.0:
             raise ValueError(f"correlation must lie in (0, 1); got {correlation}")
+        self._ladder = None if temperatures is None else _ladder(temperatures)
         self._model = model
         self._make_kernel = kernel
         self._shape = num_islands, num_particles // num_islands
@@ -155,17 +160,19 @@ class TemperedSMC:
         """
         key_start, key_steps, key_finish = jax.random.split(rng_key, 3)
         population = self._start_compiled(key_start, args, kwargs)
-        if not bool(jnp.isfinite(population.log_likelihood).any()):
-            raise ValueError(
-                f"the likelihood is zero, or not a number, at all {population.log_likelihood.size} draws of the prior. "
-                "Take more particles, or a likelihood that says how far off a draw is"
-            )
+        _look_at_start(np.asarray(population.log_likelihood))
         history = []
         with tqdm(total=1.0, disable=not self._progress_bar, desc="temperature", bar_format=_BAR) as bar:
             while float(population.temperature) < 1.0:
                 key_steps, key = jax.random.split(key_steps)
-                population, step = self._step_compiled(key, population, args, kwargs)
+                given = None if self._ladder is None else jnp.asarray(self._ladder[len(history)], float)
+                population, step = self._step_compiled(key, population, given, args, kwargs)
                 history.append(jax.tree.map(np.asarray, step))
+                if not bool(jnp.isfinite(population.log_likelihood).any()):
+                    raise ValueError(
+                        f"all particles have lost their likelihood at temperature {step.temperature:.4g}: the kernel "
+                        "does not leave the posterior in place. Use one with a Metropolis test"
+                    )
                 bar.set_postfix_str(f"ESS {step.effective_size:.0f}, moves {step.num_moves}", refresh=False)
                 bar.update(float(step.temperature) - bar.n)
         self._samples = self._finish_compiled(key_finish, population, args, kwargs)
@@ -201,6 +208,8 @@ class TemperedSMC:
             print(
                 f"temperature {step.temperature:.4g}: ESS {step.effective_size:.0f}, {step.num_moves} moves, "
                 f"acc. prob {step.accept_prob:.2f}, correlation left {step.correlation:.2f}"
+                + (f", noise level {step.noise_level:.2g}" if np.isfinite(step.noise_level) else "")
+                + (f", {step.num_diverging} diverging" if step.num_diverging else "")
             )
 
     def _ran(self, name: str) -> Any:
@@ -232,6 +241,9 @@ class TemperedSMC:
             values = draw_prior(self._model, key, args, kwargs)
             if not values:
                 raise ValueError("the model needs a latent site; it has none")
+            discrete = [name for name, value in values.items() if not jnp.issubdtype(value.dtype, jnp.floating)]
+            if discrete:
+                raise ValueError(f"TemperedSMC moves continuous sites; sites {discrete} are discrete. Marginalise them")
             return unconstrain_fn(self._model, args, kwargs, values)
 
         z = jax.vmap(one)(jax.random.split(key, self._shape[0] * self._shape[1]))
@@ -239,18 +251,19 @@ class TemperedSMC:
         return Population(z, log_likelihoods, jnp.zeros(self._shape[0]), jnp.zeros(()))
 
     def _step(
-        self, key: jax.Array, population: Population, args: tuple, kwargs: dict
+        self, key: jax.Array, population: Population, given: jax.Array | None, args: tuple, kwargs: dict
     ) -> tuple[Population, Temperature]:
-        """Reweights, resamples and moves."""
+        """Reweights to a given temperature or to the next one that the particles allow, resamples and moves."""
         key_resample, key_move = jax.random.split(key)
-        old = population.temperature
-        new = next_temperature(population.log_likelihood.reshape(-1), old, self._ess_threshold)
-        alive = jnp.isfinite(population.log_likelihood)
-        log_weights = jnp.where(alive, (new - old) * population.log_likelihood, -jnp.inf)
+        values, old = _proper(population.log_likelihood), population.temperature
+        new = next_temperature(values.reshape(-1), old, self._ess_threshold) if given is None else given
+        log_weights = jnp.where(jnp.isfinite(values), (new - old) * values, -jnp.inf)
         ancestors = self._ancestors(key_resample, log_weights)
         z = jax.tree.map(lambda leaf: leaf[ancestors], population.z)
-        z, moved = self._move(key_move, z, new, args, kwargs)
-        step = moved._replace(temperature=new, effective_size=effective_size(log_weights.reshape(-1)))
+        kernel, keys = self._kernel(args, kwargs), jax.random.split(key_move, len(ancestors))
+        limits = {"correlation": self._correlation, "max_moves": self._max_moves}
+        z, moves = move(kernel, keys, z, args, {**kwargs, TEMPERATURE: new}, **limits)
+        step = Temperature(new, effective_size(log_weights.reshape(-1)), **moves._asdict())
         log_evidence = population.log_evidence + logsumexp(log_weights, axis=1) - jnp.log(self._shape[1])
         return Population(z, self._log_likelihoods(z, args, kwargs), log_evidence, new), step
 
@@ -263,36 +276,6 @@ class TemperedSMC:
         anywhere = systematic(key_all, log_weights.reshape(-1)).reshape(self._shape)
         return jnp.where(jnp.isfinite(log_weights).any(1, keepdims=True), chosen, anywhere).reshape(-1)
 
-    def _move(
-        self, key: jax.Array, z: dict[str, jax.Array], temperature: jax.Array, args: tuple, kwargs: dict
-    ) -> tuple[dict[str, jax.Array], Temperature]:
-        """Moves all particles as one batch until they have forgotten their ancestors."""
-        kernel, kwargs = self._kernel(args, kwargs), {**kwargs, TEMPERATURE: temperature}
-        flat = jax.vmap(lambda z: ravel_pytree(z)[0])
-        keys = jax.random.split(key, self._shape[0] * self._shape[1])
-        state = kernel.init(keys, self._max_moves, z, model_args=args, model_kwargs=kwargs)
-        start = flat(z)
-
-        def point(state: Any) -> dict[str, jax.Array]:
-            values = getattr(state, kernel.sample_field)
-            return {name: values[name] for name in z}
-
-        def going(carry: tuple) -> jax.Array:
-            _, moves, _, correlation = carry
-            return (moves < self._max_moves) & (correlation > self._correlation)
-
-        def move(carry: tuple) -> tuple:
-            state, moves, evaluations, _ = carry
-            state = kernel.sample(state, args, kwargs)
-            evaluations += jnp.max(jnp.asarray(getattr(state, "num_score_evals", 0)))
-            return state, moves + 1, evaluations, _mean_correlation(start, flat(point(state)))
-
-        count = jnp.zeros((), jnp.int32)
-        state, moves, evaluations, left = jax.lax.while_loop(going, move, (state, count, count, jnp.ones(())))
-        accept_prob = jnp.mean(getattr(state, "accept_prob", jnp.full((), jnp.nan)))
-        nan = jnp.full((), jnp.nan)
-        return point(state), Temperature(nan, nan, accept_prob, left, moves, evaluations)
-
     def _finish(self, key: jax.Array, population: Population, args: tuple, kwargs: dict) -> dict[str, jax.Array]:
         """Draws by island in proportion to its evidence, constrained."""
         ancestors = pool_islands(key, population.log_evidence, self._shape[1])
@@ -302,10 +285,40 @@ class TemperedSMC:
 
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}{postfix}]"
+_FEW = 10
+"""Particles with a likelihood at the start, below which a run warns."""
 
 
-def _mean_correlation(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Mean over dimensions of the correlation between two sets of points, both (N, D); one where a set is constant."""
-    a, b = a - a.mean(0), b - b.mean(0)
-    scale = jnp.sqrt((a**2).mean(0) * (b**2).mean(0))
-    return jnp.mean(jnp.where(scale > 0, (a * b).mean(0) / jnp.where(scale > 0, scale, 1.0), 1.0))
+def _ladder(temperatures: Sequence[float]) -> np.ndarray:
+    """Inverse temperatures as an array, or an error."""
+    ladder = np.asarray(temperatures, np.float32)
+    if ladder.ndim != 1 or not len(ladder) or (np.diff(ladder, prepend=0.0) <= 0).any() or ladder[-1] != 1.0:
+        raise ValueError(f"temperatures must rise from above 0 to 1; got {temperatures}")
+    return ladder
+
+
+def _proper(log_likelihood: jax.Array) -> jax.Array:
+    """NaN and plus infinity, which are no log-likelihoods, read as minus infinity."""
+    return jnp.where(jnp.isnan(log_likelihood) | jnp.isposinf(log_likelihood), -jnp.inf, log_likelihood)
+
+
+def _look_at_start(log_likelihood: np.ndarray) -> None:
+    """Raises if no draw of the prior has a likelihood to go on, warns if few have or some have none that is one."""
+    num, alive = log_likelihood.size, int(np.isfinite(log_likelihood).sum())
+    not_a_number, infinite = int(np.isnan(log_likelihood).sum()), int(np.isposinf(log_likelihood).sum())
+    kinds = f"zero at {num - alive - not_a_number - infinite}, not a number at {not_a_number}, infinite at {infinite}"
+    if alive == 0:
+        raise ValueError(
+            f"none of {num} draws of the prior has a likelihood to go on: it is {kinds}. A likelihood of zero has no "
+            "temperature: take more particles, or a likelihood that says how far off a draw is"
+        )
+    if not_a_number or infinite:
+        warnings.warn(
+            f"of {num} draws of the prior, the likelihood is {kinds}; what is no number counts as zero", stacklevel=3
+        )
+    if alive < min(_FEW, num):
+        warnings.warn(
+            f"only {alive} of {num} draws of the prior have a likelihood above zero: all particles descend from them, "
+            "and the evidence rests on their number. Take more particles",
+            stacklevel=3,
+        )
