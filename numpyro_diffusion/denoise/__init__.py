@@ -7,6 +7,7 @@ from numpyro_diffusion.denoise.covariance import Covariance, covariance
 from numpyro_diffusion.denoise.designed import FromDensity
 from numpyro_diffusion.denoise.network import NetworkDenoiser
 from numpyro_diffusion.denoise.prediction import Denoiser, Prediction
+from numpyro_diffusion.denoise.repeated import Repeated
 from numpyro_diffusion.denoise.reschedule import Rescheduled, reschedule
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "NetworkDenoiser",
     "Prediction",
     "Product",
+    "Repeated",
     "Rescheduled",
     "covariance",
     "reschedule",

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import jax
 from jax.typing import ArrayLike
 
+from numpyro_diffusion.denoise.around import Around
 from numpyro_diffusion.denoise.prediction import Denoiser, Prediction
-from numpyro_diffusion.noise import Schedule
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Conditioned:
+class Conditioned(Around):
     """A denoiser that always answers under the same condition.
 
     Args:
@@ -40,22 +40,6 @@ class Conditioned:
 
     base: Denoiser
     cond: ArrayLike
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.base.schedule
-
-    @property
-    def event_shape(self) -> tuple[int, ...]:
-        return self.base.event_shape
-
-    @property
-    def location(self) -> ArrayLike:
-        return self.base.location
-
-    @property
-    def scale(self) -> ArrayLike:
-        return self.base.scale
 
     def __call__(self, x_t: jax.Array, t: ArrayLike, cond: None = None) -> Prediction:
         """Predicts the clean point under the condition held.

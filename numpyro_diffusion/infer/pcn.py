@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 
 from numpyro_diffusion import _checks
@@ -192,7 +193,7 @@ class DiffusionPCN(DiffusionKernel):
         is_block = GIBBS_SITES_KWARG in kwargs  # then a composite kernel gives constrained values, drawn from the prior
 
         def with_likelihood(z: dict) -> tuple[dict, jax.Array]:
-            return z, _proper(self._log_likelihood(sites, z, args, kwargs))
+            return z, proper(self._log_likelihood(sites, z, args, kwargs))
 
         def redraw(carry: tuple) -> tuple:
             tries, key, _, _ = carry
@@ -218,10 +219,11 @@ class DiffusionPCN(DiffusionKernel):
         key, key_level, key_move, key_choice, key_accept = jax.random.split(state.rng_key, 5)
         levels = _ladder(solver, sites)
         start, is_global = self._draw_level(key_level, levels, state.log_level)
-        candidates = _candidates(key_move, solver, sites, state.z, start, self._num_proposals)
+        candidates, worth, worth_now = self._propose(key_move, solver, sites, state.z, start, args, kwargs)
         raw = jax.vmap(lambda z: self._log_likelihood(sites, z, args, kwargs))(candidates)
-        log_likelihoods = _proper(raw)
-        chosen, accept_prob = metropolised_gibbs(key_choice, log_likelihoods, state.log_likelihood)
+        log_likelihoods = proper(raw)
+        weights = proper(log_likelihoods + worth)
+        chosen, accept_prob = metropolised_gibbs(key_choice, weights, state.log_likelihood + worth_now)
         accepted = jax.random.uniform(key_accept) < accept_prob
 
         z = jax.tree.map(lambda new, old: jnp.where(accepted, new[chosen], old), candidates, state.z)
@@ -239,10 +241,28 @@ class DiffusionPCN(DiffusionKernel):
             mean_accept_prob=state.mean_accept_prob + (accept_prob - state.mean_accept_prob) / count,
             noise_level=levels[start].astype(accept_prob.dtype),
             log_level=jnp.clip(log_level, jnp.log(levels[-1]), jnp.log(levels[0])).astype(accept_prob.dtype),
-            num_score_evals=jnp.asarray(self._num_proposals * solver.evaluations(start), jnp.int32),
+            num_score_evals=jnp.asarray(self._num_walks * solver.evaluations(start), jnp.int32),
             diverging=(jnp.isnan(raw) | jnp.isposinf(raw)).any(),
             rng_key=key,
         )
+
+    @property
+    def _num_walks(self) -> int:
+        """Walks down the reverse process in a step."""
+        return self._num_proposals
+
+    def _propose(
+        self,
+        key: jax.Array,
+        solver: Solver,
+        sites: dict[str, PriorSite],
+        z: dict[str, jax.Array],
+        start: jax.Array,
+        args: tuple,
+        kwargs: dict,
+    ) -> tuple[dict[str, jax.Array], ArrayLike, ArrayLike]:
+        """Candidates, and logarithms of what they and the current point are worth besides their likelihood."""
+        return _candidates(key, solver, sites, z, start, self._num_proposals), 0.0, 0.0
 
     def _draw_level(self, key: jax.Array, levels: jax.Array, centre: jax.Array) -> tuple[jax.Array, jax.Array]:
         """An index into the ladder, and whether it was drawn from the whole of it; the same for chains run together."""
@@ -259,7 +279,7 @@ class DiffusionPCN(DiffusionKernel):
         kwargs = {} if model_kwargs is None else model_kwargs
         sites = prior_sites(self._model, model_args, kwargs)
         log_likelihood = self._log_likelihood(sites, state.z, model_args, kwargs)
-        return state._replace(log_likelihood=_proper(log_likelihood))
+        return state._replace(log_likelihood=proper(log_likelihood))
 
     def get_constrain_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
         """Maps the state's `z` to values on the support."""
@@ -276,7 +296,7 @@ class DiffusionPCN(DiffusionKernel):
         return f"acc. prob={state.mean_accept_prob:.2f}, level {jnp.exp(state.log_level):.2g}"
 
 
-def _proper(log_likelihood: jax.Array) -> jax.Array:
+def proper(log_likelihood: jax.Array) -> jax.Array:
     """NaN and plus infinity, which are no log-likelihoods, read as minus infinity: never accepted."""
     return jnp.where(jnp.isnan(log_likelihood) | jnp.isposinf(log_likelihood), -jnp.inf, log_likelihood)
 

@@ -70,19 +70,49 @@ class ExponentialEuler(Solver):
         key: jax.Array | None = None,
         cond: jax.Array | None = None,
     ) -> jax.Array:
-        return self._towards(denoiser, denoiser(x_t, t, cond).x0, x_t, t, s, key)
+        return self.advance(denoiser, x_t, self.remember(denoiser, x_t), t, s, key, cond)[0]
 
-    def _towards(
-        self, denoiser: Denoiser, x0: jax.Array, x_t: jax.Array, t: ArrayLike, s: ArrayLike, key: jax.Array | None
-    ) -> jax.Array:
-        """The exact step for a clean point held at `x0`."""
+    def advance(
+        self,
+        denoiser: Denoiser,
+        x_t: jax.Array,
+        memory: Memory,
+        t: ArrayLike,
+        s: ArrayLike,
+        key: jax.Array | None = None,
+        cond: jax.Array | None = None,
+    ) -> tuple[jax.Array, Memory]:
+        held, memory = self.held(denoiser, denoiser(x_t, t, cond).x0, memory, t, s)
+        mean, deviation = self.transition(denoiser, held, x_t, t, s)
+        if not self.stochastic:
+            return mean, memory
+        return mean + deviation * jax.random.normal(key, x_t.shape, x_t.dtype), memory
+
+    def held(
+        self, denoiser: Denoiser, x0: jax.Array, memory: Memory, t: ArrayLike, s: ArrayLike
+    ) -> tuple[jax.Array, Memory]:
+        """The clean point that a step from `t` to `s` holds, given the posterior mean at `t`; and what to remember."""
+        return x0, memory
+
+    def transition(
+        self, denoiser: Denoiser, held: jax.Array, x_t: jax.Array, t: ArrayLike, s: ArrayLike
+    ) -> tuple[jax.Array, jax.Array]:
+        """The Gaussian law of a step, for a clean point that is held.
+
+        Args:
+            denoiser: the model, whose schedule it is.
+            held: the clean point, of `event_shape`.
+            x_t: the noisy point, of `event_shape`.
+            t: its time.
+            s: the earlier time.
+
+        Returns:
+            Mean, of `event_shape`, and standard deviation, a scalar.
+        """
         schedule = denoiser.schedule
         ratio = schedule.noise_level(s) / schedule.noise_level(t)
-        mean = schedule.alpha(s) * (x0 + ratio ** (1.0 + self.eta**2) * (x_t / schedule.alpha(t) - x0))
-        if not self.stochastic:
-            return mean
-        noise = schedule.sigma(s) * jnp.sqrt(1.0 - ratio ** (2.0 * self.eta**2))
-        return mean + noise * jax.random.normal(key, x_t.shape, x_t.dtype)
+        mean = schedule.alpha(s) * (held + ratio ** (1.0 + self.eta**2) * (x_t / schedule.alpha(t) - held))
+        return mean, schedule.sigma(s) * jnp.sqrt(1.0 - ratio ** (2.0 * self.eta**2))
 
 
 @jax.tree_util.register_static
@@ -105,21 +135,12 @@ class DPMSolverPP(ExponentialEuler):
     def remember(self, denoiser: Denoiser, x_t: jax.Array) -> Memory:
         return jnp.zeros_like(x_t), -jnp.ones(())  # the posterior mean one step before, and its time: none yet
 
-    def advance(
-        self,
-        denoiser: Denoiser,
-        x_t: jax.Array,
-        memory: Memory,
-        t: ArrayLike,
-        s: ArrayLike,
-        key: jax.Array | None = None,
-        cond: jax.Array | None = None,
+    def held(
+        self, denoiser: Denoiser, x0: jax.Array, memory: Memory, t: ArrayLike, s: ArrayLike
     ) -> tuple[jax.Array, Memory]:
         before, t_before = memory
-        x0 = denoiser(x_t, t, cond).x0
         clock = denoiser.schedule.log_snr
         known = t_before > t
         span = clock(t) - clock(jnp.where(known, t_before, t))
         growth = jnp.where(known, 0.5 * (clock(s) - clock(t)) / jnp.where(known, span, 1.0), 0.0)
-        extrapolated = x0 + growth.astype(x0.dtype) * (x0 - before)
-        return self._towards(denoiser, extrapolated, x_t, t, s, key), (x0, jnp.asarray(t, t_before.dtype))
+        return x0 + growth.astype(x0.dtype) * (x0 - before), (x0, jnp.asarray(t, t_before.dtype))

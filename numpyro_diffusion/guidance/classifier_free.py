@@ -1,0 +1,45 @@
+r"""Classifier-free guidance: more of a condition than there is.
+
+A conditional denoiser that also answers without its condition is moved along the difference,
+
+$$\hat x_0(\varnothing) + w \left( \hat x_0(c) - \hat x_0(\varnothing) \right).$$
+
+At $w = 1$ it is the conditional denoiser, at $w = 0$ the unconditional one. Above 1 it sharpens, and is then the
+denoiser of no law: the product $p_t(x_t)\, p_t(c \mid x_t)^w$ at each time is not the noised version of one.
+
+References:
+    Ho and Salimans, Classifier-free diffusion guidance, 2022, https://arxiv.org/abs/2207.12598.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from numpyro_diffusion.denoise import Denoiser, Prediction
+from numpyro_diffusion.denoise.around import Around
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ClassifierFree(Around):
+    r"""Guidance without a likelihood: $\hat x_0(\varnothing) + w \left( \hat x_0(c) - \hat x_0(\varnothing) \right)$.
+
+    At $w = 1$ it is the conditional denoiser, at $w = 0$ the unconditional one. Above 1 it sharpens, and is then the
+    denoiser of no law: the product $p_t(x_t)\, p_t(c \mid x_t)^w$ at each time is not the noised version of one.
+
+    Args:
+        base: a denoiser trained with conditions and without.
+        cond: the condition.
+        weight: $w$, a scalar.
+    """
+
+    base: Denoiser
+    cond: ArrayLike
+    weight: ArrayLike = 1.0
+
+    def __call__(self, x_t: jax.Array, t: ArrayLike, cond: None = None) -> Prediction:
+        """The prediction under the condition held."""
+        without, given = self.base(x_t, t).x0, self.base(x_t, t, self.cond).x0
+        return Prediction(without + jnp.asarray(self.weight, x_t.dtype) * (given - without), x_t, t, self.schedule)

@@ -1,0 +1,236 @@
+"""Twisted SMC, particle Gibbs and guided moves against posteriors and evidences in closed form."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from moments import assert_moments
+from numpyro.distributions import transforms
+from numpyro.infer import MCMC
+
+from numpyro_diffusion.denoise import Gaussian, GaussianMixture
+from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.guidance import linear
+from numpyro_diffusion.infer import DiffusionGibbs, GuidedPCN, ParticleGibbs, TwistedSMC
+from numpyro_diffusion.noise import VE
+from numpyro_diffusion.solve import Ancestral, DPMSolverPP, ExponentialEuler, Heun, sample
+
+SLOW = pytest.mark.slow
+SCHEDULE, SAMPLER = VE(0.01, 40.0), DPMSolverPP(48, eta=1.0)
+Y = jnp.array([3.0, -1.0])
+PRIOR = DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=SAMPLER, density="none")
+
+
+def known_noise(y, prior=PRIOR):
+    """Posterior N(y / 2, 1/2) in each dimension; the evidence is N(y; 0, 2)."""
+    x = numpyro.sample("x", prior)
+    numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+
+def unknown_noise(y):
+    x = numpyro.sample("x", PRIOR)
+    noise = numpyro.sample("noise", dist.LogNormal(0.0, 0.5))
+    numpyro.sample("y", dist.Normal(x, noise).to_event(1), obs=y)
+
+
+def positive(y):
+    x = numpyro.sample("x", DiffusionPrior(PRIOR.denoiser, sampler=SAMPLER, transform=transforms.ExpTransform()))
+    numpyro.sample("y", dist.Normal(jnp.log(x), 1.0).to_event(1), obs=y)
+
+
+def plates(y):
+    with numpyro.plate("points", 2):
+        x = numpyro.sample("x", PRIOR)
+        numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+
+def run(kernel, *args, num_warmup=100, num_samples=500, chains=8):
+    options = {"num_warmup": num_warmup, "num_samples": num_samples, "num_chains": chains}
+    mcmc = MCMC(kernel, **options, chain_method="vectorized", progress_bar=False)
+    mcmc.run(jax.random.key(0), *args)
+    return mcmc
+
+
+MAKERS = {"guided_pcn": GuidedPCN, "particle_gibbs": partial(ParticleGibbs, num_particles=4)}
+each_kernel = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+
+@each_kernel
+def test_known_noise(make):
+    assert_moments(run(make(known_noise), Y).get_samples(group_by_chain=True)["x"], Y / 2, 0.5)
+
+
+MARKOV = ExponentialEuler(192, eta=1.0, grid=SAMPLER.grid)
+LOOK_AHEADS = {"dps": DPMSolverPP(96, eta=1.0), "pigdm": MARKOV, "flat": DPMSolverPP(96, eta=1.0)}
+
+
+@SLOW
+@each_kernel
+@pytest.mark.parametrize(("moment", "solver"), LOOK_AHEADS.items(), ids=LOOK_AHEADS)
+def test_whatever_the_guidance(make, moment, solver):
+    """What a guidance gets wrong is set right by weights; solvers with a memory and without."""
+    mcmc = run(make(known_noise, moment=moment, solver=solver), Y)
+    assert_moments(mcmc.get_samples(group_by_chain=True)["x"], Y / 2, 0.5)
+
+
+@SLOW
+@each_kernel
+def test_transform_and_plates(make):
+    x = run(make(positive), Y).get_samples(group_by_chain=True)["x"]
+    assert_moments(jnp.log(x), Y / 2, 0.5)
+    data = jnp.array([[3.0, -1.0], [0.0, 2.0]])
+    assert_moments(run(make(plates), data).get_samples(group_by_chain=True)["x"], data / 2, 0.5)
+
+
+@SLOW
+@each_kernel
+def test_with_the_noise_unknown(make):
+    """In one Gibbs sweep with NUTS: both blocks against quadrature."""
+    log_noise = np.linspace(-4.0, 4.0, 4001)
+    s2, y = np.exp(2.0 * log_noise), np.asarray(Y)[:, None]
+    log_weight = -0.5 * (log_noise / 0.5) ** 2 - 0.5 * (y**2 / (1 + s2) + np.log(1 + s2)).sum(0)
+    weight = np.exp(log_weight - log_weight.max())
+    weight /= weight.sum()
+    mean, variance = y / (1 + s2), s2 / (1 + s2)
+    x_mean = (weight * mean).sum(1)
+    noise_mean = (weight * np.exp(log_noise)).sum()
+    samples = run(DiffusionGibbs(unknown_noise, x_kernel=make), Y, num_samples=1000).get_samples(group_by_chain=True)
+    assert_moments(samples["x"], x_mean, (weight * (variance + mean**2)).sum(1) - x_mean**2)
+    assert_moments(samples["noise"], noise_mean, (weight * s2).sum() - noise_mean**2)
+
+
+@SLOW
+def test_a_walk_of_few_steps_is_its_own_prior():
+    """Particle Gibbs is exact for the walk that the solver takes, however rough: five steps of a mixture.
+
+    With a likelihood of one, clean points have the law of `solve.sample`, whatever the guidance looks ahead to.
+    """
+    denoiser = GaussianMixture([0.4, 0.6], jnp.array([[-2.0], [1.5]]), 0.5, VE(0.1, 10.0))
+    for solver in (DPMSolverPP(5, eta=1.0), ExponentialEuler(5, eta=1.0, grid=SAMPLER.grid)):
+        prior = DiffusionPrior(denoiser, sampler=solver, density="none")
+        kernel = ParticleGibbs(
+            lambda prior: numpyro.sample("x", prior),
+            num_particles=3,
+            moment="pigdm",
+            observation=linear([[1.0]], [1.0], 1.0),
+        )
+        x = run(kernel, prior, num_samples=2000, chains=16).get_samples(group_by_chain=True)["x"][..., 0]
+        truth = sample(solver, denoiser, jax.random.key(5), (400_000,))[:, 0]
+        assert_moments(x, truth.mean(), truth.var())
+        assert_moments((x > 0).astype(float), (truth > 0).mean(), (truth > 0).mean() * (truth < 0).mean())
+
+
+@pytest.mark.parametrize("moment", ["mmps", pytest.param("pigdm", marks=SLOW), pytest.param("tmpd", marks=SLOW)])
+def test_evidence_and_posterior_of_a_gaussian(moment):
+    """Within 4 standard errors over 16 islands, and a hundredth for the walk's 48 steps."""
+    smc = TwistedSMC(known_noise, 6400, moment=moment, num_islands=16).run(jax.random.key(0), Y)
+    evidence, truth = smc.log_evidence, dist.Normal(0.0, jnp.sqrt(2.0)).log_prob(Y).sum()
+    assert abs(evidence.value - truth) < 4.0 * evidence.standard_error + 0.01
+    x = smc.get_samples()["x"]
+    assert x.shape == (6400, 2)
+    assert (abs(x.mean(0) - Y / 2) < 4.0 * np.sqrt(0.5 / 6400)).all()  # weights are even: nothing was resampled before
+
+
+@SLOW
+def test_evidence_of_a_mixture_is_unbiased_for_the_walk():
+    """4,000 runs of four particles, on the natural scale: a walk of 12 steps, whose own evidence is by plain sampling.
+
+    The look-aheads "dps" and "flat" have weights of such tails here that the mean of as many runs is still too small.
+    """
+    denoiser = GaussianMixture([0.4, 0.6], jnp.array([[-2.0], [1.5]]), 0.5, VE(0.1, 10.0))
+    prior = DiffusionPrior(denoiser, sampler=DPMSolverPP(12, eta=1.0), density="none")
+
+    def model(y):
+        numpyro.sample("y", dist.Normal(numpyro.sample("x", prior)[0], 0.7), obs=y)
+
+    x = sample(prior.sampler, denoiser, jax.random.key(1), (1_000_000,))[:, 0]
+    likelihood = np.exp(np.asarray(dist.Normal(x, 0.7).log_prob(0.5), np.float64))
+    truth, error = likelihood.mean(), likelihood.std() / 1000.0
+    for moment in ("mmps", "pigdm", "tmpd"):
+        smc = TwistedSMC(model, 16_000, moment=moment, num_islands=4000, ess_threshold=0.7).run(jax.random.key(2), 0.5)
+        found = np.exp(np.asarray(smc.log_evidence.islands, np.float64))
+        assert 0.0 < smc.levels.resampled.max() and found.std() > 0.0
+        assert abs(found.mean() - truth) < 4.0 * np.hypot(found.std() / np.sqrt(4000), error), moment
+
+
+def test_second_run_compiles_nothing_and_summary(capsys):
+    smc = TwistedSMC(known_noise, 40, num_islands=2)
+    smc.run(jax.random.key(0), Y, PRIOR)
+    other = DiffusionPrior(Gaussian([1.0, 0.0], 1.0, SCHEDULE), sampler=SAMPLER, density="none")
+    compiled = smc._compiled._cache_size()
+    smc.run(jax.random.key(1), Y + 1.0, other)
+    assert smc._compiled._cache_size() == compiled
+    smc.print_summary()
+    text = capsys.readouterr().out
+    assert "log evidence" in text and "(2 islands)" in text and "smallest effective size" in text
+    assert smc.levels.noise_level.shape == (47,) and smc.num_score_evals == 48
+
+
+def vanishing(y):
+    numpyro.sample("x", PRIOR)
+    numpyro.factor("never", -jnp.inf)
+
+
+def not_a_number(y):
+    x = numpyro.sample("x", PRIOR)
+    numpyro.factor("half", jnp.where(x[0] > 0.0, jnp.nan, 0.0))
+
+
+def counted(y):
+    numpyro.sample("y", dist.Poisson(jnp.exp(numpyro.sample("x", PRIOR))).to_event(1), obs=jnp.array([3, 0]))
+
+
+def test_what_is_not_a_number_has_no_weight():
+    """Half of the prior, with a look-ahead that knows nothing of it: an observation with much noise."""
+    smc = TwistedSMC(not_a_number, 4000, observation=linear(jnp.eye(2), jnp.zeros(2), 10.0)).run(jax.random.key(0), Y)
+    assert (smc.get_samples()["x"][:, 0] <= 0.0).all()
+    assert abs(smc.log_evidence.value - jnp.log(0.5)) < 4.0 * smc.log_evidence.standard_error
+    mcmc = run(ParticleGibbs(not_a_number), Y, num_samples=20, chains=2)
+    assert mcmc.get_extra_fields()["diverging"].any() and (mcmc.get_samples()["x"][:, 0] <= 0.0).all()
+
+
+REFUSED = {
+    "twisted_others": (
+        lambda: TwistedSMC(unknown_noise).run(jax.random.key(0), Y),
+        r"also has latent sites \['noise'\]",
+    ),
+    "vanish": (lambda: TwistedSMC(vanishing, 40).run(jax.random.key(0), Y), "weights of all particles vanish"),
+    "constraint": (
+        lambda: TwistedSMC(not_a_number, 40).run(jax.random.key(0), Y),
+        "cannot say which of them will meet",
+    ),
+    "likelihood": (lambda: TwistedSMC(counted, 40, moment="mmps").run(jax.random.key(0), Y), "needs a Gaussian obs"),
+    "particles": (lambda: TwistedSMC(known_noise, 1), "num_particles must be at least 2"),
+    "islands": (lambda: TwistedSMC(known_noise, 10, num_islands=4), "multiple of num_islands=4"),
+    "threshold": (lambda: TwistedSMC(known_noise, ess_threshold=0.0), r"ess_threshold must lie in \(0, 1\]"),
+    "moment": (lambda: TwistedSMC(known_noise, moment="ddrm"), "moment must be one of"),
+    "pcn_moment": (lambda: GuidedPCN(known_noise, moment="ddrm"), "moment must be one of"),
+    "pcn_likelihood": (lambda: run(GuidedPCN(counted, moment="mmps"), Y), "needs a Gaussian observation"),
+    "gibbs_moment": (lambda: ParticleGibbs(known_noise, moment="ddrm"), "moment must be one of"),
+    "gibbs_particles": (lambda: ParticleGibbs(known_noise, num_particles=1), "num_particles must be at least 2"),
+    "gibbs_others": (lambda: run(ParticleGibbs(unknown_noise), Y), r"DiffusionGibbs\(model, x_kernel=ParticleGibbs"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("solver", [Heun(), Ancestral(), DPMSolverPP(eta=0.0)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("make", [TwistedSMC, GuidedPCN, ParticleGibbs])
+def test_solvers_whose_steps_have_no_density_are_refused(make, solver):
+    with pytest.raises(TypeError, match="steps whose density is known"):
+        make(known_noise, solver=solver)
+
+
+def test_not_run_yet():
+    with pytest.raises(RuntimeError, match=r"run\(\) must come first"):
+        TwistedSMC(known_noise).get_samples()
+    with pytest.raises(TypeError, match="must be a NumPyro model"):
+        TwistedSMC(3)
