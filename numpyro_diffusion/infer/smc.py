@@ -63,8 +63,8 @@ class Temperature(NamedTuple):
     effective_size: jax.Array  # what the particles were worth after reweighting, over all islands
     num_moves: jax.Array
     correlation: jax.Array  # left between particles and their ancestors after the moves
-    accept_prob: jax.Array  # mean over particles at the last move, NaN if the kernel has none
-    noise_level: jax.Array  # geometric mean over the moves, NaN if the kernel has none
+    accept_prob: jax.Array  # mean over moves and particles, NaN if the kernel has none
+    noise_level: jax.Array  # at which the kernel's adapted levels are centred at the end, NaN if it has none
     num_score_evals: jax.Array  # denoiser evaluations of the moves, per particle
     num_diverging: jax.Array  # of all particles and moves: what the kernel rejected as not finite
 
@@ -76,6 +76,7 @@ class Population(NamedTuple):
     log_likelihood: jax.Array  # as the model gives it, (islands, particles)
     log_evidence: jax.Array  # of each island so far, (islands,)
     temperature: jax.Array  # inverse
+    noise_level: jax.Array  # at which the moves have left the kernel's levels, NaN at the start
 
 
 class TemperedSMC:
@@ -248,7 +249,7 @@ class TemperedSMC:
 
         z = jax.vmap(one)(jax.random.split(key, self._shape[0] * self._shape[1]))
         log_likelihoods = self._log_likelihoods(z, args, kwargs)
-        return Population(z, log_likelihoods, jnp.zeros(self._shape[0]), jnp.zeros(()))
+        return Population(z, log_likelihoods, jnp.zeros(self._shape[0]), jnp.zeros(()), jnp.full((), jnp.nan))
 
     def _step(
         self, key: jax.Array, population: Population, given: jax.Array | None, args: tuple, kwargs: dict
@@ -262,10 +263,10 @@ class TemperedSMC:
         z = jax.tree.map(lambda leaf: leaf[ancestors], population.z)
         kernel, keys = self._kernel(args, kwargs), jax.random.split(key_move, len(ancestors))
         limits = {"correlation": self._correlation, "max_moves": self._max_moves}
-        z, moves = move(kernel, keys, z, args, {**kwargs, TEMPERATURE: new}, **limits)
+        z, moves = move(kernel, keys, z, args, {**kwargs, TEMPERATURE: new}, population.noise_level, **limits)
         step = Temperature(new, effective_size(log_weights.reshape(-1)), **moves._asdict())
         log_evidence = population.log_evidence + logsumexp(log_weights, axis=1) - jnp.log(self._shape[1])
-        return Population(z, self._log_likelihoods(z, args, kwargs), log_evidence, new), step
+        return Population(z, self._log_likelihoods(z, args, kwargs), log_evidence, new, moves.noise_level), step
 
     def _ancestors(self, key: jax.Array, log_weights: jax.Array) -> jax.Array:
         """Flat indices; an island without a particle of any weight is filled from the others and counts no more."""
