@@ -6,16 +6,22 @@ problems, 2024, https://arxiv.org/abs/2308.07983). Every method is given the exa
 W1 of 1000 draws to 10,000 exact ones over 1000 projections; the floor is that of 1000 other exact draws, the mean over
 eight such sets.
 
-    python benchmarks/mixture_inverse.py --problems FILE --method DiffusionPCN --json OUT
+    python benchmarks/mixture_inverse.py --problems FILE --method TemperedSMC --json OUT
+    python benchmarks/mixture_inverse.py --method all --effort 0.25,1,4 --plot docs/concepts/mixture_inverse.png
+
+An effort multiplies what a method spends: steps of the solver for a guided one, particles for TwistedSMC (a thousand of
+which are drawn by weight), steps of the moves' solver for TemperedSMC, moves for a kernel. Evaluations are those of the
+denoiser; derivatives that a guidance takes of it come on top, a few times an evaluation.
 
 FILE maps "dx_dy_seed" to {"weights", "A", "y", "sigma"}. Component (i, j), i and j in -2..2, i outer, has mean (8i, 8j)
 repeated dx / 2 times, times -1.
 """
 
 import argparse
+import itertools
 import json
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +34,20 @@ from numpyro.infer import MCMC
 
 from numpyro_diffusion.denoise import GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.infer import AnnealedLangevin, DiffusionPCN, NoiseSpace, PredictorCorrector, SplitGibbs
+from numpyro_diffusion.guidance import Guided, linear
+from numpyro_diffusion.infer import (
+    AnnealedLangevin,
+    DiffusionPCN,
+    GuidedPCN,
+    NoiseSpace,
+    ParticleGibbs,
+    PredictorCorrector,
+    SplitGibbs,
+    TemperedSMC,
+    TwistedSMC,
+)
 from numpyro_diffusion.noise import VE, UniformLogSNR
-from numpyro_diffusion.solve import Ancestral, DPMSolverPP
+from numpyro_diffusion.solve import Ancestral, DPMSolverPP, sample
 
 NUM_DRAWS, NUM_EXACT, NUM_PROJECTIONS, NUM_FLOORS = 1000, 10_000, 1000, 8
 
@@ -82,34 +99,54 @@ def model(prior: DiffusionPrior, A: jax.Array, y: jax.Array, sigma: jax.Array) -
     numpyro.sample("y", dist.Normal(A @ x, sigma).to_event(1), obs=y)
 
 
+SOLVER = DPMSolverPP(64, eta=1.0)
+LONG = DPMSolverPP(80, eta=1.0)  # a walk down the whole ladder is 80 evaluations
 KERNELS = {
-    "DiffusionPCN": (partial(DiffusionPCN, num_proposals=4, global_fraction=1.0), DPMSolverPP(80, eta=1.0)),
-    "DiffusionPCN, 1 proposal": (partial(DiffusionPCN, global_fraction=1.0), DPMSolverPP(80, eta=1.0)),
+    "DiffusionPCN": (partial(DiffusionPCN, num_proposals=4, global_fraction=1.0), LONG, 105),
+    "DiffusionPCN, 1 proposal": (partial(DiffusionPCN, global_fraction=1.0), LONG, 420),
     "DiffusionPCN, ancestral": (
         partial(DiffusionPCN, num_proposals=4, global_fraction=1.0),
         Ancestral(80, grid=UniformLogSNR()),
+        105,
     ),
-    "NoiseSpace": (NoiseSpace, DPMSolverPP(80, eta=1.0)),
-    "AnnealedLangevin": (partial(AnnealedLangevin, step_size=0.16), DPMSolverPP(64, eta=1.0)),
+    "GuidedPCN": (partial(GuidedPCN, global_fraction=1.0), SOLVER, 20),
+    "ParticleGibbs": (ParticleGibbs, SOLVER, 4),
+    "NoiseSpace": (NoiseSpace, LONG, 105),
+    "AnnealedLangevin": (partial(AnnealedLangevin, step_size=0.16), SOLVER, 2),
     "AnnealedLangevin, small steps": (
         partial(AnnealedLangevin, num_levels=64, steps_per_level=10, step_size=0.05),
-        DPMSolverPP(64, eta=1.0),
+        SOLVER,
+        2,
     ),
-    "PredictorCorrector": (PredictorCorrector, DPMSolverPP(64, eta=1.0)),
+    "PredictorCorrector": (PredictorCorrector, SOLVER, 2),
     "SplitGibbs": (
         partial(SplitGibbs, rho=0.3, schedule=(30.0, 17.0, 9.5, 5.3, 3.0, 1.7, 0.95, 0.53)),
-        DPMSolverPP(64, eta=1.0),
+        SOLVER,
+        12,
     ),
 }
-"""Each method's kernel and the solver of its prior; a walk down the whole ladder is 80 evaluations for all. Levels are
-log-uniform: what is hard here is to find the weights of far modes, and these need large moves. The kernels after
-`NoiseSpace` are biased, and a few moves are as good as many: --moves 2, for `SplitGibbs` 12."""
+"""Each kernel, the solver of its prior, and its moves. Levels are log-uniform: what is hard here is to find the weights
+of far modes, and these need large moves. Those after `NoiseSpace` are biased, and a few moves are as good as many."""
+
+GUIDED = {"DPS": "dps", "PiGDM": "pigdm", "TMPD": "tmpd", "MMPS": "mmps"}
+"""Guided walks that nothing corrects."""
+
+METHODS = ["TemperedSMC", "TemperedSMC, guided moves", "TwistedSMC", *KERNELS, *GUIDED]
+
+PEERS = {
+    "8_1": {"DDRM": 4.07, "DPS": 3.13, "DCPS": 3.43, "MCGDiff-32": 1.60, "MCGDiff-256": 1.21},
+    "8_2": {"DDRM": 1.90, "DPS": 0.64, "DCPS": 0.91, "MCGDiff-32": 0.32, "MCGDiff-256": 0.16},
+    "8_4": {"DDRM": 0.37, "DPS": 0.72, "DCPS": 1.42, "MCGDiff-32": 0.15, "MCGDiff-256": 0.16},
+    "80_1": {"DDRM": 8.04, "DPS": 2.15, "DCPS": 1.35, "MCGDiff-32": 2.12},
+    "80_4": {"DDRM": 7.44, "DPS": 0.34, "DCPS": 0.86, "MCGDiff-32": 1.38},
+}
+"""Mean sliced W1 of the authors' own programs with the exact score, over seeds of which these problems are some."""
 
 
 @partial(jax.jit, static_argnames=("method", "num_moves"))
-def run(key: jax.Array, problem: Problem, method: str, num_moves: int) -> tuple[jax.Array, jax.Array]:
+def run_kernel(key: jax.Array, problem: Problem, method: str, num_moves: int) -> tuple[jax.Array, jax.Array]:
     """The last draw of each of 1000 chains started from the prior, and mean denoiser evaluations per chain."""
-    kernel, sampler = KERNELS[method]
+    kernel, sampler, _ = KERNELS[method]
     prior = DiffusionPrior(problem.prior, sampler=sampler)
     fields = ("num_score_evals",)
     mcmc = MCMC(
@@ -129,16 +166,46 @@ def run(key: jax.Array, problem: Problem, method: str, num_moves: int) -> tuple[
     return mcmc.get_samples(group_by_chain=True)["x"][:, -1], evaluations / NUM_DRAWS
 
 
-def evaluate(name: str, fields: dict[str, Any], method: str, num_moves: int, seed: int) -> dict[str, Any]:
+@partial(jax.jit, static_argnames=("moment", "num_steps"))
+def run_guided(key: jax.Array, problem: Problem, moment: str, num_steps: int) -> jax.Array:
+    guided = Guided(problem.prior, linear(problem.A, problem.y, jnp.full(problem.y.shape, problem.sigma)), moment)
+    return sample(DPMSolverPP(num_steps, eta=1.0), guided, key, (NUM_DRAWS,))
+
+
+@cache  # one object a method, so that problems of one size share its programs
+def sampler_of(method: str, num_particles: int) -> TemperedSMC | TwistedSMC:
+    if method == "TwistedSMC":
+        return TwistedSMC(model, num_particles)
+    kernel = GuidedPCN if "guided" in method else None
+    return TemperedSMC(model, num_particles, kernel=kernel, progress_bar=False)
+
+
+def draw(key: jax.Array, problem: Problem, method: str, effort: float) -> tuple[jax.Array, float]:
+    """1000 draws by a method, and denoiser evaluations for each."""
+    if method in GUIDED:
+        num_steps = max(4, round(64 * effort))
+        return run_guided(key, problem, GUIDED[method], num_steps), num_steps
+    if method in KERNELS:
+        return run_kernel(key, problem, method, max(2, round(KERNELS[method][-1] * effort)))
+    steps, particles = (64, effort) if method == "TwistedSMC" else (max(8, round(64 * effort)), 1.0)
+    smc = sampler_of(method, 4 * round(NUM_DRAWS * particles / 4))
+    prior = DiffusionPrior(problem.prior, sampler=DPMSolverPP(steps, eta=1.0))
+    smc.run(key, prior, problem.A, problem.y, problem.sigma)
+    x = jnp.resize(jax.random.permutation(key, smc.get_samples()["x"]), (NUM_DRAWS, problem.prior.means.shape[1]))
+    return x, smc.num_score_evals * particles
+
+
+def evaluate(name: str, fields: dict[str, Any], method: str, effort: float, seed: int) -> dict[str, Any]:
     problem = read(name, fields)
     keys = jax.random.split(jax.random.key(seed), 3)
     keys_floor = jax.random.split(keys[2], NUM_FLOORS)
     exact = exact_draws(keys[0], problem, NUM_EXACT)
     started = time.perf_counter()
-    draws, evaluations = jax.block_until_ready(run(keys[1], problem, method, num_moves))
+    draws, evaluations = jax.block_until_ready(draw(keys[1], problem, method, effort))
     return {
         "problem": name,
         "method": method,
+        "effort": effort,
         "sliced_w1": float(sliced_w1(keys[2], draws, exact)),
         "floor": float(np.mean([sliced_w1(keys[2], exact_draws(k, problem, NUM_DRAWS), exact) for k in keys_floor])),
         "score_evaluations_per_draw": float(evaluations),
@@ -146,41 +213,87 @@ def evaluate(name: str, fields: dict[str, Any], method: str, num_moves: int, see
     }
 
 
+def summarise(results: list[dict[str, Any]]) -> None:
+    """Distances over floors, in the mean and in the median of each size, and the peers' figures."""
+    size_of = lambda row: row["problem"].rsplit("_", 1)[0]  # noqa: E731
+    for size in dict.fromkeys(map(size_of, results)):
+        for method, effort in dict.fromkeys((r["method"], r["effort"]) for r in results):
+            rows = [r for r in results if (size_of(r), r["method"], r["effort"]) == (size, method, effort)]
+            w1, floor, evaluations = (
+                np.array([r[field] for r in rows]) for field in ("sliced_w1", "floor", "score_evaluations_per_draw")
+            )
+            print(
+                f"{size:6} {method:30} x{effort:<5g} mean {w1.mean():6.3f}, floor {floor.mean():.3f}: ratio of means "
+                f"{w1.mean() / floor.mean():6.2f}, of medians {np.median(w1) / np.median(floor):6.2f}, "
+                f"{evaluations.mean():6.0f} evaluations a draw"
+            )
+        if size in PEERS:
+            print(f"{size:6} peers' own programs, mean: " + ", ".join(f"{k} {v}" for k, v in PEERS[size].items()))
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Distance over the floor against evaluations, a line a method, a panel a size; means over problems."""
+    import matplotlib.pyplot as plt
+
+    sizes = dict.fromkeys(r["problem"].rsplit("_", 1)[0] for r in results)
+    figure, axes = plt.subplots(1, len(sizes), figsize=(4.5 * len(sizes) + 2.0, 4.0), squeeze=False, sharey=True)
+    for axis, size in zip(axes[0], sizes, strict=True):
+        for i, method in enumerate(dict.fromkeys(r["method"] for r in results)):
+            points = []
+            for effort in sorted({r["effort"] for r in results}):
+                rows = [r for r in results if (r["method"], r["effort"]) == (method, effort)]
+                rows = [r for r in rows if r["problem"].rsplit("_", 1)[0] == size]
+                w1, floor = (np.mean([r[field] for r in rows]) for field in ("sliced_w1", "floor"))
+                points.append((np.mean([r["score_evaluations_per_draw"] for r in rows]), w1 / floor))
+            axis.plot(*zip(*points, strict=True), marker="osD^v"[i % 5], color=f"C{i % 10}", label=method, markersize=4)
+        axis.axhline(1.0, color="k", linewidth=0.8)
+        axis.set(xscale="log", yscale="log", xlabel="score evaluations a draw", title=f"({size.replace('_', ', ')})")
+    axes[0, 0].set_ylabel("sliced W1 over that of exact draws")
+    axes[0, -1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=Path, default=Path(__file__).parent / "data/mixture_inverse_problems.json")
-    parser.add_argument("--method", choices=[*KERNELS, "all"], default="DiffusionPCN")
+    parser.add_argument(
+        "--method", default="TemperedSMC", help=f'"all", or some of {"; ".join(METHODS)}, by semicolons'
+    )
     parser.add_argument("--sizes", default="8_1,8_2,8_4", help='comma-separated "dx_dy", or "all"')
-    parser.add_argument("--moves", type=int, default=105, help="MCMC steps of each chain, half of them warm-up")
+    parser.add_argument("--effort", default="1", help="comma-separated multiples of what a method spends")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fast", action="store_true", help="one problem, few moves")
+    parser.add_argument("--fast", action="store_true", help="one problem, little effort")
     parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--plot", type=Path, help="where to draw distances against evaluations")
     options = parser.parse_args()
 
     problems = json.loads(options.problems.read_text())
     if options.sizes != "all":
         problems = {k: v for k, v in problems.items() if k.rsplit("_", 1)[0] in options.sizes.split(",")}
+    methods = METHODS if options.method == "all" else [name.strip() for name in options.method.split(";")]
+    unknown = set(methods) - set(METHODS)
+    if unknown:
+        parser.error(f"unknown methods {sorted(unknown)}; there are {METHODS}")
+    efforts = [float(effort) for effort in options.effort.split(",")]
     if options.fast:
-        problems = dict(list(problems.items())[:1])
-    num_moves = 10 if options.fast else options.moves
+        problems, efforts = dict(list(problems.items())[:1]), [0.25]
     results = []
-    print(f"{'problem':10} {'method':26} {'sliced W1':>9} {'floor':>7} {'evaluations':>11} {'seconds':>8}")
-    for method in KERNELS if options.method == "all" else [options.method]:
-        for name, fields in problems.items():
-            row = evaluate(name, fields, method, num_moves, options.seed)
-            results.append(row)
-            print(
-                "{problem:10} {method:26} {sliced_w1:9.3f} {floor:7.3f} {score_evaluations_per_draw:11.0f} "
-                "{seconds:8.1f}".format(**row),
-                flush=True,
-            )
-    for method in dict.fromkeys(row["method"] for row in results):
-        for size in dict.fromkeys(row["problem"].rsplit("_", 1)[0] for row in results):
-            rows = [r for r in results if r["method"] == method and r["problem"].rsplit("_", 1)[0] == size]
-            w1, floor = (np.mean([r[field] for r in rows]) for field in ("sliced_w1", "floor"))
-            print(f"{size:10} {method:26} mean {w1:.3f}, floor {floor:.3f}, ratio {w1 / floor:.2f}")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+    print(
+        f"{'problem':10} {'method':30} {'effort':>6} {'sliced W1':>9} {'floor':>7} {'evaluations':>11} {'seconds':>8}"
+    )
+    for method, effort, (name, fields) in itertools.product(methods, efforts, problems.items()):
+        row = evaluate(name, fields, method, effort, options.seed)
+        results.append(row)
+        print(
+            "{problem:10} {method:30} {effort:6g} {sliced_w1:9.3f} {floor:7.3f} {score_evaluations_per_draw:11.0f} "
+            "{seconds:8.1f}".format(**row),
+            flush=True,
+        )
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1))
+    summarise(results)
+    if options.plot:
+        plot(results, options.plot)
 
 
 if __name__ == "__main__":

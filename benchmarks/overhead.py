@@ -32,7 +32,7 @@ from numpyro_diffusion.denoise import NetworkDenoiser
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import DiffusionGibbs, DiffusionPCN, NoiseSpace
 from numpyro_diffusion.nn import MLP
-from numpyro_diffusion.solve import Ancestral, Heun, Solver, StochasticHeun, solve, terminal_point
+from numpyro_diffusion.solve import Ancestral, DPMSolverPP, Heun, Solver, StochasticHeun, solve, terminal_point
 from numpyro_diffusion.train import NoiseLevels, denoising_loss, fit
 
 EVENT = (64,)
@@ -68,7 +68,7 @@ def solver_over_network(batch: int, features: int, repeats: int) -> dict[str, fl
         return jax.vmap(one)(z, keys)
 
     ratios = {}
-    for solver in (Ancestral(33), Ancestral(33, eta=0.0), Heun(17), StochasticHeun(17)):
+    for solver in (DPMSolverPP(33, eta=1.0), Ancestral(33), Ancestral(33, eta=0.0), Heun(17), StochasticHeun(17)):
         ratio = median_ratio(lambda s=solver: walk(s, denoiser, z), lambda: network(weights, z, 0.1), repeats)
         name = type(solver).__name__ + (", eta=0" if solver == Ancestral(33, eta=0.0) else "")
         ratios[name] = ratio / solver.evaluations()
@@ -136,7 +136,7 @@ def compilations() -> Iterator[dict[str, float]]:
 
 def prior_of(features: int, seed: int) -> DiffusionPrior:
     denoiser = NetworkDenoiser(MLP(EVENT, features=features, rngs=nnx.Rngs(seed)))
-    return DiffusionPrior(denoiser, sampler=StochasticHeun(6), flow_solver=Ancestral(6, eta=0.0))
+    return DiffusionPrior(denoiser, sampler=DPMSolverPP(6, eta=1.0), flow_solver=Ancestral(6, eta=0.0))
 
 
 def recompilations() -> dict[str, int]:

@@ -141,6 +141,17 @@ ANNEALS = {
 }
 
 
+def test_a_moment_is_a_guidance():
+    """The full covariance is the exact guidance of a Gaussian: the same draws as by the formula, for both kernels."""
+    anneal = {"num_levels": 6, "steps_per_level": 2, "step_size": 0.3}
+    for make, options in ((AnnealedLangevin, anneal), (PredictorCorrector, {})):
+        by_name, by_formula = (
+            run(make(model, guidance=guidance, **options), Y, num_samples=3, chains=20).get_samples()["x"]
+            for guidance in ("mmps", widened)
+        )
+        np.testing.assert_allclose(by_name, by_formula, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(("options", "prior", "c"), ANNEALS.values(), ids=ANNEALS)
 def test_annealed_law_is_the_recursion(options, prior, c):
     """The bias that theory predicts, through the whole walk, for both rules, both kinds of ladder and any guidance."""
@@ -391,6 +402,8 @@ def test_refused_models(make, bad_model, message):
 
 
 BAD_ARGUMENTS = {
+    "moment": ({"guidance": "ddrm"}, ValueError, "moment must be one of 'dps'"),
+    "tested_moment": ({"guidance": "mmps", "metropolis": True}, ValueError, "'mmps' has a score only"),
     "rising": ({"levels": [1.0, 2.0]}, ValueError, "levels must be strictly decreasing; got 1 and then 2"),
     "negative": ({"levels": [1.0, -2.0]}, ValueError, "levels must be positive and finite"),
     "table": ({"levels": [[1.0]]}, ValueError, "levels must be a list of noise levels"),

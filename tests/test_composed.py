@@ -29,7 +29,15 @@ from numpyro_diffusion.denoise import (
 )
 from numpyro_diffusion.denoise.composed import density_kind
 from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.infer import MALA, AnnealedLangevin, DiffusionPCN
+from numpyro_diffusion.infer import (
+    MALA,
+    AnnealedLangevin,
+    DiffusionPCN,
+    GuidedPCN,
+    NoiseSpace,
+    ParticleGibbs,
+    SplitGibbs,
+)
 from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.noise import VE, VP, Rectified
 from numpyro_diffusion.solve import DPMSolverPP, Heun, sample
@@ -377,3 +385,10 @@ def test_kernels_refuse_what_they_cannot_test():
 
     with pytest.raises(ValueError, match="known but for a constant that depends on other latent sites: MALA"):
         run(MALA(unknown_power), num_samples=1, chains=1)
+
+
+@pytest.mark.parametrize("kernel", [DiffusionPCN, GuidedPCN, ParticleGibbs, NoiseSpace, partial(SplitGibbs, rho=0.5)])
+def test_kernels_refuse_to_walk_a_product(kernel):
+    """Its reverse process and its flow have another law."""
+    with pytest.raises(ValueError, match=r"sites \['x'\] are a Product.*Make one factor the prior"):
+        run(kernel(of_prior), DiffusionPrior(Product([ONE, ONE])), num_samples=1, chains=1)

@@ -92,8 +92,8 @@ class AnnealedLangevin(TrajectoryKernel):
         step_size: $r$ of the signal-to-noise rule (Song et al. take 0.16 for images, where it leaves a walk of a few
             steps too short here), or $\epsilon$ in squared units of the noisy point.
         restart_level: noise level to which the last draw is noised to begin the next; None begins from noise.
-        guidance: what stands for the likelihood of noisy points, see `noisy`; None takes the likelihood at the
-            predicted clean point.
+        guidance: what stands for the likelihood of noisy points, see `noisy`, or a moment of `guidance.MOMENTS` such as
+            "mmps", for one site with Gaussian data; None takes the likelihood at the predicted clean point.
         metropolis: whether to test each step. Needs priors with a density at every level.
 
     Raises:
@@ -133,7 +133,7 @@ class AnnealedLangevin(TrajectoryKernel):
         step_rule: Literal["snr", "sigma"] = "snr",
         step_size: float = 0.3,
         restart_level: float | None = None,
-        guidance: Guidance | None = None,
+        guidance: Guidance | str | None = None,
         metropolis: bool = False,
     ) -> None:
         super().__init__(model, guidance)
@@ -149,6 +149,11 @@ class AnnealedLangevin(TrajectoryKernel):
                     f"restart_level must lie on the ladder, between {self._levels[-1]:.6g} and {self._levels[0]:.6g}; "
                     f"got {restart_level}. None begins from noise"
                 )
+        if metropolis and isinstance(guidance, str):
+            raise ValueError(
+                f"metropolis=True needs a guidance with a value at every level; the moment {guidance!r} has a score "
+                "only. Give a function, as infer.at_clean_point is, or metropolis=False"
+            )
         self._num_levels = num_levels if levels is None else len(self._levels)
         self._steps_per_level = steps_per_level
         self._step_rule = step_rule

@@ -24,7 +24,7 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffusion.infer.base import DiffusionKernel
 from numpyro_diffusion.infer.provider import Status
-from numpyro_diffusion.infer.split import Model, is_diffusion_site, prior_sites, undropped
+from numpyro_diffusion.infer.split import Model, check_walkable, is_diffusion_site, prior_sites, undropped
 from numpyro_diffusion.reparam import NoiseReparam
 
 
@@ -109,7 +109,7 @@ class NoiseSpace(DiffusionKernel):
         return self._inner
 
     def _check_model(self, args: tuple, kwargs: dict) -> None:
-        prior_sites(self._model, args, kwargs)
+        check_walkable("NoiseSpace", prior_sites(self._model, args, kwargs))
 
     def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> NoiseSpaceState:
         if GIBBS_SITES_KWARG in kwargs:

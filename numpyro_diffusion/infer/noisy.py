@@ -8,7 +8,8 @@ $$\nabla \log p_t(x_t) + \nabla_{x_t} G(\hat x_0(x_t), \dots), \qquad G \approx 
 
 `at_clean_point`, $G = \log L(\hat x_0)$, takes the clean point for known (DPS). It is right in the limit of no noise
 and too sure of itself above: its curvature, $J^\top \nabla^2 \log L\, J$ with $J = \partial \hat x_0 / \partial x_t$,
-can exceed by far that of the law it stands for, and with it what a Langevin step can bear.
+can exceed by far that of the law it stands for, and with it what a Langevin step can bear. Where the model's data are a
+Gaussian observation, the moments of `guidance.Guided` are better founded; a name such as "mmps" asks for one of them.
 
 All sites, and all points in plates, are one joint point; each site keeps its own schedule and has its own time of a
 common rung. Coordinates are the denoisers' own, where a transform's Jacobian does not enter. Who walks down these
@@ -27,6 +28,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from numpyro_diffusion.denoise import Denoiser, Prediction
+from numpyro_diffusion.guidance import Guided
+from numpyro_diffusion.infer.observed import guided_site
 from numpyro_diffusion.infer.split import Model, PriorSite, log_rest, prior_sites
 from numpyro_diffusion.noise import Schedule, perturb
 from numpyro_diffusion.solve.langevin import langevin_step
@@ -101,6 +104,22 @@ class NoisyPosterior:
         return {name: site.from_denoiser(u[name]) for name, site in self.sites.items()}
 
 
+@dataclass(frozen=True)
+class MomentPosterior(NoisyPosterior):
+    """The posterior of a single site at noise, with the score of `guidance.Guided`, which is no gradient.
+
+    Args:
+        denoiser: the guided denoiser of all points of the site.
+    """
+
+    denoiser: Guided
+
+    def guided(self, x_t: Point, t: Mapping[str, ArrayLike]) -> dict[str, Prediction]:
+        """The prediction given the data, of the only site."""
+        ((name, value),) = x_t.items()
+        return {name: self.denoiser(value, t[name])}
+
+
 def shifted(prediction: Prediction, gradient: jax.Array) -> Prediction:
     """A prediction after a term with this gradient has been added to the log-density."""
     schedule, t = prediction.schedule, prediction.t
@@ -108,20 +127,23 @@ def shifted(prediction: Prediction, gradient: jax.Array) -> Prediction:
     return Prediction(x0.astype(prediction.x0.dtype), prediction.x_t, t, schedule)
 
 
-def noisy_posterior(model: Model, args: tuple, kwargs: Mapping, guidance: Guidance | None = None) -> NoisyPosterior:
+def noisy_posterior(
+    model: Model, args: tuple, kwargs: Mapping, guidance: Guidance | str | None = None
+) -> NoisyPosterior:
     """The noisy posterior of a model all of whose latent sites are diffusion sites.
 
     Args:
         model: NumPyro model.
         args: its arguments.
         kwargs: its keyword arguments, with the values that a composite kernel conditions on.
-        guidance: what stands for the likelihood of noisy points; None takes `at_clean_point`.
+        guidance: what stands for the likelihood of noisy points, or a moment of `guidance.MOMENTS`; None takes
+            `at_clean_point`.
 
     Returns:
         A `NoisyPosterior`.
 
     Raises:
-        ValueError: for a model without a latent `DiffusionPrior` site.
+        ValueError: for a model without a latent `DiffusionPrior` site, or a moment that cannot handle the likelihood.
     """
     sites = prior_sites(model, args, kwargs)
 
@@ -129,6 +151,9 @@ def noisy_posterior(model: Model, args: tuple, kwargs: Mapping, guidance: Guidan
         x = {name: site.constrain(site.from_denoiser(u[name])) for name, site in sites.items()}
         return log_rest(model, args, kwargs, x).astype(jnp.result_type(float))
 
+    if isinstance(guidance, str):
+        _, _, denoiser = guided_site(model, args, kwargs, guidance)
+        return MomentPosterior(sites, log_likelihood, at_clean_point, denoiser)
     return NoisyPosterior(sites, log_likelihood, at_clean_point if guidance is None else guidance)
 
 
@@ -172,14 +197,7 @@ class GuidedSite:
         return self._denoiser.scale
 
     def __call__(self, x_t: jax.Array, t: ArrayLike, cond: None = None) -> Prediction:
-        def log_likelihood(x: jax.Array) -> tuple[jax.Array, Prediction]:
-            value, predictions = self._posterior.noisy_log_likelihood(
-                {**self._x_t, self._name: x}, {**self._t, self._name: t}
-            )
-            return value, predictions[self._name]
-
-        gradient, prediction = jax.grad(log_likelihood, has_aux=True)(x_t)
-        return shifted(prediction, gradient)
+        return self._posterior.guided({**self._x_t, self._name: x_t}, {**self._t, self._name: t})[self._name]
 
 
 def _over_plates(site: PriorSite, function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:

@@ -23,7 +23,7 @@ from numpyro.ops.provenance import eval_provenance
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Repeated
 from numpyro_diffusion.guidance import MOMENTS, Guided, Likelihood, Observation
-from numpyro_diffusion.infer.split import Model, PriorSite, log_rest, prior_sites, traced
+from numpyro_diffusion.infer.split import Model, PriorSite, check_walkable, log_rest, prior_sites, traced
 
 
 def check_moment(moment: str | None) -> None:
@@ -60,6 +60,7 @@ def guided_site(
             f"guidance moves one diffusion site; the model has {sorted(sites)}. Give each its own block of "
             "numpyro.infer.Gibbs, or use NoiseSpace(model)"
         )
+    check_walkable("a guided walk", sites)
     ((name, site),) = sites.items()
     denoiser = site.prior.denoiser
     if site.batch_shape:

@@ -43,6 +43,7 @@ from numpyro_diffusion.infer.provider import Status
 from numpyro_diffusion.infer.split import (
     Model,
     PriorSite,
+    check_walkable,
     dependent_priors,
     log_rest,
     other_latent_sites,
@@ -151,6 +152,7 @@ class DiffusionPCN(DiffusionKernel):
 
     def _check_model(self, args: tuple, kwargs: dict) -> None:
         sites = prior_sites(self._model, args, kwargs)
+        check_walkable(type(self).__name__, sites)
         self._solver_of(sites)
         dependent = dependent_priors(self._model, args, kwargs) if len(sites) > 1 else set()
         if dependent:

@@ -58,8 +58,8 @@ class PredictorCorrector(TrajectoryKernel):
         predictor: any solver of `solve`; None takes each prior's own `sampler`.
         num_corrections: Langevin steps at each level reached; 0 for a guided solver alone.
         snr: their size, the ratio $r$ of `solve.langevin.snr_step_size`.
-        guidance: what stands for the likelihood of noisy points, see `noisy`; None takes the likelihood at the
-            predicted clean point.
+        guidance: what stands for the likelihood of noisy points, see `noisy`, or a moment of `guidance.MOMENTS` such as
+            "mmps", for one site with Gaussian data; None takes the likelihood at the predicted clean point.
 
     Raises:
         ValueError: for a number out of its range; when run, for a model without a latent `DiffusionPrior` site, with
@@ -91,7 +91,7 @@ class PredictorCorrector(TrajectoryKernel):
         predictor: Solver | None = None,
         num_corrections: int = 1,
         snr: float = 0.16,
-        guidance: Guidance | None = None,
+        guidance: Guidance | str | None = None,
     ) -> None:
         super().__init__(model, guidance)
         if not (predictor is None or isinstance(predictor, Solver)):

@@ -30,6 +30,8 @@ from numpyro.infer.util import log_density
 from numpyro.ops.provenance import eval_provenance
 from numpyro.primitives import Messenger
 
+from numpyro_diffusion.denoise import Product
+from numpyro_diffusion.denoise.composed import inside
 from numpyro_diffusion.distributions import DiffusionPrior
 
 Model = Callable[..., Any]
@@ -188,6 +190,22 @@ def prior_sites(
         reason = f"the DiffusionPrior sites {observed} are observed" if observed else "it has no DiffusionPrior site"
         raise ValueError(f"the model needs a latent DiffusionPrior site; {reason}")
     return found
+
+
+def check_walkable(kernel: str, sites: Mapping[str, PriorSite]) -> None:
+    """Raises `ValueError` for a prior whose reverse process and flow end at another law than its own.
+
+    Args:
+        kernel: the kernel that walks it, for the message.
+        sites: the diffusion sites.
+    """
+    products = [name for name, site in sites.items() if isinstance(inside(site.prior.denoiser), Product)]
+    if products:
+        raise ValueError(
+            f"the priors of sites {products} are a Product, whose reverse process and flow do not end at the product: "
+            f"{kernel} would sample another law. Make one factor the prior and the others numpyro.factor, or use "
+            "MALA(model), or AnnealedLangevin(model, metropolis=True)"
+        )
 
 
 def other_latent_sites(model: Model, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:

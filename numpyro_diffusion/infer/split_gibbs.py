@@ -59,6 +59,7 @@ from numpyro_diffusion.infer.provider import Status
 from numpyro_diffusion.infer.split import (
     Model,
     PriorSite,
+    check_walkable,
     dependent_priors,
     prior_sites,
     with_deterministic,
@@ -179,6 +180,7 @@ class SplitGibbs(DiffusionKernel):
 
     def _check_model(self, args: tuple, kwargs: dict) -> None:
         sites = prior_sites(self._model, args, kwargs)
+        check_walkable("SplitGibbs", sites)
         dependent = dependent_priors(self._model, args, kwargs)
         if dependent:
             raise ValueError(

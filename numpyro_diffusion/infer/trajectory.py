@@ -12,6 +12,7 @@ from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 
 from numpyro_diffusion.infer.base import DiffusionKernel
 from numpyro_diffusion.infer.noisy import Guidance, NoisyPosterior, Point, noisy_posterior
+from numpyro_diffusion.infer.observed import check_moment
 from numpyro_diffusion.infer.split import (
     Model,
     PriorSite,
@@ -54,15 +55,19 @@ class TrajectoryKernel(DiffusionKernel):
 
     Args:
         model: NumPyro model whose latent sites are all diffusion sites.
-        guidance: what stands for the likelihood of noisy points, see `noisy`; None takes `at_clean_point`.
+        guidance: what stands for the likelihood of noisy points, see `noisy`, or a moment of `guidance.MOMENTS`; None
+            takes `at_clean_point`.
 
     Raises:
         TypeError: for a model or a guidance that is not callable.
+        ValueError: for an unknown moment; when run, for one that cannot handle the likelihood.
     """
 
-    def __init__(self, model: Model, guidance: Guidance | None) -> None:
+    def __init__(self, model: Model, guidance: Guidance | str | None) -> None:
         super().__init__(model)
-        if not (guidance is None or callable(guidance)):
+        if isinstance(guidance, str):
+            check_moment(guidance)
+        elif not (guidance is None or callable(guidance)):
             raise TypeError(f"guidance must be callable, as infer.at_clean_point is; got {type(guidance).__name__}")
         self._guidance = guidance
 
@@ -70,6 +75,8 @@ class TrajectoryKernel(DiffusionKernel):
         return noisy_posterior(self._model, args, kwargs, self._guidance)
 
     def _check_model(self, args: tuple, kwargs: dict) -> None:
+        if isinstance(self._guidance, str):
+            self._posterior(args, kwargs)
         sites, kernel = prior_sites(self._model, args, kwargs), type(self).__name__
         others = other_latent_sites(self._model, args, kwargs)
         if others:
