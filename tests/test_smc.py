@@ -109,6 +109,7 @@ def test_gaussian_posterior_and_evidence():
     evidence = smc.log_evidence
     assert abs(float(evidence.value) - truth) < 4.0 * float(evidence.standard_error) < 4.0 * 0.1
     assert evidence.islands.shape == (20,) and len(smc.temperatures) > 1 and smc.num_score_evals > 0
+    assert smc._step_compiled._cache_size() == 1  # one program for all temperatures
     assert all(step.correlation <= 0.1 or step.num_moves == 100 for step in smc.temperatures)
 
 

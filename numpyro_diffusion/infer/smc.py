@@ -121,7 +121,7 @@ class TemperedSMC:
     def __init__(
         self,
         model: Model,
-        num_particles: int = 1000,
+        num_particles: int = 2000,
         *,
         kernel: Callable[[Model], MCMCKernel] | None = None,
         num_islands: int = 4,
@@ -201,7 +201,11 @@ class TemperedSMC:
         return int(sum(step.num_score_evals for step in self.temperatures))
 
     def print_summary(self) -> None:
-        """Prints posterior moments, the evidence and the temperatures."""
+        """Prints posterior moments, the evidence and the temperatures.
+
+        Copies of one ancestor lie side by side, so that `n_eff`, by the correlation of neighbours, sees what is left of
+        the resampling.
+        """
         diagnostics.print_summary(self.get_samples(), group_by_chain=False)
         evidence = self.log_evidence
         print(f"log evidence {evidence.value:.3f} +- {evidence.standard_error:.3f} ({len(evidence.islands)} islands)")
@@ -249,7 +253,8 @@ class TemperedSMC:
 
         z = jax.vmap(one)(jax.random.split(key, self._shape[0] * self._shape[1]))
         log_likelihoods = self._log_likelihoods(z, args, kwargs)
-        return Population(z, log_likelihoods, jnp.zeros(self._shape[0]), jnp.zeros(()), jnp.full((), jnp.nan))
+        zero, nan = jnp.zeros(()), jnp.full((), jnp.nan, float)  # of the types that they keep
+        return Population(z, log_likelihoods, jnp.zeros(self._shape[0]), zero, nan)
 
     def _step(
         self, key: jax.Array, population: Population, given: jax.Array | None, args: tuple, kwargs: dict
