@@ -100,18 +100,18 @@ def model(prior: DiffusionPrior, A: jax.Array, y: jax.Array, sigma: jax.Array) -
 
 
 SOLVER = DPMSolverPP(64, eta=1.0)
-LONG = DPMSolverPP(80, eta=1.0)  # a walk down the whole ladder is 80 evaluations
+MANY = DPMSolverPP(56, eta=1.0)  # fewer steps, for more moves in as many evaluations
 KERNELS = {
-    "DiffusionPCN": (partial(DiffusionPCN, num_proposals=4, global_fraction=1.0), LONG, 105),
-    "DiffusionPCN, 1 proposal": (partial(DiffusionPCN, global_fraction=1.0), LONG, 420),
+    "DiffusionPCN": (partial(DiffusionPCN, num_proposals=4, global_fraction=1.0), MANY, 160),
+    "DiffusionPCN, 1 proposal": (partial(DiffusionPCN, global_fraction=1.0), MANY, 640),
     "DiffusionPCN, ancestral": (
         partial(DiffusionPCN, num_proposals=4, global_fraction=1.0),
-        Ancestral(80, grid=UniformLogSNR()),
-        105,
+        Ancestral(56, grid=UniformLogSNR()),
+        160,
     ),
     "GuidedPCN": (partial(GuidedPCN, global_fraction=1.0), SOLVER, 20),
     "ParticleGibbs": (ParticleGibbs, SOLVER, 4),
-    "NoiseSpace": (NoiseSpace, LONG, 105),
+    "NoiseSpace": (NoiseSpace, MANY, 105),
     "AnnealedLangevin": (partial(AnnealedLangevin, step_size=0.16), SOLVER, 2),
     "AnnealedLangevin, small steps": (
         partial(AnnealedLangevin, num_levels=64, steps_per_level=10, step_size=0.05),
@@ -176,23 +176,23 @@ def run_guided(key: jax.Array, problem: Problem, moment: str, num_steps: int) ->
 def sampler_of(method: str, num_particles: int) -> TemperedSMC | TwistedSMC:
     if method == "TwistedSMC":
         return TwistedSMC(model, num_particles)
-    kernel = GuidedPCN if "guided" in method else None
-    return TemperedSMC(model, num_particles, kernel=kernel, progress_bar=False)
+    return TemperedSMC(model, kernel=GuidedPCN if "guided" in method else None, progress_bar=False)
 
 
 def draw(key: jax.Array, problem: Problem, method: str, effort: float) -> tuple[jax.Array, float]:
-    """1000 draws by a method, and denoiser evaluations for each."""
+    """1000 draws by a method, and denoiser evaluations for each; of more particles those drawn count all."""
     if method in GUIDED:
         num_steps = max(4, round(64 * effort))
         return run_guided(key, problem, GUIDED[method], num_steps), num_steps
     if method in KERNELS:
         return run_kernel(key, problem, method, max(2, round(KERNELS[method][-1] * effort)))
-    steps, particles = (64, effort) if method == "TwistedSMC" else (max(8, round(64 * effort)), 1.0)
-    smc = sampler_of(method, 4 * round(NUM_DRAWS * particles / 4))
+    steps = 64 if method == "TwistedSMC" else max(8, round(64 * effort))
+    smc = sampler_of(method, 4 * round(NUM_DRAWS * effort / 4))
     prior = DiffusionPrior(problem.prior, sampler=DPMSolverPP(steps, eta=1.0))
     smc.run(key, prior, problem.A, problem.y, problem.sigma)
-    x = jnp.resize(jax.random.permutation(key, smc.get_samples()["x"]), (NUM_DRAWS, problem.prior.means.shape[1]))
-    return x, smc.num_score_evals * particles
+    x = smc.get_samples()["x"]
+    draws = jnp.resize(jax.random.permutation(key, x), (NUM_DRAWS, x.shape[1]))
+    return draws, smc.num_score_evals * len(x) / NUM_DRAWS
 
 
 def evaluate(name: str, fields: dict[str, Any], method: str, effort: float, seed: int) -> dict[str, Any]:
