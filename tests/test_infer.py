@@ -183,40 +183,6 @@ def test_multimodal_weights():
     assert_moments((x[..., 0] > 0).astype(float), right, right * (1 - right))
 
 
-METHODS = [
-    pytest.param("sequential", id="sequential", marks=SLOW),
-    pytest.param("vectorized", id="vectorized"),
-    pytest.param("parallel", id="parallel", marks=SLOW),
-    pytest.param(jax.vmap, id="jax.vmap", marks=SLOW),
-]
-ALL = {
-    "pcn": (DiffusionPCN, known_noise),
-    "noise_space": (NoiseSpace, unknown_noise),
-    "gibbs": (DiffusionGibbs, unknown_noise),
-}
-
-
-@SLOW
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("make", "model"), ALL.values(), ids=ALL)
-def test_chain_methods(make, model, method):
-    """Right shapes and law, extra fields, and a run continued from the last state."""
-    mcmc = run(make(model), Y, num_warmup=100, num_samples=150, chains=2, method=method)
-    x = mcmc.get_samples(group_by_chain=True)["x"]
-    assert x.shape == (2, 150, 2)
-    extra = mcmc.get_extra_fields(group_by_chain=True)
-    assert extra["diverging"].shape == extra["accept_prob"].shape == extra["num_score_evals"].shape == (2, 150)
-    assert (extra["num_score_evals"] > 0).all() and not np.array_equal(x[0], x[1])
-    mcmc.post_warmup_state = mcmc.last_state
-    mcmc.run(mcmc.last_state.rng_key, Y)
-    more = mcmc.get_samples(group_by_chain=True)["x"]
-    assert not np.array_equal(np.asarray(more), np.asarray(x))
-    both = np.concatenate([x, more], axis=1)
-    error = both.std((0, 1)) / np.sqrt(effective_sample_size(both))
-    truth = Y / 2 if model is known_noise else quadrature()[0]
-    assert (np.abs(both.mean((0, 1)) - truth) < 5 * error).all()
-
-
 def test_gibbs_refreshes_both_blocks():
     """What a composite kernel changes around a `DiffusionGibbs` reaches the block that sweeps first."""
     kernel = DiffusionGibbs(unknown_noise)
@@ -309,14 +275,6 @@ def test_hard_constraint_and_nan_likelihood():
         hazard = float(jnp.exp(tail.log_prob(0.5)) / (1.0 - tail.cdf(0.5)))
         assert_moments(x, hazard, 1.0 + 0.5 * hazard - hazard**2)
         assert bool(mcmc.get_extra_fields()["diverging"].any()) == (nan_below == 0.0)
-
-
-@SLOW
-def test_x64(x64):
-    prior = DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=DPMSolverPP(32, eta=1.0))
-    for make in (DiffusionPCN, NoiseSpace):
-        x = run(make(known_noise), jnp.asarray(Y, float), prior, num_warmup=20, num_samples=20).get_samples()["x"]
-        assert x.dtype == jnp.float64 and bool(jnp.isfinite(x).all())
 
 
 def no_prior(y):
