@@ -40,7 +40,7 @@ from numpyro_diffusion.guidance.guided import LOG_FLOOR
 from numpyro_diffusion.infer.evidence import Evidence, check_population, evidence_of
 from numpyro_diffusion.infer.observed import check_moment, guided_site
 from numpyro_diffusion.infer.resampling import effective_size, systematic
-from numpyro_diffusion.infer.reverse_path import check_solver, outlooks
+from numpyro_diffusion.infer.reverse_path import Transition, check_solver, outlooks
 from numpyro_diffusion.infer.split import Model, PriorSite, log_rest, other_latent_sites, with_deterministic
 from numpyro_diffusion.solve import Solver, terminal_point
 
@@ -211,8 +211,8 @@ class TwistedSMC:
             keys = jax.random.split(jax.random.fold_in(key_steps, k))
             cloud, ancestors, level = self._resample(keys[0], cloud, log_twist)
             log_twist, step, memory = jax.tree.map(lambda leaf: leaf[ancestors], (log_twist, step, memory))
-            points = jax.vmap(type(step).draw)(step, jax.random.split(keys[1], islands * n))
-            gained = jax.vmap(type(step).log_ratio)(step, points) - log_twist
+            points = jax.vmap(Transition.draw)(step, jax.random.split(keys[1], islands * n))
+            gained = jax.vmap(Transition.log_ratio)(step, points) - log_twist
             cloud = cloud._replace(
                 points=points, memory=memory, log_weights=cloud.log_weights + gained.reshape(self._shape)
             )
