@@ -174,23 +174,25 @@ class Tiny(nnx.Module):
         return self.gain[...] * jnp.tanh(3.0 * x) + self.shift[...] * c_noise**2
 
 
-def test_gradient_seen_along_random_directions_has_its_size():
+def test_gradient_seen_along_random_directions_has_its_size_in_units_of_each_array():
     denoiser = NetworkDenoiser(Tiny(), schedule=SCHEDULE).unfreeze()
     law = Adaptive(num_bins=6, decay=0.999)
     objective = Objective(noise_levels=law)
     x = jax.random.normal(jax.random.key(0), (256, 2))
+    units = jax.tree.unflatten(jax.tree.structure(denoiser.params), [jnp.float32(2.0), jnp.float32(-0.4)])
 
     @jax.jit
     def seen_and_exact(state):
         def look(state, key):
-            return objective.follow_gradient(denoiser, key, x, None, state), None
+            return objective.follow_gradient(denoiser, key, x, None, state, units), None
 
         state = jax.lax.scan(look, state, jax.random.split(jax.random.key(1), 400))[0]
 
         def size(log_snr, key, x):
             t = SCHEDULE.inverse_log_snr(log_snr)
             slopes = jax.grad(lambda params: objective.loss(denoiser.with_params(params), key, x, t))(denoiser.params)
-            return EDM(log_snr) ** 2 * sum(jnp.sum(slope**2) for slope in jax.tree.leaves(slopes))
+            in_units = jax.tree.leaves(jax.tree.map(jnp.divide, slopes, units))
+            return EDM(log_snr) ** 2 * sum(jnp.sum(slope**2) for slope in in_units)
 
         edges = law.edges(SCHEDULE)
         log_snr = edges[:-1, None] + (edges[1:] - edges[:-1])[:, None] * jnp.linspace(0.0, 1.0, 256)

@@ -5,11 +5,13 @@ contribute,
 
 $$p(\lambda) \propto \sqrt{E \left[ g(\lambda)^2 \mid \lambda \right]}.$$
 
-What varies in training is the gradient, $g = w\, \| \nabla_\theta L \|$. Its size at a level is seen without forming
-it: for a random direction $v$ in the space of the weights $E_v (v^\top \nabla_\theta L)^2 = \| \nabla_\theta L \|^2$, a
-Jacobian-vector product of a batch, made in every eighth step. The customary proxy is the loss itself, $g = w L$. It
-costs nothing, and it is a poor one: most of a denoising loss is what no network can remove, which sends the effort to
-levels where there is nothing to learn. docs/concepts/training.md has both against fixed levels.
+What varies in training is the gradient, $g = w\, \| D \nabla_\theta L \|$, and what its size is told in matters: Adam
+divides the slope of each weight by a root mean square of its own, so $D$ does so for each array of weights, by the root
+mean square of the batch's gradient. The size at a level is seen without forming the gradients: for random signs $v$ in
+the space of the weights $E_v (v^\top D \nabla_\theta L)^2 = \| D \nabla_\theta L \|^2$, a Jacobian-vector product of a
+batch, made in every eighth step. The customary proxy is the loss itself, $g = w L$. It costs nothing, and it is a poor
+one: most of a denoising loss is what no network can remove, which sends the effort to levels where there is nothing to
+learn. docs/concepts/training.md has both against fixed levels.
 
 Sizes are measured against a start, the best law for the loss of standard normal data, $w(\lambda)\,
 \mathrm{sigmoid}(\lambda)$, which for the EDM weighting is the log-normal one. With $r$ their ratio to it,
@@ -80,7 +82,7 @@ class Adaptive(NoiseLaw):
         (5,)
     """
 
-    num_bins: int = 64
+    num_bins: int = 32
     follows: Literal["gradient", "loss"] = "gradient"
     decay: float = 0.99
     floor: float = 0.1

@@ -31,6 +31,8 @@ from numpyro_diffusion.train.levels import LogNormal, NoiseLaw, State, check_noi
 from numpyro_diffusion.train.losses import DenoisingScoreMatching, Loss
 from numpyro_diffusion.train.weighting import EDM, Weighting, check_weighting
 
+TINY = 1e-20  # added to the mean square of a gradient, which may be zero at the start
+
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
@@ -90,9 +92,18 @@ class Objective:
         return ratio.astype(x.dtype) * losses, state
 
     def follow_gradient(
-        self, denoiser: NetworkDenoiser, key: jax.Array, x: jax.Array, cond: ArrayLike | None, state: State
+        self,
+        denoiser: NetworkDenoiser,
+        key: jax.Array,
+        x: jax.Array,
+        cond: ArrayLike | None,
+        state: State,
+        gradient: nnx.State,
     ) -> State:
         """What the law of the levels knows after the gradients of a batch, seen along one random direction.
+
+        In each array of weights the direction is long where its gradient is short, as are the steps of Adam and its
+        kin: what counts is how much an array's gradient varies for its own size.
 
         Args:
             denoiser: the denoiser whose weights are trained, unfrozen.
@@ -100,6 +111,7 @@ class Objective:
             x: clean points, shape (batch, *event_shape).
             cond: their conditions, (batch, *cond_shape), or None.
             state: what the law knew.
+            gradient: of the loss of a batch, whose arrays' root mean squares are the unit.
 
         Returns:
             The new state.
@@ -107,7 +119,10 @@ class Objective:
         key, key_direction = jax.random.split(key)
         leaves, tree = jax.tree.flatten(denoiser.params)
         keys = jax.random.split(key_direction, len(leaves))
-        along = [jax.random.rademacher(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+        along = [
+            jax.random.rademacher(key, leaf.shape, leaf.dtype) / jnp.sqrt(jnp.mean(slope**2) + TINY)
+            for key, leaf, slope in zip(keys, leaves, jax.tree.leaves(gradient), strict=True)
+        ]
 
         def losses(params: nnx.State) -> tuple[jax.Array, jax.Array]:
             return self._losses(denoiser.with_params(params), key, x, cond, state)

@@ -94,12 +94,11 @@ def train_steps(
         losses, levels = objective(denoiser.with_params(params), key, *batch, levels)
         return jnp.mean(_share_out(losses, mesh)), levels
 
-    def follow(state: TrainState, key: jax.Array, batch: Rows) -> State:
+    def follow(state: TrainState, key: jax.Array, batch: Rows, gradient: nnx.State) -> State:
         trained = denoiser.with_params(state.params)
         due = state.step % STEPS_PER_GRADIENT_SEEN == 0
-        return jax.lax.cond(
-            due, lambda: objective.follow_gradient(trained, key, *batch, state.levels), lambda: state.levels
-        )
+        look = functools.partial(objective.follow_gradient, trained, key, *batch, state.levels, gradient)
+        return jax.lax.cond(due, look, lambda: state.levels)
 
     def step(i: jax.Array, carry: tuple[TrainState, jax.Array]) -> tuple[TrainState, jax.Array]:
         state, losses = carry
@@ -110,7 +109,7 @@ def train_steps(
         (loss, levels), gradient = value_and_grad(state.params, key_noise, batch, state.levels)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         if objective.noise_levels.follows == "gradient":
-            levels = follow(state, jax.random.fold_in(key_rows, 1), batch)
+            levels = follow(state, jax.random.fold_in(key_rows, 1), batch, gradient)
         params = optax.apply_updates(state.params, updates)
         average = ema.update(state.average, params, state.step, ema_decay)
         return TrainState(params, average, opt_state, state.step + 1, levels), losses.at[i].set(loss)
