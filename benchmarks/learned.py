@@ -10,7 +10,6 @@ of other exact draws. Training takes about three minutes a law on two cores.
 import argparse
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -25,6 +24,7 @@ from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import StochasticHeun, sample
 from numpyro_diffusion.train import fit
 from numpyro_diffusion.train.levels import LogNormal
+from numpyro_diffusion.train.losses import StableTargetField
 from numpyro_diffusion.train.weighting import EDM
 
 
@@ -40,26 +40,6 @@ def grid() -> GaussianMixture:
     """25 unit Gaussians, eight apart."""
     corners = 8.0 * np.array([(i, j) for i in range(-2, 3) for j in range(-2, 3)])
     return GaussianMixture(np.ones(25) / 25, corners, 1.0)
-
-
-def pooled(rows: jax.Array, count: int) -> Callable[..., jax.Array]:
-    """Denoising score matching with less noise in what it regresses on, and the same minimiser.
-
-    Which of the row and `count` others was noised to x_t? Given all of them and x_t, row j with a probability
-    proportional to N(x_t; alpha x_j, sigma^2). So the mean of the rows under these probabilities has, given x_t, the
-    same mean as the row itself, E[x | x_t], whatever the count, and less variance: by Rao and Blackwell.
-    """
-
-    def loss(denoiser: NetworkDenoiser, key: jax.Array, x: jax.Array, t: jax.Array, cond: None = None) -> jax.Array:
-        key_noise, key_rows = jax.random.split(key)
-        alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
-        x_t = alpha * x + sigma * jax.random.normal(key_noise, x.shape)
-        others = rows[jax.random.randint(key_rows, (count,), 0, len(rows))]
-        points = jnp.concatenate([x[None], others])
-        target = jax.nn.softmax(-0.5 * jnp.sum((x_t - alpha * points) ** 2, 1) / sigma**2) @ points
-        return jnp.mean((denoiser(x_t, t).x0 - target) ** 2) * (alpha / sigma) ** 2
-
-    return loss
 
 
 LAWS = {"two moons": moons, "25 Gaussians": grid}
@@ -95,7 +75,7 @@ def run(name: str, seed: int, num_steps: int, features: int, plain: bool = False
     waves = {}
     if not plain:
         levels = {"noise_levels": LogNormal(-1.5, 1.3), "weighting": EDM(-1.5, 1.3)}
-        options |= {"loss": pooled(rows, 1024), **levels}
+        options |= {"loss": StableTargetField(rows, 1024), **levels}
         waves = {"input_frequencies": tuple(np.geomspace(0.5, 4.0, 6)), "embed_frequency": 4.0}
     backbone = MLP((2,), features=features, **waves, rngs=nnx.Rngs(seed))
     denoiser = fit(keys[1], backbone, rows, **options).denoiser.with_units(location, scale)

@@ -16,6 +16,7 @@ from numpyro_diffusion.train.losses import (
     ImplicitScoreMatching,
     SecondOrderScoreMatching,
     SlicedScoreMatching,
+    StableTargetField,
 )
 
 MIXTURE = GaussianMixture([0.3, 0.7], jnp.array([[1.0, 0.0], [-0.5, 0.8]]), jnp.array([0.09, 0.36]), noise.VP())
@@ -56,6 +57,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 CASES = {
     "denoising": DenoisingScoreMatching(),
+    "stable target": StableTargetField(MIXTURE.sample(jax.random.key(1), (8000,)), num_others=64),
     "implicit": ImplicitScoreMatching(),
     "implicit, 2 probes": ImplicitScoreMatching(2),
     "sliced": SlicedScoreMatching(),
@@ -74,11 +76,23 @@ def test_exact_score_is_the_minimiser(name):
     assert (4.0 * error < 0.5 * curvatures.mean(-1)).all()  # so the minimum is within a half of size zero: no idle test
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "order" not in name and name != "denoising"])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("implicit", "sliced"))])
 def test_implicit_and_sliced_losses_have_the_mean_of_the_denoising_one(name):
     difference = np.asarray(rowwise(CASES[name])[0] - rowwise(CASES["denoising"])[0], np.float64)
     error = difference.std(-1) / math.sqrt(len(ROWS))
     assert (np.abs(difference.mean(-1)) < 4.0 * error).all(), difference.mean(-1) / error
+
+
+def test_stable_targets_have_the_gradient_of_denoising_score_matching_and_less_variance():
+    found = {name: rowwise(CASES[name])[1:] for name in ("stable target", "denoising")}
+    # away from the minimiser: the loss is a parabola along each direction
+    stable, plain = (np.asarray(slope + 0.3 * curvature, np.float64) for slope, curvature in found.values())
+    error = np.sqrt((stable.var(-1) + plain.var(-1)) / len(ROWS))
+    assert (np.abs(stable.mean(-1) - plain.mean(-1)) < 4.0 * error).all(), (stable.mean(-1) - plain.mean(-1)) / error
+    assert (plain.mean(-1) > 10.0 * error).all()
+    # at the exact score all of the variance is the target's; a mean over n rows would leave 1 / n of it
+    stable, plain = (np.asarray(slope).var(-1) for slope, _ in found.values())
+    assert (stable < 0.25 * plain).all(), stable / plain
 
 
 def test_second_order_target_is_the_posterior_covariance():
@@ -125,6 +139,12 @@ def test_loss_of_one_point_is_a_batch_of_one():
 @pytest.mark.parametrize(
     ("error", "message", "make"),
     [
+        (ValueError, "num_others must be at least 1; got 0", lambda: StableTargetField(ROWS, 0)),
+        (
+            ValueError,
+            "StableTargetField pools examples of one law, so cond must be None",
+            lambda: CASES["stable target"](MIXTURE, KEYS[0], ROWS[0], 0.5, jnp.ones(1)),
+        ),
         (ValueError, "num_probes must be at least 1; got 0", lambda: ImplicitScoreMatching(0)),
         (ValueError, "num_projections must be at least 1; got 0", lambda: SlicedScoreMatching(0)),
         (

@@ -1,4 +1,4 @@
-r"""Losses whose minimiser is the score: denoising, implicit, sliced and second order, at one point and one time.
+r"""Losses whose minimiser is the score: denoising, stable, implicit, sliced, second order, at one point and one time.
 
 Let $s$ be the model's score at time $t$, $\hat\varepsilon = -\sigma_t s$ its noise, $x_t = \alpha_t x + \sigma_t
 \varepsilon$. Per dimension,
@@ -18,6 +18,15 @@ $\varepsilon$ given $x_t$, so with the residual $\ell = \varepsilon - \hat\varep
 
 $$\tfrac1d \left\| (I + \sigma_t^2 \nabla s)\, z - \ell\, (\ell^\top z) \right\|^2 .$$
 
+What denoising score matching regresses on is noisy itself, by the spread of the clean point given $x_t$. Which of $K$
+examples was noised to $x_t$? Row $j$ with a probability $p_j$ proportional to $N(x_t; \alpha_t x_j, \sigma_t^2 I)$, so
+that by Rao and Blackwell
+
+$$\text{stable target:} \quad \tfrac1d \frac{\alpha_t^2}{\sigma_t^2} \Big\| \hat x_0(x_t) - \sum_j p_j x_j \Big\|^2 ,
+\qquad p_j = \frac{N(x_t; \alpha_t x_j, \sigma_t^2 I)}{\sum_k N(x_t; \alpha_t x_k, \sigma_t^2 I)}$$
+
+has the mean gradient of the denoising loss, whatever $K$, and less variance.
+
 Which level a loss is taken at and how much it counts there is the matter of `levels` and `weighting`. A loss is a
 function `loss(denoiser, key, x, t, cond)` of one point; any other of this signature can be given to `fit`.
 
@@ -30,12 +39,14 @@ References:
     https://arxiv.org/abs/1905.07088.
     Meng et al., Estimating high order gradients of the data distribution by denoising, 2021,
     https://arxiv.org/abs/2111.04726.
+    Xu, Tong and Jaakkola, Stable target field for reduced variance score estimation in diffusion models, 2023,
+    https://arxiv.org/abs/2302.00670.
     Lu et al., Maximum likelihood training for score-based diffusion ODEs by high-order denoising score matching, 2022,
     https://arxiv.org/abs/2206.08265.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import jax
@@ -80,6 +91,56 @@ class DenoisingScoreMatching:
         """
         x0 = denoiser(perturb(key, denoiser.schedule, x, t).astype(x.dtype), t, cond).x0
         return _mean_square(_error_of_noise(denoiser, x, x0, t))
+
+
+@dataclass(frozen=True, eq=False)
+class StableTargetField:
+    r"""Denoising score matching on the mean of what may have been noised, $\| \hat x_0 - \sum_j p_j x_j \|^2$ as above.
+
+    For few dimensions: in many, one row has all the probability and the target is that of denoising score matching.
+
+    Args:
+        rows: examples of the law that is trained on, (rows, *event_shape), in the units that the loss is taken in. In
+            `fit` these are standardised ones: give it a `NetworkDenoiser` of a known `location` and `scale`, and here
+            `(data - location) / scale`. They are compiled in, as a constant.
+        num_others: how many of them are drawn, with replacement, to be pooled with each point; $K - 1$.
+
+    Raises:
+        ValueError: if `num_others` is below one, or, when called, for a conditional denoiser: examples under other
+            conditions say nothing of this one.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_diffusion.denoise import Gaussian
+        >>> from numpyro_diffusion.train.losses import StableTargetField
+        >>> law = Gaussian(jnp.zeros(2))
+        >>> loss = StableTargetField(law.sample(jax.random.key(1), (1000,)), num_others=64)
+        >>> loss(law, jax.random.key(0), jnp.ones(2), 0.5).shape
+        ()
+    """
+
+    rows: jax.Array = field(repr=False)
+    num_others: int = 1024
+
+    def __post_init__(self) -> None:
+        _checks.at_least(1, num_others=self.num_others)
+
+    def __call__(
+        self, denoiser: Denoiser, key: jax.Array, x: jax.Array, t: ArrayLike, cond: ArrayLike | None = None
+    ) -> jax.Array:
+        """The loss of one point; arguments as those of `DenoisingScoreMatching`, but no condition."""
+        if cond is not None:
+            raise ValueError(
+                "StableTargetField pools examples of one law, so cond must be None; use DenoisingScoreMatching()"
+            )
+        key_noise, key_rows = jax.random.split(key)
+        schedule = denoiser.schedule
+        x_t = perturb(key_noise, schedule, x, t).astype(x.dtype)
+        others = self.rows[jax.random.randint(key_rows, (self.num_others,), 0, len(self.rows))]
+        points = jnp.concatenate([x[None], others.astype(x.dtype)])
+        distances = jnp.sum((x_t - schedule.alpha(t) * points).reshape(len(points), -1) ** 2, axis=-1)
+        shares = jax.nn.softmax(-0.5 * distances / schedule.sigma(t) ** 2).astype(x.dtype)
+        return _mean_square(_error_of_noise(denoiser, jnp.tensordot(shares, points, 1), denoiser(x_t, t).x0, t))
 
 
 @jax.tree_util.register_static
