@@ -57,6 +57,7 @@ def assert_quadrature(draws):
 LADDER = {"noise_levels": (8.0, 2.0), "num_steps": 3, "num_sweeps": 2}
 
 
+@SLOW
 def test_two_modes():
     """NUTS stays in the mode where it starts; the noise takes chains across, all of them started in one mode."""
     start = {"x": jnp.tile(MODES, 4)}

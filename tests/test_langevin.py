@@ -155,6 +155,7 @@ def test_ula_estimates_its_preconditioner(preconditioner):
     np.testing.assert_allclose(x.var(0), 1.0 / (1.0 - 0.2), rtol=0.05)
 
 
+@SLOW
 def test_ula_on_a_score_only_prior():
     """The score suffices; posterior variance 1/2 and step h: 1/2 / (1 - h)."""
     kernel = ULA(SCORE_ONLY, step_size=0.1, preconditioner="identity")

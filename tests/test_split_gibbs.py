@@ -87,6 +87,7 @@ def test_law_of_the_split(prior):
     assert (extra["num_score_evals"] == 24).all()
 
 
+@SLOW
 def test_other_sites():
     """With an unknown noise s, x and s have the posterior of the noise sqrt(s^2 + rho^2): by quadrature over s."""
     log_noise = np.linspace(-4.0, 4.0, 4001)

@@ -117,7 +117,7 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW) if "HMC" in name else name for name in KERNELS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW) if name != "dense" else name for name in KERNELS])
 def test_all_particles_have_the_population_s_adaptation(name):
     """One step size for all, and the covariance of the points; what is fixed by the user stays."""
     make, kind = KERNELS[name]

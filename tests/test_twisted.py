@@ -184,6 +184,7 @@ def counted(y):
     numpyro.sample("y", dist.Poisson(jnp.exp(numpyro.sample("x", PRIOR))).to_event(1), obs=jnp.array([3, 0]))
 
 
+@SLOW
 def test_what_is_not_a_number_has_no_weight():
     """Half of the prior, with a look-ahead that knows nothing of it: an observation with much noise."""
     smc = TwistedSMC(not_a_number, 4000, observation=linear(jnp.eye(2), jnp.zeros(2), 10.0)).run(jax.random.key(0), Y)
