@@ -124,10 +124,9 @@ def test_known_constants(name, error):
     evidence = smc.run(jax.random.key(1), *problem.args).log_evidence
     assert float(evidence.standard_error) < error
     assert abs(float(evidence.value) - problem.truth) < 4.0 * float(evidence.standard_error)
-    if name == "many_well":
-        # resampling leaves the 16 wells correlated: a few times the error of independent draws
-        share = float((smc.get_samples()["x"] > 0).mean())
-        assert abs(share - 0.844307) < 4.0 * 3.0 * np.sqrt(0.844307 * 0.155693 / (16 * 4000))
+    if name == "many_well":  # resampling leaves draws and wells correlated, so the error is that over runs
+        shares = [float((smc.run(jax.random.key(i)).get_samples()["x"] > 0).mean()) for i in range(8)]
+        assert abs(np.mean(shares) - 0.844307) < 4.0 * np.std(shares, ddof=1) / np.sqrt(8)
     if name == "funnel":
         x0 = np.asarray(smc.get_samples()["x0"], np.float64)
         assert abs(x0.mean()) < 0.3 and abs(x0.std() - 3.0) < 0.3  # a tenth: those that miss the neck have 1.4 and 1.8
