@@ -21,6 +21,7 @@ import numpy as np
 from numpyro.infer import MCMC
 
 from numpyro_diffusion.data import digits
+from numpyro_diffusion.diagnostics import to_arviz
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import NoiseSpace
 from numpyro_diffusion.solve import Heun
@@ -59,7 +60,7 @@ def main() -> None:
         draws = np.asarray(mcmc.get_samples()["x"])
         low, high = np.quantile(draws[:, ROWS:], [0.05, 0.95], axis=0)
         inside = (low <= truth[ROWS:]) & (truth[ROWS:] <= high)
-        table = az.summary(az.from_numpyro(mcmc, log_likelihood=False), kind="diagnostics", round_to="none")
+        table = az.summary(to_arviz(mcmc), kind="diagnostics", round_to="none")
         table = table.astype(float)
         rows.append(
             {

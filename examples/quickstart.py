@@ -26,6 +26,7 @@ from numpyro.infer import MCMC
 from numpyro_diffusion import checkpoint
 from numpyro_diffusion.data import digits
 from numpyro_diffusion.denoise import NetworkDenoiser
+from numpyro_diffusion.diagnostics import to_arviz
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import DiffusionGibbs, DiffusionPCN, NoiseSpace
 from numpyro_diffusion.nn import MLP
@@ -73,7 +74,7 @@ def run(name: str, kernel, num_draws: int, num_warmup: int, y: jax.Array, prior:
     jax.block_until_ready(mcmc.get_samples())
     seconds = time.perf_counter() - started
 
-    idata = az.from_numpyro(mcmc, log_likelihood=False)
+    idata = to_arviz(mcmc)
     table = az.summary(idata, kind="diagnostics", round_to="none").astype(float)
     worst, least = table["r_hat"].max(), table["ess_bulk"].min()
     print(

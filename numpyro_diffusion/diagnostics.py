@@ -10,7 +10,8 @@ Nothing is computed here: no flow is solved and no likelihood evaluated, unless 
 
 from typing import Any
 
-from numpyro.infer import MCMC
+import numpyro
+from numpyro.infer import MCMC, initialization
 
 
 def to_arviz(mcmc: MCMC, *, log_likelihood: bool = False, **options: Any) -> Any:
@@ -41,6 +42,8 @@ def to_arviz(mcmc: MCMC, *, log_likelihood: bool = False, **options: Any) -> Any
     """
     import arviz as az
 
+    # ArviZ 1.x loads NumPyro lazily: imported first, it leaves this module unbound and then asks for it (arviz-base 1.3)
+    numpyro.infer.initialization = initialization
     data = az.from_numpyro(mcmc, log_likelihood=log_likelihood, **options)
     attributes = {"kernel": type(mcmc.sampler).__name__}
     status = getattr(mcmc.sampler, "status", None)

@@ -1,5 +1,8 @@
 """What a kernel is exact for stays with its draws in ArviZ, old and new, and in a file."""
 
+import subprocess
+import sys
+
 import arviz as az
 import jax
 import numpyro
@@ -48,3 +51,21 @@ def test_kernels_of_numpyro_have_no_status():
 )  # fmt: skip
 def test_every_kernel_says_what_it_is_exact_for(kernel, exact):
     assert kernel.status.exact is exact and len(kernel.status.statement) > 20
+
+
+def test_arviz_may_be_imported_first():
+    """ArviZ 1.x then loads NumPyro lazily, and its own converter misses a module of it."""
+    code = """
+import arviz, jax
+from numpyro.infer import MCMC
+from numpyro_diffusion.denoise import Gaussian
+from numpyro_diffusion.diagnostics import to_arviz
+from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.infer import ULA
+import numpyro
+mcmc = MCMC(ULA(lambda: numpyro.sample("x", DiffusionPrior(Gaussian([0.0])))), num_warmup=1, num_samples=3)
+mcmc.run(jax.random.key(0))
+print(to_arviz(mcmc)["posterior"]["x"].shape)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip().endswith("(1, 3, 1)"), result.stderr
