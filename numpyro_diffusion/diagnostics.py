@@ -42,7 +42,7 @@ def to_arviz(mcmc: MCMC, *, log_likelihood: bool = False, **options: Any) -> Any
     """
     import arviz as az
 
-    # ArviZ 1.x loads NumPyro lazily: imported first, it leaves this module unbound and then asks for it (arviz-base 1.3)
+    # ArviZ 1.x loads NumPyro lazily: imported first, it leaves a module unbound that it then asks for (arviz-base 1.3)
     numpyro.infer.initialization = initialization
     data = az.from_numpyro(mcmc, log_likelihood=log_likelihood, **options)
     attributes = {"kernel": type(mcmc.sampler).__name__}
