@@ -195,21 +195,35 @@ def draw(key: jax.Array, problem: Problem, method: str, effort: float) -> tuple[
     return draws, smc.num_score_evals * len(x) / NUM_DRAWS
 
 
-def evaluate(name: str, fields: dict[str, Any], method: str, effort: float, seed: int) -> dict[str, Any]:
+class Reference(NamedTuple):
+    """A problem with exact draws, and how far from them as few other exact draws are."""
+
+    problem: Problem
+    exact: jax.Array
+    floor: float
+
+
+def refer(name: str, fields: dict[str, Any], seed: int) -> Reference:
     problem = read(name, fields)
     keys = jax.random.split(jax.random.key(seed), 3)
-    keys_floor = jax.random.split(keys[2], NUM_FLOORS)
     exact = exact_draws(keys[0], problem, NUM_EXACT)
+    others = [exact_draws(key, problem, NUM_DRAWS) for key in jax.random.split(keys[2], NUM_FLOORS)]
+    return Reference(problem, exact, float(np.mean([sliced_w1(keys[2], draws, exact) for draws in others])))
+
+
+def evaluate(name: str, reference: Reference, method: str, effort: float, seed: int) -> dict[str, Any]:
+    keys = jax.random.split(jax.random.key(seed), 3)
     started = time.perf_counter()
-    draws, evaluations = jax.block_until_ready(draw(keys[1], problem, method, effort))
+    draws, evaluations = jax.block_until_ready(draw(keys[1], reference.problem, method, effort))
+    seconds = time.perf_counter() - started
     return {
         "problem": name,
         "method": method,
         "effort": effort,
-        "sliced_w1": float(sliced_w1(keys[2], draws, exact)),
-        "floor": float(np.mean([sliced_w1(keys[2], exact_draws(k, problem, NUM_DRAWS), exact) for k in keys_floor])),
+        "sliced_w1": float(sliced_w1(keys[2], draws, reference.exact)),
+        "floor": reference.floor,
         "score_evaluations_per_draw": float(evaluations),
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
     }
 
 
@@ -245,7 +259,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
                 rows = [r for r in rows if r["problem"].rsplit("_", 1)[0] == size]
                 w1, floor = (np.mean([r[field] for r in rows]) for field in ("sliced_w1", "floor"))
                 points.append((np.mean([r["score_evaluations_per_draw"] for r in rows]), w1 / floor))
-            axis.plot(*zip(*points, strict=True), marker="osD^v"[i % 5], color=f"C{i % 10}", label=method, markersize=4)
+            axis.plot(*zip(*points, strict=True), marker="osD^vPX"[i % 7], color=f"C{i % 10}", label=method, markersize=4)
         axis.axhline(1.0, color="k", linewidth=0.8)
         axis.set(xscale="log", yscale="log", xlabel="score evaluations a draw", title=f"({size.replace('_', ', ')})")
     axes[0, 0].set_ylabel("sliced W1 over that of exact draws")
@@ -277,12 +291,13 @@ def main() -> None:
     efforts = [float(effort) for effort in options.effort.split(",")]
     if options.fast:
         problems, efforts = dict(list(problems.items())[:1]), [0.25]
+    references = {name: refer(name, fields, options.seed) for name, fields in problems.items()}
     results = []
     print(
         f"{'problem':10} {'method':30} {'effort':>6} {'sliced W1':>9} {'floor':>7} {'evaluations':>11} {'seconds':>8}"
     )
-    for method, effort, (name, fields) in itertools.product(methods, efforts, problems.items()):
-        row = evaluate(name, fields, method, effort, options.seed)
+    for method, effort, (name, reference) in itertools.product(methods, efforts, references.items()):
+        row = evaluate(name, reference, method, effort, options.seed)
         results.append(row)
         print(
             "{problem:10} {method:30} {effort:6g} {sliced_w1:9.3f} {floor:7.3f} {score_evaluations_per_draw:11.0f} "
