@@ -259,7 +259,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
                 rows = [r for r in rows if r["problem"].rsplit("_", 1)[0] == size]
                 w1, floor = (np.mean([r[field] for r in rows]) for field in ("sliced_w1", "floor"))
                 points.append((np.mean([r["score_evaluations_per_draw"] for r in rows]), w1 / floor))
-            axis.plot(*zip(*points, strict=True), marker="osD^vPX"[i % 7], color=f"C{i % 10}", label=method, markersize=4)
+            style = {"marker": "osD^vPX"[i % 7], "color": f"C{i % 10}", "markersize": 4}
+            axis.plot(*zip(*points, strict=True), label=method, **style)
         axis.axhline(1.0, color="k", linewidth=0.8)
         axis.set(xscale="log", yscale="log", xlabel="score evaluations a draw", title=f"({size.replace('_', ', ')})")
     axes[0, 0].set_ylabel("sliced W1 over that of exact draws")
