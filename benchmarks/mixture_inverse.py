@@ -14,7 +14,7 @@ which are drawn by weight), steps of the moves' solver for TemperedSMC, moves fo
 denoiser; derivatives that a guidance takes of it come on top, a few times an evaluation.
 
 FILE maps "dx_dy_seed" to {"weights", "A", "y", "sigma"}. Component (i, j), i and j in -2..2, i outer, has mean (8i, 8j)
-repeated dx / 2 times, times -1.
+repeated dx / 2 times, times -1. `--more N` adds N problems a size, drawn as the published ones are.
 """
 
 import argparse
@@ -195,6 +195,24 @@ def draw(key: jax.Array, problem: Problem, method: str, effort: float) -> tuple[
     return draws, smc.num_score_evals * len(x) / NUM_DRAWS
 
 
+def invent(key: jax.Array, size: str) -> dict[str, Any]:
+    """Another problem by the published recipe: singular values and noise are uniform, weights squared normals."""
+    dimension, rows = map(int, size.split("_"))
+    keys = jax.random.split(key, 7)
+    weights = jax.random.normal(keys[0], (25,)) ** 2
+    left, right = (
+        jnp.linalg.qr(jax.random.normal(k, (n, n)))[0] for k, n in zip(keys[1:3], (rows, dimension), strict=True)
+    )
+    singular = jax.random.uniform(keys[3], (rows,))
+    A = (left * singular) @ right[:rows]
+    sigma = jax.random.uniform(keys[4]) * singular.max()
+    empty = {"weights": weights / weights.sum(), "A": A, "y": jnp.zeros(rows), "sigma": sigma}
+    prior = read(f"{size}_", empty).prior
+    x = prior.means[jax.random.categorical(keys[5], prior.log_weights)]
+    noise = jax.random.normal(keys[6], (dimension + rows,))
+    return {**empty, "y": A @ (x + noise[:dimension]) + sigma * noise[dimension:]}
+
+
 class Reference(NamedTuple):
     """A problem with exact draws, and how far from them as few other exact draws are."""
 
@@ -275,6 +293,7 @@ def main() -> None:
         "--method", default="TemperedSMC", help=f'"all", or some of {"; ".join(METHODS)}, by semicolons'
     )
     parser.add_argument("--sizes", default="8_1,8_2,8_4", help='comma-separated "dx_dy", or "all"')
+    parser.add_argument("--more", type=int, default=0, help="problems a size to invent besides")
     parser.add_argument("--effort", default="1", help="comma-separated multiples of what a method spends")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fast", action="store_true", help="one problem, little effort")
@@ -285,6 +304,9 @@ def main() -> None:
     problems = json.loads(options.problems.read_text())
     if options.sizes != "all":
         problems = {k: v for k, v in problems.items() if k.rsplit("_", 1)[0] in options.sizes.split(",")}
+    for size in dict.fromkeys(name.rsplit("_", 1)[0] for name in problems):
+        for i in range(options.more):
+            problems[f"{size}_new{i}"] = invent(jax.random.fold_in(jax.random.key(options.seed), i), size)
     methods = METHODS if options.method == "all" else [name.strip() for name in options.method.split(";")]
     unknown = set(methods) - set(METHODS)
     if unknown:
@@ -295,13 +317,13 @@ def main() -> None:
     references = {name: refer(name, fields, options.seed) for name, fields in problems.items()}
     results = []
     print(
-        f"{'problem':10} {'method':30} {'effort':>6} {'sliced W1':>9} {'floor':>7} {'evaluations':>11} {'seconds':>8}"
+        f"{'problem':11} {'method':30} {'effort':>6} {'sliced W1':>9} {'floor':>7} {'evaluations':>11} {'seconds':>8}"
     )
     for method, effort, (name, reference) in itertools.product(methods, efforts, references.items()):
         row = evaluate(name, reference, method, effort, options.seed)
         results.append(row)
         print(
-            "{problem:10} {method:30} {effort:6g} {sliced_w1:9.3f} {floor:7.3f} {score_evaluations_per_draw:11.0f} "
+            "{problem:11} {method:30} {effort:6g} {sliced_w1:9.3f} {floor:7.3f} {score_evaluations_per_draw:11.0f} "
             "{seconds:8.1f}".format(**row),
             flush=True,
         )

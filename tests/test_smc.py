@@ -306,8 +306,8 @@ def test_weights_that_vanish_on_the_way_are_an_error():
 
 
 BAD = {
-    "model": (lambda: TemperedSMC(3), TypeError, "model must be callable"),
-    "kernel": (lambda: TemperedSMC(known_noise, kernel=3), TypeError, "kernel must be callable"),
+    "model": (lambda: TemperedSMC(3), TypeError, "model must be a NumPyro model"),
+    "kernel": (lambda: TemperedSMC(known_noise, kernel=3), TypeError, "kernel must make a kernel"),
     "one": (lambda: TemperedSMC(known_noise, 1), ValueError, "num_particles must be at least 2; got 1"),
     "islands": (lambda: TemperedSMC(known_noise, 10), ValueError, "multiple of num_islands=4, at least two each"),
     "ess": (lambda: TemperedSMC(known_noise, ess_threshold=0.0), ValueError, r"ess_threshold must lie in \(0, 1\]"),

@@ -40,13 +40,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
-from numpyro import diagnostics
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import constrain_fn, unconstrain_fn
 from tqdm.auto import tqdm
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.infer.evidence import Evidence, check_population, evidence_of, pool_islands
+from numpyro_diffusion.infer.evidence import ParticleSampler, evidence_of, pool_islands
 from numpyro_diffusion.infer.gibbs import DiffusionGibbs
 from numpyro_diffusion.infer.langevin import MALA
 from numpyro_diffusion.infer.moves import move
@@ -79,7 +78,7 @@ class Population(NamedTuple):
     noise_level: jax.Array  # at which the moves have left the kernel's levels, NaN at the start
 
 
-class TemperedSMC:
+class TemperedSMC(ParticleSampler):
     r"""Samples a posterior, and estimates its evidence, by tempering the likelihood.
 
     Args:
@@ -131,18 +130,15 @@ class TemperedSMC:
         temperatures: Sequence[float] | None = None,
         progress_bar: bool = True,
     ) -> None:
-        for name, value in {"model": model, "kernel": DiffusionPCN if kernel is None else kernel}.items():
-            if not callable(value):
-                raise TypeError(f"{name} must be callable; got {type(value).__name__}")
-        check_population(num_particles, num_islands, ess_threshold)
+        super().__init__(model, num_particles, num_islands, ess_threshold)
+        if not (kernel is None or callable(kernel)):
+            raise TypeError(f"kernel must make a kernel from a model, a callable; got {type(kernel).__name__}")
         _checks.at_least(1, max_moves=max_moves)
         if not 0.0 < correlation < 1.0:
             raise ValueError(f"correlation must lie in (0, 1); got {correlation}")
         self._ladder = None if temperatures is None else _ladder(temperatures)
-        self._model = model
         self._make_kernel = kernel
-        self._shape = num_islands, num_particles // num_islands
-        self._ess_threshold, self._correlation, self._max_moves = ess_threshold, correlation, max_moves
+        self._correlation, self._max_moves = correlation, max_moves
         self._progress_bar = progress_bar
         self._start_compiled = jax.jit(self._start)
         self._step_compiled = jax.jit(self._step)
@@ -176,39 +172,22 @@ class TemperedSMC:
                     )
                 bar.set_postfix_str(f"ESS {step.effective_size:.0f}, moves {step.num_moves}", refresh=False)
                 bar.update(float(step.temperature) - bar.n)
-        self._samples = self._finish_compiled(key_finish, population, args, kwargs)
-        self._evidence = evidence_of(population.log_evidence)
-        self._history = history
+        samples = self._finish_compiled(key_finish, population, args, kwargs)
+        self._result = samples, evidence_of(population.log_evidence), history
         return self
-
-    def get_samples(self) -> dict[str, jax.Array]:
-        """Draws of the posterior by site, constrained, with the model's deterministic sites: (num_particles, ...)."""
-        return self._ran("_samples")
-
-    @property
-    def log_evidence(self) -> Evidence:
-        """The estimate of the log-evidence, with its standard error over islands."""
-        return self._ran("_evidence")
 
     @property
     def temperatures(self) -> list[Temperature]:
         """What happened at each temperature."""
-        return self._ran("_history")
+        return self._ran[2]
 
     @property
     def num_score_evals(self) -> int:
         """Denoiser evaluations of all moves, per particle."""
         return int(sum(step.num_score_evals for step in self.temperatures))
 
-    def print_summary(self) -> None:
-        """Prints posterior moments, the evidence and the temperatures.
-
-        Copies of one ancestor lie side by side, so that `n_eff`, by the correlation of neighbours, sees what is left of
-        the resampling.
-        """
-        diagnostics.print_summary(self.get_samples(), group_by_chain=False)
-        evidence = self.log_evidence
-        print(f"log evidence {evidence.value:.3f} +- {evidence.standard_error:.3f} ({len(evidence.islands)} islands)")
+    def print_summary(self, prob: float = 0.9) -> None:
+        super().print_summary(prob)
         for step in self.temperatures:
             print(
                 f"temperature {step.temperature:.4g}: ESS {step.effective_size:.0f}, {step.num_moves} moves, "
@@ -216,11 +195,6 @@ class TemperedSMC:
                 + (f", noise level {step.noise_level:.2g}" if np.isfinite(step.noise_level) else "")
                 + (f", {step.num_diverging} diverging" if step.num_diverging else "")
             )
-
-    def _ran(self, name: str) -> Any:
-        if not hasattr(self, name):
-            raise RuntimeError("run() must come first")
-        return getattr(self, name)
 
     def _kernel(self, args: tuple, kwargs: dict) -> MCMCKernel:
         make = self._make_kernel

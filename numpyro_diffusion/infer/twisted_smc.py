@@ -33,11 +33,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
-from numpyro import diagnostics
 
 from numpyro_diffusion.guidance import Likelihood, Observation
 from numpyro_diffusion.guidance.guided import LOG_FLOOR
-from numpyro_diffusion.infer.evidence import Evidence, check_population, evidence_of
+from numpyro_diffusion.infer.evidence import ParticleSampler, evidence_of
 from numpyro_diffusion.infer.observed import check_moment, guided_site
 from numpyro_diffusion.infer.resampling import effective_size, systematic
 from numpyro_diffusion.infer.reverse_path import Transition, check_solver, outlooks
@@ -63,7 +62,7 @@ class _Cloud(NamedTuple):
     log_evidence: jax.Array  # (islands,), up to the last resampling
 
 
-class TwistedSMC:
+class TwistedSMC(ParticleSampler):
     """Samples the diffusion site of a model, and estimates the evidence, in one guided walk of many particles.
 
     Args:
@@ -109,17 +108,12 @@ class TwistedSMC:
         num_islands: int = 4,
         ess_threshold: float = 0.5,
     ) -> None:
-        if not callable(model):
-            raise TypeError(f"model must be a NumPyro model, a callable; got {type(model).__name__}")
-        check_population(num_particles, num_islands, ess_threshold)
+        super().__init__(model, num_particles, num_islands, ess_threshold)
         check_moment(moment)
         if solver is not None:
             check_solver(solver)
-        self._model = model
         self._guidance = moment, observation
         self._solver = solver
-        self._shape = num_islands, num_particles // num_islands
-        self._ess_threshold = ess_threshold
         self._compiled = jax.jit(self._run)
 
     def run(self, rng_key: jax.Array, *args: Any, **kwargs: Any) -> "TwistedSMC":
@@ -151,23 +145,13 @@ class TwistedSMC:
                 f"{float(levels.blind.max()):.0%} of the particles predict: it cannot say which of them will meet it, "
                 "and some that do would be lost. Give an `observation` to steer by, or use TemperedSMC(model)"
             )
-        self._samples, self._evidence = samples, evidence_of(islands)
-        self._levels = jax.tree.map(np.asarray, levels)
+        self._result = samples, evidence_of(islands), jax.tree.map(np.asarray, levels)
         return self
-
-    def get_samples(self) -> dict[str, jax.Array]:
-        """Draws of the posterior by site, constrained, with the model's deterministic sites: (num_particles, ...)."""
-        return self._ran("_samples")
-
-    @property
-    def log_evidence(self) -> Evidence:
-        """The estimate of the log-evidence, with its standard error over islands."""
-        return self._ran("_evidence")
 
     @property
     def levels(self) -> Level:
         """What happened at each noise level, as arrays over levels."""
-        return self._ran("_levels")
+        return self._ran[2]
 
     @property
     def num_score_evals(self) -> int:
@@ -175,24 +159,13 @@ class TwistedSMC:
         return len(self.levels.noise_level) + 1
 
     def print_summary(self, prob: float = 0.9) -> None:
-        """Prints moments and intervals of the draws, the evidence, and how even the weights were.
-
-        Args:
-            prob: mass of the intervals.
-        """
-        diagnostics.print_summary(self.get_samples(), prob, group_by_chain=False)
-        evidence, levels = self.log_evidence, self.levels
-        print(f"log evidence {evidence.value:.3f} +- {evidence.standard_error:.3f} ({len(evidence.islands)} islands)")
+        super().print_summary(prob)
+        levels = self.levels
         worst = int(np.argmin(levels.effective_size))
         print(
             f"smallest effective size {levels.effective_size[worst]:.0f} of {self._shape[0] * self._shape[1]}, at "
             f"noise level {levels.noise_level[worst]:.3g}; resampled at {np.mean(levels.resampled):.0%} of the levels"
         )
-
-    def _ran(self, name: str) -> Any:
-        if not hasattr(self, name):
-            raise RuntimeError("run() must come first")
-        return getattr(self, name)
 
     def _run(self, key: jax.Array, args: tuple, kwargs: dict) -> tuple[dict[str, jax.Array], jax.Array, Level]:
         name, site, guided = guided_site(self._model, args, kwargs, *self._guidance)
