@@ -29,6 +29,7 @@ from numpyro_diffusion.infer import (
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import DPMSolverPP
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
 CHAINS = 8
 LEAP = partial(HMC, num_steps=3, trajectory_length=None)

@@ -25,6 +25,7 @@ from numpyro_diffusion.infer.target import Evaluation, Target
 from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.noise import VE
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
 Y = jnp.array([3.0, -1.0])
 SCHEDULE = VE(0.01, 40.0)
