@@ -14,7 +14,7 @@ from numpyro.infer import MCMC
 
 from numpyro_diffusion.denoise import Gaussian, GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.guidance import linear
+from numpyro_diffusion.guidance import MOMENTS, linear
 from numpyro_diffusion.infer import DiffusionGibbs, GuidedPCN, ParticleGibbs, TwistedSMC
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import Ancestral, DPMSolverPP, ExponentialEuler, Heun, sample
@@ -62,6 +62,32 @@ each_kernel = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @each_kernel
 def test_known_noise(make):
     assert_moments(run(make(known_noise), Y).get_samples(group_by_chain=True)["x"], Y / 2, 0.5)
+
+
+def precise(y):
+    """The data leave a hundredth of the prior's variance, three prior deviations from its mean."""
+    x = numpyro.sample("x", PRIOR)
+    numpyro.sample("y", dist.Normal(x, 0.1).to_event(1), obs=y)
+
+
+@each_kernel
+def test_chains_leave_where_the_data_rule_them_out(make):
+    """Within ten steps from draws of the prior, whose walks the guidance would hardly take: none holds a chain."""
+    x = run(make(precise), Y, num_warmup=10, num_samples=40, chains=64).get_samples(group_by_chain=True)["x"]
+    assert_moments(x, Y / 1.01, 0.01 / 1.01)
+
+
+@SLOW
+def test_sweeps_leave_where_the_data_rule_them_out():
+    """The other site would fit the data to any start, and hold it there."""
+
+    def offset(y):
+        x, b = numpyro.sample("x", PRIOR), numpyro.sample("b", dist.Normal())
+        numpyro.sample("y", dist.Normal(x + b, 0.05).to_event(1), obs=y)
+
+    kernel = DiffusionGibbs(offset, x_kernel=MAKERS["particle_gibbs"])
+    samples = run(kernel, Y, num_warmup=20, num_samples=1, chains=32).get_samples()
+    assert (abs(samples["x"] + samples["b"][:, None] - Y) < 5.0 * 0.05).all()
 
 
 MARKOV = ExponentialEuler(192, eta=1.0, grid=SAMPLER.grid)
@@ -139,7 +165,7 @@ def test_evidence_and_posterior_of_a_gaussian(moment):
 def test_evidence_of_a_mixture_is_unbiased_for_the_walk():
     """4,000 runs of four particles, on the natural scale: a walk of 12 steps, whose own evidence is by plain sampling.
 
-    The look-aheads "dps" and "flat" have weights of such tails here that the mean of as many runs is still too small.
+    Were no walk unguided, the weights of "flat" would have such tails that the mean falls 6.5 errors short.
     """
     denoiser = GaussianMixture([0.4, 0.6], jnp.array([[-2.0], [1.5]]), 0.5, VE(0.1, 10.0))
     prior = DiffusionPrior(denoiser, sampler=DPMSolverPP(12, eta=1.0), density="none")
@@ -150,7 +176,7 @@ def test_evidence_of_a_mixture_is_unbiased_for_the_walk():
     x = sample(prior.sampler, denoiser, jax.random.key(1), (1_000_000,))[:, 0]
     likelihood = np.exp(np.asarray(dist.Normal(x, 0.7).log_prob(0.5), np.float64))
     truth, error = likelihood.mean(), likelihood.std() / 1000.0
-    for moment in ("mmps", "pigdm", "tmpd"):
+    for moment in MOMENTS:
         smc = TwistedSMC(model, 16_000, moment=moment, num_islands=4000, ess_threshold=0.7).run(jax.random.key(2), 0.5)
         found = np.exp(np.asarray(smc.log_evidence.islands, np.float64))
         assert 0.0 < smc.levels.resampled.max() and found.std() > 0.0

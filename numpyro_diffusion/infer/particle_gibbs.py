@@ -12,7 +12,8 @@ sampling) with weights
 
 $$\tilde w^i \propto w^i \frac{p(x'_s \mid x_t^i)}{\psi_t(x_t^i)},$$
 
-$x'$ the kept walk, $\psi$ the twisting function; a solver that remembers one step has a second factor
+$x'$ the kept walk, $\psi$ the twisting function. A walk in ten goes unguided (`reverse_path`), so that a kept walk that
+the guidance would hardly take does not stay for that. A solver that remembers one step has a second factor
 $p(x'_r \mid x'_s, x_t^i)$, of the step after.
 
 Its clean point has the law of the walk times the likelihood: exact but for the steps of the solver, as a draw of the
@@ -39,7 +40,7 @@ from numpyro_diffusion.infer.observed import check_moment, guided_site
 from numpyro_diffusion.infer.pcn import proper
 from numpyro_diffusion.infer.provider import Status
 from numpyro_diffusion.infer.resampling import conditional_systematic, effective_size
-from numpyro_diffusion.infer.reverse_path import Transition, check_solver, outlooks, transition
+from numpyro_diffusion.infer.reverse_path import Transition, check_solver, log_worth, outlooks, transition
 from numpyro_diffusion.infer.split import Model, PriorSite, log_rest
 from numpyro_diffusion.infer.trajectory import TrajectoryKernel, given_or_drawn
 from numpyro_diffusion.solve import ExponentialEuler, Solver, terminal_point
@@ -76,6 +77,7 @@ class _Cloud(NamedTuple):
     points: jax.Array  # (N, *event_shape)
     memory: Any  # of the solver, by particle
     log_weights: jax.Array  # (N,), without what lies ahead
+    log_ratio: jax.Array  # (N,), of the walks so far, the prior's density over the guidance's
 
 
 class ParticleGibbs(TrajectoryKernel):
@@ -202,12 +204,15 @@ def _conditional_walks(
         copies = _ancestors(key_copies, log_weights, proper(log_weights + log_future - log_twist))
         ancestors = jnp.where(uneven, copies, jnp.arange(count))
         log_weights = jnp.where(uneven, 0.0, log_weights)
-        log_twist, step, memory = jax.tree.map(lambda leaf: leaf[ancestors], (log_twist, step, memory))
-        points = jax.vmap(Transition.draw)(step, jax.random.split(key_draw, count)).at[0].set(kept[k + 1])
-        gained = jax.vmap(Transition.log_ratio)(step, points) - log_twist
-        return _Cloud(points, memory, log_weights + gained), (cloud.points, ancestors)
+        moving = log_twist, step, memory, cloud.log_ratio
+        log_twist, step, memory, before = jax.tree.map(lambda leaf: leaf[ancestors], moving)
+        points = jax.vmap(Transition.draw)(step, jax.random.split(key_draw, count), before).at[0].set(kept[k + 1])
+        log_ratio = before + jax.vmap(Transition.log_ratio)(step, points)
+        log_weights += log_worth(log_ratio) - log_worth(before) - log_twist
+        return _Cloud(points, memory, log_weights, log_ratio), (cloud.points, ancestors)
 
-    cloud = _Cloud(points, memory, jnp.zeros(count, kept.dtype))
+    none = jnp.zeros(count, kept.dtype)
+    cloud = _Cloud(points, memory, none, none)
     cloud, (points, ancestors) = jax.lax.scan(down, cloud, jnp.arange(len(times) - 1))
     return jnp.concatenate([points, cloud.points[None]]), ancestors, cloud.log_weights
 

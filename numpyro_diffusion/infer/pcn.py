@@ -47,6 +47,7 @@ from numpyro_diffusion.infer.split import (
     dependent_priors,
     log_rest,
     other_latent_sites,
+    prior_draw,
     prior_sites,
     with_deterministic,
 )
@@ -200,7 +201,7 @@ class DiffusionPCN(DiffusionKernel):
         def redraw(carry: tuple) -> tuple:
             tries, key, _, _ = carry
             key, key_draw = jax.random.split(key)
-            return tries + 1, key, *with_likelihood(_prior_draw(key_draw, sites))
+            return tries + 1, key, *with_likelihood(prior_draw(key_draw, sites))
 
         if init_params is None:
             tried = redraw((0, key_start, None, None))
@@ -301,14 +302,6 @@ class DiffusionPCN(DiffusionKernel):
 def proper(log_likelihood: jax.Array) -> jax.Array:
     """NaN and plus infinity, which are no log-likelihoods, read as minus infinity: never accepted."""
     return jnp.where(jnp.isnan(log_likelihood) | jnp.isposinf(log_likelihood), -jnp.inf, log_likelihood)
-
-
-def _prior_draw(key: jax.Array, sites: dict[str, PriorSite]) -> dict[str, jax.Array]:
-    keys = jax.random.split(key, len(sites))
-    return {
-        name: site.unconstrain(site.prior.sample(key, site.batch_shape))
-        for key, (name, site) in zip(keys, sites.items(), strict=True)
-    }
 
 
 def _ladder(solver: Solver, sites: dict[str, PriorSite]) -> jax.Array:

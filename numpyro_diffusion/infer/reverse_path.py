@@ -7,8 +7,23 @@ $\tilde\sigma$ and with the mean moved by $\delta$. A walk by $q$ is worth, as o
 $$\log \frac{p(x_s \mid x_t)}{q(x_s \mid x_t, y)} = -\frac{\delta \cdot (x_s - \mu_q)}{\tilde\sigma^2} -
 \frac{|\delta|^2}{2 \tilde\sigma^2}, \qquad \delta = \mu_q - \mu_p,$$
 
-so whatever the guidance gets wrong can be set right by weights: it decides how even they are, and nothing else. Who
-weighs what with them is the matter of `pcn`, `twisted_smc` and `particle_gibbs`.
+so whatever the guidance gets wrong can be set right by weights: it decides how even they are, and nothing else.
+
+The sum $r$ of these logarithms has no bound. A walk that the guidance would hardly take counts for any amount, so that
+it may hold a chain for good, or make an estimate of one particle. Therefore walks are drawn from a mixture, in which a
+share $\epsilon$ goes without the guidance, and what a walk is worth is
+
+$$\log \frac{\prod p}{(1 - \epsilon) \prod q + \epsilon \prod p} =
+-\log \left( (1 - \epsilon)\, e^{-r} + \epsilon \right) \le -\log \epsilon.$$
+
+A mixture of walks has steps of its own: from a walk with $r$ so far, the next goes by $q$ with the probability that the
+walk so far has been one of $q$, $(1 - \epsilon)\, e^{-r} / ((1 - \epsilon)\, e^{-r} + \epsilon)$.
+
+Who weighs what with them is the matter of `guided_pcn`, `twisted_smc` and `particle_gibbs`.
+
+References:
+    Hesterberg, Weighted average importance sampling and defensive mixture distributions, 1995,
+    https://doi.org/10.1080/00401706.1995.10484303.
 """
 
 from typing import NamedTuple
@@ -22,6 +37,14 @@ from numpyro_diffusion.guidance import Guided
 from numpyro_diffusion.solve import ExponentialEuler, Solver
 from numpyro_diffusion.solve.base import Memory
 
+_UNGUIDED = 0.1
+"""Share of the walks that go without the guidance."""
+
+
+def log_worth(log_ratio: jax.Array) -> jax.Array:
+    """Log of the prior's density of a walk over the mixture's, from that over the guidance's; bounded above."""
+    return -jnp.logaddexp(jnp.log1p(-_UNGUIDED) - log_ratio, jnp.log(_UNGUIDED))
+
 
 class Transition(NamedTuple):
     """The law of the next point of a walk, under the prior and under the guidance."""
@@ -30,10 +53,13 @@ class Transition(NamedTuple):
     shift: jax.Array  # from there to the mean under the guidance
     deviation: jax.Array  # of both, a scalar
 
-    def draw(self, key: jax.Array) -> jax.Array:
-        """A next point under the guidance."""
-        noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
-        return self.mean + self.shift + self.deviation.astype(noise.dtype) * noise
+    def draw(self, key: jax.Array, log_ratio: jax.Array) -> jax.Array:
+        """A next point of a walk of the mixture whose log-ratio so far is given."""
+        key_kind, key_noise = jax.random.split(key)
+        log_odds = jnp.log1p(-_UNGUIDED) - jnp.log(_UNGUIDED) - log_ratio
+        is_guided = jax.random.bernoulli(key_kind, jax.nn.sigmoid(log_odds))
+        noise = jax.random.normal(key_noise, self.mean.shape, self.mean.dtype)
+        return self.mean + jnp.where(is_guided, self.shift, 0.0) + self.deviation.astype(noise.dtype) * noise
 
     def log_ratio(self, x_s: jax.Array) -> jax.Array:
         """Log of the prior's density over the guidance's at a next point."""
@@ -123,24 +149,25 @@ def guided_walks(
     x_t = (denoiser.schedule.alpha(t) * x + denoiser.schedule.sigma(t) * noise).astype(x.dtype)
     points = jnp.broadcast_to(x_t, (count + 1, *x.shape))
 
-    def one(key: jax.Array, x_t: jax.Array, memory: Memory, is_back: jax.Array, k: ArrayLike) -> tuple:
+    def one(
+        key: jax.Array, x_t: jax.Array, memory: Memory, log_ratio: jax.Array, is_back: jax.Array, k: ArrayLike
+    ) -> tuple:
         t, s = times[k], times[k + 1]
         step, memory = transition(solver, denoiser, *guided.means(x_t, t), x_t, memory, t, s)
-        x_s = jnp.where(is_back, bridge(key, denoiser, x, x_t, t, s), step.draw(key))
-        return x_s, memory, step.log_ratio(x_s)
+        x_s = jnp.where(is_back, bridge(key, denoiser, x, x_t, t, s), step.draw(key, log_ratio))
+        return x_s, memory, log_ratio + step.log_ratio(x_s)
 
     def step(k: ArrayLike, carry: tuple) -> tuple:
-        points, memory, log_worth = carry
         keys = jax.random.split(jax.random.fold_in(key_walk, k), count + 1)
-        points, memory, log_ratio = jax.vmap(one, (0, 0, 0, 0, None))(keys, points, memory, is_back, k)
-        return points, memory, log_worth + log_ratio
+        return jax.vmap(one, (0, 0, 0, 0, 0, None))(keys, *carry, is_back, k)
 
     is_back = jnp.arange(count + 1) == count
     memory = jax.vmap(lambda x_t: solver.remember(denoiser, x_t))(points)
     carry = points, memory, jnp.zeros(count + 1, x.dtype)
-    points, _, log_worth = jax.lax.fori_loop(start, len(times) - 1, step, carry)
+    points, _, log_ratio = jax.lax.fori_loop(start, len(times) - 1, step, carry)
     clean = jax.vmap(lambda x_t: denoiser(x_t, times[-1]).x0)(points[:-1])
-    return clean, log_worth[:-1], log_worth[-1]
+    worth = log_worth(log_ratio)
+    return clean, worth[:-1], worth[-1]
 
 
 def outlooks(

@@ -192,6 +192,15 @@ def prior_sites(
     return found
 
 
+def prior_draw(key: jax.Array, sites: Mapping[str, PriorSite]) -> dict[str, jax.Array]:
+    """A draw of each site's prior, in NumPyro's unconstrained coordinates."""
+    keys = jax.random.split(key, len(sites))
+    return {
+        name: site.unconstrain(site.prior.sample(key, site.batch_shape))
+        for key, (name, site) in zip(keys, sites.items(), strict=True)
+    }
+
+
 def check_walkable(kernel: str, sites: Mapping[str, PriorSite]) -> None:
     """Raises `ValueError` for a prior whose reverse process and flow end at another law than its own.
 

@@ -18,18 +18,10 @@ from numpyro_diffusion.infer.split import (
     PriorSite,
     dependent_priors,
     other_latent_sites,
+    prior_draw,
     prior_sites,
     with_deterministic,
 )
-
-
-def prior_draw(key: jax.Array, sites: Mapping[str, PriorSite]) -> Point:
-    """A draw of each site's prior, in NumPyro's unconstrained coordinates."""
-    keys = jax.random.split(key, len(sites))
-    return {
-        name: site.unconstrain(site.prior.sample(key, site.batch_shape))
-        for key, (name, site) in zip(keys, sites.items(), strict=True)
-    }
 
 
 def given_or_drawn(

@@ -2,7 +2,8 @@ r"""Twisted sequential Monte Carlo: particles walk down the reverse process, loo
 
 The solver's walk is a Markov chain $p(x_T) \prod p(x_s \mid x_t)$ that ends at a clean point, which the model weighs by
 $L(x)$. A *twisting function* $\psi_t(x_t) \approx E[L(x) \mid x_t]$, from any guidance, says on the way how well a
-point will do. Particles step by the guided transition $q$ and are weighted by
+point will do. Particles step by the guided transition $q$, a tenth of them by $p$ (`reverse_path` has the reason, and
+what then takes the place of $q$), and are weighted by
 
 $$w_s = \frac{p(x_s \mid x_t)}{q(x_s \mid x_t)} \frac{\psi_s(x_s)}{\psi_t(x_t)}, \qquad \psi_0 = L,$$
 
@@ -39,7 +40,7 @@ from numpyro_diffusion.guidance.guided import LOG_FLOOR
 from numpyro_diffusion.infer.evidence import ParticleSampler, evidence_of
 from numpyro_diffusion.infer.observed import check_moment, guided_site
 from numpyro_diffusion.infer.resampling import effective_size, systematic
-from numpyro_diffusion.infer.reverse_path import Transition, check_solver, outlooks
+from numpyro_diffusion.infer.reverse_path import Transition, check_solver, log_worth, outlooks
 from numpyro_diffusion.infer.split import Model, PriorSite, log_rest, other_latent_sites, with_deterministic
 from numpyro_diffusion.solve import Solver, terminal_point
 
@@ -58,6 +59,7 @@ class _Cloud(NamedTuple):
 
     points: jax.Array  # (islands * n, *event_shape)
     memory: Any  # of the solver, by particle
+    log_ratio: jax.Array  # (islands * n,), of the walks so far, the prior's density over the guidance's
     log_weights: jax.Array  # (islands, n), since the last resampling
     log_evidence: jax.Array  # (islands,), up to the last resampling
 
@@ -176,19 +178,20 @@ class TwistedSMC(ParticleSampler):
         noise = jax.random.normal(key_start, (islands * n, *guided.event_shape))
         points = jax.vmap(partial(terminal_point, guided))(noise)
         memory = jax.vmap(partial(solver.remember, guided))(points)
-        cloud = _Cloud(points, memory, jnp.zeros(self._shape), jnp.zeros(islands))
+        cloud = _Cloud(points, memory, jnp.zeros(islands * n), jnp.zeros(self._shape), jnp.zeros(islands))
 
         def down(cloud: _Cloud, k: jax.Array) -> tuple[_Cloud, Level]:
             t, s = times[k], times[k + 1]
             log_twist, step, memory = outlooks(solver, guided, cloud.points, cloud.memory, t, s)
             keys = jax.random.split(jax.random.fold_in(key_steps, k))
             cloud, ancestors, level = self._resample(keys[0], cloud, log_twist)
-            log_twist, step, memory = jax.tree.map(lambda leaf: leaf[ancestors], (log_twist, step, memory))
-            points = jax.vmap(Transition.draw)(step, jax.random.split(keys[1], islands * n))
-            gained = jax.vmap(Transition.log_ratio)(step, points) - log_twist
-            cloud = cloud._replace(
-                points=points, memory=memory, log_weights=cloud.log_weights + gained.reshape(self._shape)
-            )
+            moving = log_twist, step, memory, cloud.log_ratio
+            log_twist, step, memory, before = jax.tree.map(lambda leaf: leaf[ancestors], moving)
+            points = jax.vmap(Transition.draw)(step, jax.random.split(keys[1], islands * n), before)
+            log_ratio = before + jax.vmap(Transition.log_ratio)(step, points)
+            gained = log_worth(log_ratio) - log_worth(before) - log_twist
+            log_weights = cloud.log_weights + gained.reshape(self._shape)
+            cloud = _Cloud(points, memory, log_ratio, log_weights, cloud.log_evidence)
             return cloud, level._replace(noise_level=guided.schedule.noise_level(t))
 
         cloud, levels = jax.lax.scan(down, cloud, jnp.arange(len(times) - 1))
