@@ -12,9 +12,8 @@ $$\log W = \log L(x_0) + \sum \log \frac{p(x_s \mid x_u)}{q(x_s \mid x_u)},$$
 of $M$ candidates and of the current path take the place of the likelihoods in the test. **Nothing is left of the
 guidance's errors**: they lower the acceptance and that is all. One path in ten goes unguided, and $q$ is the mixture
 (`reverse_path`): without that, a point that the data rule out by many deviations would stay, since the guidance would
-hardly take its path either. What is approximate is what is so in `DiffusionPCN`, the
-finitely many Gaussian steps $p$ that stand for the reverse process; the noising process seen backwards is not quite
-made of them.
+hardly take its path either. What is approximate is what is so in `DiffusionPCN`, the finitely many Gaussian steps $p$
+that stand for the reverse process; the noising process seen backwards is not quite made of them.
 
 A step costs a walk for each candidate and one for the current point, each with the derivatives that the guidance asks
 of the network.

@@ -37,9 +37,8 @@ import jax.numpy as jnp
 from numpyro_diffusion import _checks
 from numpyro_diffusion.guidance import Guided, Likelihood, Observation
 from numpyro_diffusion.infer.observed import check_moment, guided_site
-from numpyro_diffusion.infer.pcn import proper
 from numpyro_diffusion.infer.provider import Status
-from numpyro_diffusion.infer.resampling import conditional_systematic, effective_size
+from numpyro_diffusion.infer.resampling import conditional_systematic, effective_size, proper
 from numpyro_diffusion.infer.reverse_path import Transition, check_solver, log_worth, outlooks, transition
 from numpyro_diffusion.infer.split import Model, PriorSite, log_rest
 from numpyro_diffusion.infer.trajectory import TrajectoryKernel, given_or_drawn

@@ -40,6 +40,7 @@ from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.infer.base import DiffusionKernel, pooled, shared
 from numpyro_diffusion.infer.provider import Status
+from numpyro_diffusion.infer.resampling import proper
 from numpyro_diffusion.infer.split import (
     Model,
     PriorSite,
@@ -297,11 +298,6 @@ class DiffusionPCN(DiffusionKernel):
     def get_diagnostics_str(self, state: PCNState) -> str:
         """For the progress bar."""
         return f"acc. prob={state.mean_accept_prob:.2f}, level {jnp.exp(state.log_level):.2g}"
-
-
-def proper(log_likelihood: jax.Array) -> jax.Array:
-    """NaN and plus infinity, which are no log-likelihoods, read as minus infinity: never accepted."""
-    return jnp.where(jnp.isnan(log_likelihood) | jnp.isposinf(log_likelihood), -jnp.inf, log_likelihood)
 
 
 def _ladder(solver: Solver, sites: dict[str, PriorSite]) -> jax.Array:

@@ -24,6 +24,18 @@ from jax.typing import ArrayLike
 _BISECTIONS = 60
 
 
+def proper(log_weights: jax.Array) -> jax.Array:
+    """NaN and plus infinity, which are no logarithms of a weight, read as minus infinity: never taken.
+
+    Args:
+        log_weights: logarithms of weights or likelihoods, any shape.
+
+    Returns:
+        The same shape.
+    """
+    return jnp.where(jnp.isnan(log_weights) | jnp.isposinf(log_weights), -jnp.inf, log_weights)
+
+
 def effective_size(log_weights: jax.Array) -> jax.Array:
     """The effective sample size of unnormalised weights, between 1 and their number; 0 if all of them vanish.
 

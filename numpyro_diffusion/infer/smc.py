@@ -50,7 +50,7 @@ from numpyro_diffusion.infer.gibbs import DiffusionGibbs
 from numpyro_diffusion.infer.langevin import MALA
 from numpyro_diffusion.infer.moves import move
 from numpyro_diffusion.infer.pcn import DiffusionPCN
-from numpyro_diffusion.infer.resampling import effective_size, next_temperature, systematic
+from numpyro_diffusion.infer.resampling import effective_size, next_temperature, proper, systematic
 from numpyro_diffusion.infer.split import Model, other_latent_sites, prior_sites
 from numpyro_diffusion.infer.tempered import TEMPERATURE, draw_prior, log_likelihood, temper
 
@@ -235,7 +235,7 @@ class TemperedSMC(ParticleSampler):
     ) -> tuple[Population, Temperature]:
         """Reweights to a given temperature or to the next one that the particles allow, resamples and moves."""
         key_resample, key_move = jax.random.split(key)
-        values, old = _proper(population.log_likelihood), population.temperature
+        values, old = proper(population.log_likelihood), population.temperature
         new = next_temperature(values.reshape(-1), old, self._ess_threshold) if given is None else given
         log_weights = jnp.where(jnp.isfinite(values), (new - old) * values, -jnp.inf)
         ancestors = self._ancestors(key_resample, log_weights)
@@ -275,11 +275,6 @@ def _ladder(temperatures: Sequence[float]) -> np.ndarray:
     if ladder.ndim != 1 or not len(ladder) or (np.diff(ladder, prepend=0.0) <= 0).any() or ladder[-1] != 1.0:
         raise ValueError(f"temperatures must rise from above 0 to 1; got {temperatures}")
     return ladder
-
-
-def _proper(log_likelihood: jax.Array) -> jax.Array:
-    """NaN and plus infinity, which are no log-likelihoods, read as minus infinity."""
-    return jnp.where(jnp.isnan(log_likelihood) | jnp.isposinf(log_likelihood), -jnp.inf, log_likelihood)
 
 
 def _look_at_start(log_likelihood: np.ndarray) -> None:
