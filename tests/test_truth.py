@@ -114,8 +114,7 @@ def test_mixture_inverse_problem(make):
 def test_gaussian_process_by_particle_gibbs():
     """1000 draws with 10 particles: the divergence of their moments as the authors code it, twice that from the truth.
 
-    1000 independent exact draws have .067; the authors' particle Gibbs with 10 particles has .217. Chains here have .08
-    +- .014, so the bound is on the mean of four.
+    1000 independent exact draws have .067; the authors' particle Gibbs with 10 particles has .217.
     """
     places = np.linspace(0.0, 5.0, 10)
     kernel = np.exp(-np.abs(places[:, None] - places))
@@ -127,9 +126,7 @@ def test_gaussian_process_by_particle_gibbs():
         numpyro.sample("y", dist.Normal(numpyro.sample("f", prior), 1.0).to_event(1), obs=y)
 
     draws = run(ParticleGibbs(model), jnp.asarray(y), num_warmup=100, num_samples=1000, chains=4)["f"]
-    divergences = []
     for f in np.asarray(draws, np.float64):
         gap, found = f.mean(0) - covariance @ y, np.cov(f.T)
         ratio = np.linalg.solve(covariance, found)
-        divergences.append(np.trace(ratio) - np.linalg.slogdet(ratio)[1] - 10 + gap @ np.linalg.solve(covariance, gap))
-    assert np.mean(divergences) < 0.1
+        assert np.trace(ratio) - np.linalg.slogdet(ratio)[1] - 10 + gap @ np.linalg.solve(covariance, gap) < 0.1

@@ -5,10 +5,10 @@ The state is a walk $x_T \to \dots \to x_0$ of the solver. Its law under the mod
 $$\pi(x_{T:0}) \propto p(x_T) \prod p(x_s \mid x_t)\; L(x_0),$$
 
 is what `twisted_smc` approximates with many particles. Conditional SMC makes a Markov kernel of it: the current walk is
-kept as one of $N$ particles, the others walk beside it, guided and weighted, and a new walk is drawn from all of them
-by its final weight. **This leaves $\pi$ in place for any $N \ge 2$**: no bias of order $1 / N$. Particles are resampled
-where their weights have become uneven, and there the kept walk draws its own past anew among all of them (ancestor
-sampling) with weights
+kept as one of $N$ particles, the others walk beside it, guided and weighted, and a new walk is drawn from the others by
+its final weight and tested against the kept one. **This leaves $\pi$ in place for any $N \ge 2$**: no bias of order
+$1 / N$. Particles are resampled where their weights have become uneven, and there the kept walk draws its own past anew
+among all of them (ancestor sampling) with weights
 
 $$\tilde w^i \propto w^i \frac{p(x'_s \mid x_t^i)}{\psi_t(x_t^i)},$$
 
@@ -21,6 +21,8 @@ prior is. Other latent sites have a block of their own (`DiffusionGibbs(model, x
 the walk.
 
 References:
+    Chopin and Singh, On particle Gibbs sampling, 2015 (the last choice as a forced move),
+    https://arxiv.org/abs/1304.1887.
     Andrieu, Doucet, Holenstein, Particle Markov chain Monte Carlo methods, 2010,
     https://doi.org/10.1111/j.1467-9868.2009.00736.x.
     Lindsten, Jordan, Schön, Particle Gibbs with ancestor sampling, 2014, https://arxiv.org/abs/1401.0604.
@@ -37,6 +39,7 @@ import jax.numpy as jnp
 from numpyro_diffusion import _checks
 from numpyro_diffusion.guidance import Guided, Likelihood, Observation
 from numpyro_diffusion.infer.observed import check_moment, guided_site
+from numpyro_diffusion.infer.pcn import metropolised_gibbs
 from numpyro_diffusion.infer.provider import Status
 from numpyro_diffusion.infer.resampling import conditional_systematic, effective_size, proper
 from numpyro_diffusion.infer.reverse_path import Transition, check_solver, log_worth, outlooks, transition
@@ -151,15 +154,15 @@ class ParticleGibbs(TrajectoryKernel):
 
     def _step(self, state: ParticleGibbsState, args: tuple, kwargs: dict) -> ParticleGibbsState:
         name, site, guided, solver = self._parts(args, kwargs)
-        key, key_walk, key_choice = jax.random.split(state.rng_key, 3)
+        key, key_walk, key_choice, key_accept = jax.random.split(state.rng_key, 4)
         points, ancestors, log_weights = _conditional_walks(key_walk, solver, guided, state.walk, self._num_particles)
         times = solver.times(guided)
         clean = jax.vmap(lambda x_t: guided.base(x_t, times[-1]).x0)(points[-1])
         z = jax.vmap(site.from_denoiser)(clean)
         raw = jax.vmap(lambda z: log_rest(self._model, args, kwargs, {name: site.constrain(z)}))(z)
         weights = proper(log_weights + proper(raw))
-        possible = jnp.isfinite(weights).any()
-        chosen = jnp.where(possible, jax.random.categorical(key_choice, weights), 0)
+        other, accept_prob = metropolised_gibbs(key_choice, weights[1:], weights[0])
+        chosen = jnp.where(jax.random.uniform(key_accept) < accept_prob, other + 1, 0)
         indices = _lineage(ancestors, chosen)
         walk = jax.vmap(lambda points, index: points[index])(points, indices)
         return ParticleGibbsState(
