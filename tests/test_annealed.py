@@ -20,8 +20,8 @@ from numpyro.infer import MCMC
 from numpyro_diffusion.denoise import Gaussian, GaussianMixture, NetworkDenoiser
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import AnnealedLangevin, DiffusionGibbs, PredictorCorrector, at_clean_point, level_walk
-from numpyro_diffusion.infer.noisy import noisy_posterior
-from numpyro_diffusion.infer.provider import Status
+from numpyro_diffusion.infer.anneal.posterior import noisy_posterior
+from numpyro_diffusion.infer.model.density import Status
 from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.noise import VE, VP, UniformLogSNR
 from numpyro_diffusion.solve import Ancestral, DPMSolverPP, StochasticHeun

@@ -15,9 +15,9 @@ from numpyro.infer import HMC, MCMC, NUTS, Gibbs
 from numpyro_diffusion.denoise import GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import DiffusiveGibbs, LineIntegral, Score, Vectorize, with_density
-from numpyro_diffusion.infer.adapt import Root
-from numpyro_diffusion.infer.diffusive_gibbs import _conditional
-from numpyro_diffusion.infer.target import Evaluation
+from numpyro_diffusion.infer.gradient.diffusive_gibbs import _conditional
+from numpyro_diffusion.infer.kernel.adapt import Root
+from numpyro_diffusion.infer.model.target import Evaluation
 from numpyro_diffusion.noise import VE
 
 SLOW = pytest.mark.slow

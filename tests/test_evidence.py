@@ -14,7 +14,7 @@ import pytest
 from numpyro_diffusion.denoise import GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import MALA, DiffusionPCN, TemperedSMC
-from numpyro_diffusion.infer.evidence import evidence_of, pool_islands
+from numpyro_diffusion.infer.particles.evidence import evidence_of, pool_islands
 from numpyro_diffusion.noise import VE
 
 SLOW = pytest.mark.slow

@@ -18,10 +18,10 @@ from test_infer import assert_moments, quadrature, run
 from numpyro_diffusion.denoise import Gaussian, GaussianMixture, NetworkDenoiser, Prediction
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import MALA, ULA, Density, LineIntegral, Score, ScoreHMC, Tweedie, with_density
-from numpyro_diffusion.infer.adapt import Root
-from numpyro_diffusion.infer.hmc import leapfrog
-from numpyro_diffusion.infer.langevin import log_reversal
-from numpyro_diffusion.infer.target import Evaluation, Target
+from numpyro_diffusion.infer.gradient.hmc import leapfrog
+from numpyro_diffusion.infer.gradient.langevin import log_reversal
+from numpyro_diffusion.infer.kernel.adapt import Root
+from numpyro_diffusion.infer.model.target import Evaluation, Target
 from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.noise import VE
 

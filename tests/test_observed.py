@@ -10,8 +10,8 @@ from numpyro.distributions import transforms
 from numpyro_diffusion.denoise import Gaussian, GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.guidance import Guided, Likelihood, Observation, linear
-from numpyro_diffusion.infer.observed import guided_site
-from numpyro_diffusion.infer.tempered import TEMPERATURE, temper
+from numpyro_diffusion.infer.model.observation import guided_site
+from numpyro_diffusion.infer.model.tempering import TEMPERATURE, temper
 from numpyro_diffusion.noise import VE
 
 A, Y = jnp.array([[1.0, 0.5], [0.0, 2.0], [1.0, 1.0]]), jnp.array([1.0, -0.5, 0.3])

@@ -14,7 +14,7 @@ from numpyro.infer import NUTS
 from numpyro_diffusion.denoise import Gaussian, GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import ULA, DiffusionPCN, TemperedSMC, Vectorize
-from numpyro_diffusion.infer.resampling import conditional_systematic, effective_size, next_temperature, systematic
+from numpyro_diffusion.infer.kernel.choose import conditional_systematic, effective_size, next_temperature, systematic
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.reparam import NoiseReparam
 

@@ -15,8 +15,8 @@ from numpyro.infer import HMC, MCMC
 from numpyro_diffusion.denoise import Gaussian, GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import DiffusionGibbs, SplitGibbs, Status
-from numpyro_diffusion.infer.ladder import grid_from
-from numpyro_diffusion.infer.split import prior_sites
+from numpyro_diffusion.infer.model.levels import grid_from
+from numpyro_diffusion.infer.model.sites import prior_sites
 from numpyro_diffusion.noise import VE, VP, Karras, UniformLogSNR, UniformTime
 from numpyro_diffusion.solve import DPMSolverPP, EulerMaruyama, Heun, StochasticHeun, solve
 

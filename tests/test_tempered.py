@@ -12,8 +12,8 @@ from numpyro.infer import HMC
 from numpyro.infer.util import potential_energy
 
 from numpyro_diffusion.infer import MALA, DiffusiveGibbs, ScoreHMC, Vectorize
-from numpyro_diffusion.infer.adapt import pool_adaptation
-from numpyro_diffusion.infer.tempered import TEMPERATURE, draw_prior, log_likelihood, temper
+from numpyro_diffusion.infer.kernel.adapt import pool_adaptation
+from numpyro_diffusion.infer.model.tempering import TEMPERATURE, draw_prior, log_likelihood, temper
 
 SLOW = pytest.mark.slow
 Y = jnp.array([0.3, -0.8])

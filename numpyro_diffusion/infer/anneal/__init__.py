@@ -1,0 +1,1 @@
+"""Kernels whose every draw walks down the noise levels."""

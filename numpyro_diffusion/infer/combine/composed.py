@@ -1,0 +1,234 @@
+r"""What `Cycle` and `Mixture` have in common: kernels that hand a point to each other.
+
+Kernels meet in NumPyro's unconstrained coordinates. A composed kernel keeps the point and every kernel's own state, and
+a move is: give the kernel the point, have it evaluate anew what it caches there if another has moved since, let it
+move, take the point back. Whose caches are up to date is one number in the state (`fresh`), so nothing is evaluated for
+a kernel that does not move, and a composite kernel outside, NumPyro's `Gibbs` for one, makes them all old for free.
+
+That works for kernels whose state is where they say: HMC and NUTS, and those of this library that declare
+`takes_point`. A kernel that keeps its point elsewhere, in blocks (`Gibbs`) or as noise (`NoiseSpace`), would not notice
+that it was moved, and is refused.
+"""
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from numpyro.infer.gibbs import GIBBS_SITES_KWARG, conditioned
+from numpyro.infer.hmc import HMC
+from numpyro.infer.mcmc import MCMCKernel
+from numpyro.infer.util import constrain_fn, unconstrain_fn
+
+from numpyro_diffusion.infer.kernel.contract import DiffusionKernel, shared
+from numpyro_diffusion.infer.model.density import Status
+from numpyro_diffusion.infer.model.sites import Model, is_diffusion_site, traced, undropped
+
+Factory = Callable[[Model], MCMCKernel]
+_NONE = -1
+
+
+class ComposedState(NamedTuple):
+    """State of `Cycle` and `Mixture`.
+
+    Args:
+        i: number of steps done.
+        z: current point, by site, in NumPyro's unconstrained coordinates.
+        kernel_states: each kernel's own state, where it moved last; `kernel_states.0.step_size` and the like are
+            fields to collect.
+        fresh: index of the kernel whose caches belong to the current point, -1 for none.
+        kernel_index: index of the kernel that moved last.
+        accept_prob: its acceptance probability, NaN if it has none; in a cycle one for each kernel, (num_kernels,).
+        num_score_evals: its denoiser evaluations, per point, as far as it counts them; in a cycle, of all kernels.
+        diverging: whether it diverged; in a cycle, whether any did.
+        rng_key: random key.
+    """
+
+    i: jax.Array
+    z: dict[str, jax.Array]
+    kernel_states: tuple[Any, ...]
+    fresh: jax.Array
+    kernel_index: jax.Array
+    accept_prob: jax.Array
+    num_score_evals: jax.Array
+    diverging: jax.Array
+    rng_key: jax.Array
+
+
+class Composed(DiffusionKernel):
+    """Base of `Cycle` and `Mixture`: builds and checks the kernels, starts them at one point, lets one of them move.
+
+    Args:
+        kernels: kernels on the same model object and the same sites, or, if `model` is given, what makes them from it.
+        model: NumPyro model for kernels that are yet to be made.
+
+    Raises:
+        ValueError: if there is no kernel, if models differ, or a kernel cannot be handed a point.
+        TypeError: if something is neither a kernel nor makes one.
+    """
+
+    takes_point = True
+
+    def __init__(self, kernels: Sequence[MCMCKernel | Factory], model: Model | None = None) -> None:
+        name = type(self).__name__
+        self._given = tuple(_built(kernel, model, name) for kernel in kernels)
+        if not self._given:
+            raise ValueError(f"{name} needs at least one kernel; got none")
+        super().__init__(self._given[0].model)
+        if any(kernel.model is not self._model for kernel in self._given):
+            raise ValueError(
+                f"the kernels of {name} must be built on one and the same model object; got different ones. Make it "
+                "once, such as model = infer.with_density(model), and give it to every kernel"
+            )
+        self._kernels = self._given
+        self.binds_on_start = any(getattr(kernel, "binds_on_start", True) for kernel in self._given)
+
+    @property
+    def kernels(self) -> tuple[MCMCKernel, ...]:
+        """The kernels as they run."""
+        return self._kernels
+
+    @property
+    def status(self) -> Status:
+        """Exact if all kernels are, for the laws that they name."""
+        parts = [(type(kernel).__name__, status_of(kernel)) for kernel in self._given]
+        provides = ", ".join(dict.fromkeys(part.provides for _, part in parts))
+        statement = "; ".join(dict.fromkeys(f"{name} {part.statement}" for name, part in parts))
+        return Status(provides, all(part.exact for _, part in parts), statement)
+
+    @abc.abstractmethod
+    def _warmups(self) -> Sequence[int]:
+        """How many moves each kernel makes in warm-up."""
+
+    def _check_model(self, args: tuple, kwargs: dict) -> None:
+        sites = traced(self._model, args, kwargs, {}).items()
+        dropped = [name for name, site in sites if is_diffusion_site(site) and undropped(site) is not site["fn"]]
+        for kernel in self._given:
+            if isinstance(kernel, DiffusionKernel):
+                kernel._check_model(args, kwargs)
+            elif dropped:
+                raise ValueError(
+                    f"the priors of sites {dropped} are dropped from the model that {type(kernel).__name__} is given, "
+                    "and it would sample without them. Inside DiffusionGibbs, mix kernels of this library, such as MALA"
+                )
+
+    def _check_start(self, state: ComposedState) -> None:
+        for kernel, kernel_state in zip(self._kernels, state.kernel_states, strict=True):
+            if isinstance(kernel, DiffusionKernel):
+                kernel._check_start(kernel_state)
+
+    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> ComposedState:
+        self._kernels = tuple(kernel.wrap_model(_itself) for kernel in self._given)  # unbound copies
+        model, is_block = conditioned(self._model), GIBBS_SITES_KWARG in kwargs
+        key, *keys = jax.random.split(key, len(self._kernels) + 1)
+        z, states = init_params, []
+        if is_block and z is not None:  # a composite kernel gives constrained values, to all but HMC
+            z = unconstrain_fn(model, args, kwargs, z)
+        for kernel, key_start, num_warmup in zip(self._kernels, keys, self._warmups(), strict=True):
+            constrained = z is not None and is_block and not isinstance(kernel, HMC)
+            start = constrain_fn(model, args, kwargs, z) if constrained else z
+            state = kernel.init(key_start, num_warmup, start, model_args=args, model_kwargs=kwargs)
+            here = getattr(state, kernel.sample_field)
+            if states and set(here) != set(z):
+                raise ValueError(
+                    f"the kernels of {type(self).__name__} must move the same sites; {type(kernel).__name__} moves "
+                    f"{sorted(here)}, those before it {sorted(z)}. Give kernels on parts of the sites a block each of "
+                    "numpyro.infer.Gibbs"
+                )
+            z = here if z is None or not states else z
+            states.append(state)
+        none = jnp.full((), _NONE, jnp.int32)
+        return ComposedState(
+            i=jnp.zeros((), jnp.int32),
+            z=z,
+            kernel_states=tuple(states),
+            fresh=none,
+            kernel_index=none,
+            accept_prob=jnp.zeros((), jnp.result_type(float)),
+            num_score_evals=jnp.zeros((), jnp.int32),
+            diverging=jnp.array(False),
+            rng_key=key,
+        )
+
+    def _move(self, index: int, state: ComposedState, key: jax.Array, args: tuple, kwargs: dict) -> ComposedState:
+        """One move of one kernel from the current point, its caches brought up to date if another moved before it."""
+        kernel, states = self._kernels[index], list(state.kernel_states)
+        own = states[index]._replace(**{kernel.sample_field: state.z, "rng_key": key})
+        refresh = lambda own: kernel.refresh(own, args, kwargs)  # noqa: E731
+        if isinstance(state.fresh, int):
+            own = own if state.fresh == index else refresh(own)
+        else:
+            own = jax.lax.cond(shared(state.fresh) == index, lambda own: own, refresh, own)
+        states[index] = own = kernel.sample(own, args, kwargs)
+        accept_prob = jnp.mean(jnp.asarray(getattr(own, "accept_prob", jnp.nan)))
+        return state._replace(
+            z=getattr(own, kernel.sample_field),
+            kernel_states=tuple(states),
+            fresh=jnp.full((), index, jnp.int32),
+            kernel_index=jnp.full((), index, jnp.int32),
+            accept_prob=accept_prob.astype(jnp.result_type(float)),
+            num_score_evals=jnp.asarray(getattr(own, "num_score_evals", 0), jnp.int32),
+            diverging=jnp.any(jnp.asarray(getattr(own, "diverging", False))),
+        )
+
+    def refresh(self, state: ComposedState, model_args: tuple, model_kwargs: dict | None) -> ComposedState:
+        """Marks the caches of all kernels as old; each is evaluated anew when its kernel moves."""
+        return state._replace(fresh=jnp.full_like(state.fresh, _NONE))
+
+    def wrap_model(self, wrapper: Callable[[Model], Model]) -> "Composed":
+        """A copy of this kernel on a wrapped model, for composite kernels."""
+        kernel = super().wrap_model(wrapper)
+        kernel._given = tuple(part.wrap_model(lambda _: kernel._model) for part in self._given)
+        kernel._kernels = kernel._given
+        return kernel
+
+    def get_constrain_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
+        """Maps the state's `z` to values on the supports."""
+        return self._kernels[0].get_constrain_fn(model_args, model_kwargs or {})
+
+    def postprocess_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
+        """Maps the state's `z` to values on the supports and the model's deterministic sites."""
+        return self._kernels[0].postprocess_fn(model_args, model_kwargs or {})
+
+    def get_diagnostics_str(self, state: ComposedState) -> str:
+        """Those of all kernels."""
+        parts = zip(self._kernels, state.kernel_states, strict=True)
+        return " | ".join(kernel.get_diagnostics_str(kernel_state) for kernel, kernel_state in parts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_kernels": self._given}
+
+
+def _built(kernel: Any, model: Model | None, name: str) -> MCMCKernel:
+    """A kernel that can be handed a point, made from the model if need be."""
+    if not isinstance(kernel, MCMCKernel):
+        if not callable(kernel) or model is None:
+            raise TypeError(
+                f"{name} takes kernels, or model= and what makes kernels from it; got {kernel!r}"
+                f"{'' if model is not None else ' and no model'}"
+            )
+        kernel = kernel(model)
+    kind = type(kernel).__name__
+    if not isinstance(kernel, MCMCKernel):
+        raise TypeError(f"what {name} is given must make an MCMCKernel from a model; got {kind}")
+    if not getattr(kernel, "takes_point", isinstance(kernel, HMC)):
+        raise ValueError(
+            f"{kind} cannot be handed a point by {name}: it keeps its own elsewhere than in its state's "
+            f"{kernel.sample_field!r}, or does not refresh. Nest the other way round, {name} as its x_kernel, its "
+            "inner kernel or its block, or take DiffusionPCN, MALA, Independence, HMC or NUTS"
+        )
+    if getattr(kernel, "model", None) is None:
+        raise ValueError(f"{name} needs kernels that are built on a model; got {kind} on a potential function")
+    return kernel
+
+
+def status_of(kernel: MCMCKernel) -> Status:
+    """What a kernel says of itself, or what is known of NumPyro's HMC and NUTS."""
+    if isinstance(kernel, HMC):
+        return Status("density", True, "leaves the model's own law in place")
+    return getattr(kernel, "status", None) or Status("unknown", False, "does not say what law it leaves in place")
+
+
+def _itself(model: Model) -> Model:
+    return model

@@ -1,0 +1,194 @@
+r"""Diffusion sites by one kernel, every other latent site by another, in turn.
+
+NumPyro's own `Gibbs` does the sweeping, refreshing and conditioning. What this adds is the split: the diffusion sites
+are found, and where their priors do not depend on the other sites the block of the others runs on the model without
+them, since $p(\theta \mid x, y) \propto p(\theta)\, p(y \mid x, \theta)$ does not contain $p(x)$: no probability flow
+is solved to move a noise level.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from numpyro.handlers import seed
+from numpyro.infer import HMC, NUTS
+from numpyro.infer.gibbs import GIBBS_SITES_KWARG, Gibbs, conditioned, with_conditioning
+from numpyro.infer.mcmc import MCMCKernel
+from numpyro.infer.util import constrain_fn, unconstrain_fn
+
+from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
+from numpyro_diffusion.infer.model.density import Status
+from numpyro_diffusion.infer.model.sites import Model, dependent_priors, drop_prior, other_latent_sites, prior_sites
+from numpyro_diffusion.infer.noise.noise_space import NoiseSpace
+from numpyro_diffusion.infer.reverse.pcn import DiffusionPCN
+
+
+class DiffusionGibbsState(NamedTuple):
+    """State of `DiffusionGibbs`.
+
+    Args:
+        z: current values by site, in each block's own coordinates.
+        gibbs_state: state of NumPyro's `Gibbs`; its `block_states` are those of the x-kernel and the rest-kernel.
+        accept_prob: acceptance probability of the x-kernel's last step, NaN if it has none.
+        noise_level: noise-to-signal ratio of the x-kernel's last step, NaN if it has none.
+        num_score_evals: denoiser evaluations of the x-kernel's last step, per point.
+        diverging: whether the last step of either block diverged.
+        rng_key: random key.
+    """
+
+    z: dict[str, jax.Array]
+    gibbs_state: Any
+    accept_prob: jax.Array
+    noise_level: jax.Array
+    num_score_evals: jax.Array
+    diverging: jax.Array
+    rng_key: jax.Array
+
+
+class DiffusionGibbs(DiffusionKernel):
+    """Alternates a kernel on the diffusion sites and a kernel on all other latent sites.
+
+    Args:
+        model: NumPyro model with diffusion sites and other latent sites.
+        x_kernel: makes the kernel of the diffusion sites from a model; `DiffusionPCN`, `NoiseSpace` or a
+            `functools.partial` of one.
+        rest_kernel: makes the kernel of the other sites from a model; one that can be a block of NumPyro's `Gibbs`.
+
+    Raises:
+        ValueError: when run, for a model without diffusion sites or with nothing else to sample, or for a kernel in
+            noise space where a prior depends on other latent sites.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import MCMC
+        >>> from numpyro_diffusion.denoise import Gaussian
+        >>> from numpyro_diffusion.distributions import DiffusionPrior
+        >>> from numpyro_diffusion.infer import DiffusionGibbs
+        >>> def model(y):
+        ...     x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0])))
+        ...     noise = numpyro.sample("noise", dist.HalfNormal(1.0))
+        ...     numpyro.sample("y", dist.Normal(x[0], noise), obs=y)
+        >>> mcmc = MCMC(DiffusionGibbs(model), num_warmup=100, num_samples=100, progress_bar=False)
+        >>> mcmc.run(jax.random.key(0), 3.0)
+        >>> sorted(mcmc.get_samples())
+        ['noise', 'x']
+    """
+
+    statistics = ("accept_prob", "noise_level", "num_score_evals")
+    binds_on_start = True
+
+    def __init__(
+        self,
+        model: Model,
+        x_kernel: Callable[[Model], MCMCKernel] = DiffusionPCN,
+        rest_kernel: Callable[[Model], MCMCKernel] = NUTS,
+    ) -> None:
+        super().__init__(model)
+        self._x_kernel = x_kernel
+        self._rest_kernel = rest_kernel
+        self._gibbs = None
+        self._in_noise_space = isinstance(x_kernel(model), NoiseSpace)
+
+    @property
+    def status(self) -> Status | None:
+        """That of the x-kernel; the rest-kernel is NumPyro's."""
+        return getattr(self._x_kernel(self._model), "status", None)
+
+    def _check_model(self, args: tuple, kwargs: dict) -> None:
+        sites = tuple(prior_sites(self._model, args, kwargs))
+        if not other_latent_sites(self._model, args, kwargs):
+            raise ValueError("the model has no latent sites besides its diffusion sites; use its x_kernel alone")
+        dependent = dependent_priors(self._model, args, kwargs)
+        if dependent and self._in_noise_space:
+            raise ValueError(
+                f"the priors of {sorted(dependent)} depend on other latent sites: moving those would move x behind its "
+                "noise. Use NoiseSpace(model) on all sites, or x_kernel=DiffusionPCN"
+            )
+        if self._gibbs is None:
+            model = self._model if dependent else drop_prior(self._model)
+            self._gibbs = Gibbs([(self._x_kernel(model), sites), (self._rest_kernel(model), None)])
+
+    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> DiffusionGibbsState:
+        init_params = self._params_of_blocks(init_params, args, kwargs)
+        state = self._gibbs.init(key, self._num_warmup, init_params, model_args=args, model_kwargs=kwargs)
+        return self._report(state)
+
+    def _params_of_blocks(self, init_params: dict | None, args: tuple, kwargs: dict) -> dict | None:
+        """Initial values as NumPyro's `Gibbs` takes them: unconstrained for HMC, constrained for other kernels.
+
+        `MCMC` gives them unconstrained, and a composite kernel constrained.
+        """
+        if init_params is None:
+            return None
+        model = seed(conditioned(self._model), jax.random.key(0))
+        if GIBBS_SITES_KWARG in kwargs:
+            constrained = init_params
+            unconstrained = unconstrain_fn(model, args, kwargs, init_params)
+        else:
+            constrained, unconstrained = constrain_fn(model, args, kwargs, init_params), init_params
+        diffusion_sites = prior_sites(self._model, args, kwargs)
+        values = {}
+        for (kernel, _), owns in zip(self._gibbs.blocks, (True, False), strict=True):
+            given = unconstrained if isinstance(kernel, HMC) else constrained
+            values |= {name: given[name] for name in init_params if (name in diffusion_sites) == owns}
+        return values
+
+    def _step(self, state: DiffusionGibbsState, args: tuple, kwargs: dict) -> DiffusionGibbsState:
+        gibbs_state = state.gibbs_state._replace(rng_key=state.rng_key)
+        return self._report(self._gibbs.sample(gibbs_state, args, kwargs))
+
+    def _report(self, gibbs_state: Any) -> DiffusionGibbsState:
+        x_state, rest_state = gibbs_state.block_states
+        missing = jnp.full((), jnp.nan)
+        return DiffusionGibbsState(
+            z=gibbs_state.z,
+            gibbs_state=gibbs_state,
+            accept_prob=getattr(x_state, "accept_prob", missing),
+            noise_level=getattr(x_state, "noise_level", missing),
+            num_score_evals=x_state.num_score_evals,
+            diverging=x_state.diverging | getattr(rest_state, "diverging", False),
+            rng_key=gibbs_state.rng_key,
+        )
+
+    def _check_start(self, state: DiffusionGibbsState) -> None:
+        kernel, _ = self._gibbs.blocks[0]
+        if isinstance(kernel, DiffusionKernel):
+            kernel._check_start(state.gibbs_state.block_states[0])
+
+    def wrap_model(self, wrapper: Callable[[Model], Model]) -> "DiffusionGibbs":
+        """A copy of this kernel on a wrapped model, for composite kernels."""
+        kernel = super().wrap_model(wrapper)
+        kernel._gibbs = None
+        return kernel
+
+    def refresh(self, state: DiffusionGibbsState, model_args: tuple, model_kwargs: dict | None) -> DiffusionGibbsState:
+        """Refreshes both blocks, each given the other.
+
+        NumPyro's `Gibbs` refreshes a block when another of its blocks has moved; what moves outside it does not see.
+        """
+        kwargs = {} if model_kwargs is None else model_kwargs
+        blocks, gibbs_state = self._gibbs.blocks, state.gibbs_state
+        values = self._gibbs.get_constrain_fn(model_args, kwargs)(gibbs_state.z)
+
+        def refreshed(kernel: MCMCKernel, sites: tuple[str, ...], block_state: Any) -> Any:
+            others = {name: value for name, value in values.items() if name not in sites}
+            return kernel.refresh(block_state, model_args, with_conditioning(kwargs, others))
+
+        block_states = tuple(
+            refreshed(kernel, tuple(getattr(block_state, kernel.sample_field)), block_state)
+            for (kernel, _), block_state in zip(blocks, gibbs_state.block_states, strict=True)
+        )
+        return state._replace(gibbs_state=gibbs_state._replace(block_states=block_states))
+
+    def get_constrain_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
+        """Maps the state's `z` to values on the supports."""
+        return self._gibbs.get_constrain_fn(model_args, model_kwargs)
+
+    def postprocess_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
+        """Maps the state's `z` to values on the supports and the model's deterministic sites."""
+        return self._gibbs.postprocess_fn(model_args, model_kwargs)
+
+    def get_diagnostics_str(self, state: DiffusionGibbsState) -> str:
+        """Those of both blocks."""
+        return self._gibbs.get_diagnostics_str(state.gibbs_state)

@@ -1,0 +1,220 @@
+r"""Hamiltonian Monte Carlo guided by the score, with the test that the provider allows.
+
+In the coordinates $w$ of the preconditioner ($q = A^\top w$) a trajectory of leapfrog steps
+
+$$p \leftarrow p + \tfrac{\epsilon}{2} A \nabla \log \pi(q), \qquad q \leftarrow q + \epsilon A^\top p, \qquad
+p \leftarrow p + \tfrac{\epsilon}{2} A \nabla \log \pi(q)$$
+
+keeps volumes and can be walked back, whatever vector field stands for the gradient. So with momentum $p \sim N(0, I)$
+the test
+
+$$a = \min\left(1, \frac{\pi(q')}{\pi(q)}\, e^{\frac12 \|p\|^2 - \frac12 \|p'\|^2}\right)$$
+
+leaves $\pi(q) N(p; 0, I)$ in place if its ratio is that of a density, even if the score is not its gradient. With a
+`LineIntegral` the ratio is the work of the score along the straight segment.
+
+Before each trajectory the momentum is refreshed, in part or whole, $p \leftarrow \sqrt{1 - r}\, p + \sqrt{r}\, \xi$,
+and where a trajectory is rejected the old momentum is turned round: with partial refreshment the chain would otherwise
+not be invariant.
+
+The step is drawn anew for every trajectory, within a fifth of `step_size`: trajectories of one length come back near
+their start for some scale of the posterior or other, and a chain of them hardly moves there.
+
+NumPyro's own `HMC` and `NUTS` serve where there is a density (`with_density`). This kernel is for scores that are
+no gradients, and for persistent momentum.
+
+References:
+    Horowitz, A generalized guided Monte Carlo algorithm, 1991, https://doi.org/10.1016/0370-2693(91)90812-5.
+    Neal, MCMC using Hamiltonian dynamics, 2011, https://arxiv.org/abs/1206.1901.
+    Du et al., Reduce, reuse, recycle, 2023, https://arxiv.org/abs/2302.11552.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_diffusion import _checks
+from numpyro_diffusion.infer.gradient.base import GradientKernel, flatten, proper, require_test, select
+from numpyro_diffusion.infer.kernel.adapt import Adaptation, Root, Shape, running_mean
+from numpyro_diffusion.infer.model.density import Density, LineIntegral, Provider
+from numpyro_diffusion.infer.model.sites import Model
+from numpyro_diffusion.infer.model.target import Evaluation, Target
+
+_JITTER = 0.2
+"""Share by which the step of a trajectory varies."""
+
+
+class ScoreHMCState(NamedTuple):
+    """State of `ScoreHMC`.
+
+    Args:
+        i: number of steps done.
+        z: current point, by site, in NumPyro's unconstrained coordinates.
+        momentum: current momentum, in the preconditioner's coordinates, (D,).
+        evaluation: the target at the point.
+        potential_energy: negative log-density of the target, or NaN without a density.
+        adapt_state: state of the adaptation.
+        accept_prob: acceptance probability of the last trajectory.
+        mean_accept_prob: its mean over the phase (warm-up or sampling) so far.
+        step_size: centre of the next trajectory's step.
+        circulation: work of the score around the triangle of the trajectory's ends and its start moved by the momentum,
+            in nats, if the provider is a `LineIntegral`; NaN if it is not.
+        num_score_evals: denoiser evaluations of the last step, per point.
+        diverging: whether the end's log-density or gradient was not finite; it was rejected.
+        rng_key: random key.
+    """
+
+    i: jax.Array
+    z: dict[str, jax.Array]
+    momentum: jax.Array
+    evaluation: Evaluation
+    potential_energy: jax.Array
+    adapt_state: Any
+    accept_prob: jax.Array
+    mean_accept_prob: jax.Array
+    step_size: jax.Array
+    circulation: jax.Array
+    num_score_evals: jax.Array
+    diverging: jax.Array
+    rng_key: jax.Array
+
+
+def leapfrog(
+    target: Target,
+    q: jax.Array,
+    momentum: jax.Array,
+    evaluation: Evaluation,
+    root: Root,
+    step_size: jax.Array,
+    num_steps: int,
+) -> tuple[jax.Array, jax.Array, Evaluation]:
+    """A trajectory: point (D,), momentum (D,) in the preconditioner's coordinates, and the target at the end."""
+
+    def step(carry: tuple, _: None) -> tuple[tuple, None]:
+        q, momentum, at = carry
+        momentum = momentum + 0.5 * step_size * root.pull(at.gradient)
+        q = q + step_size * root.push(momentum)
+        at = target.evaluate(q)
+        return (q, momentum + 0.5 * step_size * root.pull(at.gradient), at), None
+
+    return jax.lax.scan(step, (q, momentum, evaluation), None, num_steps)[0]
+
+
+class ScoreHMC(GradientKernel):
+    """Leapfrog by the score, tested by a density or by the score's line integral, with persistent momentum or without.
+
+    Args:
+        model: NumPyro model.
+        num_steps: leapfrog steps of a trajectory.
+        refresh: share of the momentum that is drawn anew before a trajectory, in (0, 1]; 1 draws all of it.
+        provider: what answers for diffusion sites: `Density()`, or `LineIntegral()`, approximate, for a prior with a
+            score alone.
+        step_size: where the step starts, in units of the preconditioner's root; None for D^(-1/3).
+        target_accept_prob: acceptance to which the step adapts in warm-up, in (0, 1); None keeps `step_size`.
+        preconditioner: "identity", "diagonal" or "dense", the last two adapted in warm-up.
+
+    Raises:
+        TypeError: if `model` is not callable or `provider` no provider.
+        ValueError: if a number is out of its range, the preconditioner unknown or the provider `Score`; when run, for a
+            model without latent sites, with discrete ones, or that cannot be differentiated, or a prior without the
+            density that is asked of it.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import MCMC
+        >>> from numpyro_diffusion.denoise import Gaussian
+        >>> from numpyro_diffusion.distributions import DiffusionPrior
+        >>> from numpyro_diffusion.infer import LineIntegral, ScoreHMC
+        >>> def model(y):
+        ...     x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0]), density="none"))
+        ...     numpyro.sample("y", dist.Normal(x[0], 1.0), obs=y)
+        >>> kernel = ScoreHMC(model, provider=LineIntegral())
+        >>> mcmc = MCMC(kernel, num_warmup=200, num_samples=500, progress_bar=False)
+        >>> mcmc.run(jax.random.key(0), 3.0)
+        >>> bool(abs(mcmc.get_samples()["x"].mean() - 1.5) < 0.3)
+        True
+    """
+
+    statistics = ("accept_prob", "potential_energy", "step_size", "circulation", "num_score_evals")
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_steps: int = 8,
+        refresh: float = 1.0,
+        provider: Provider = Density(),  # noqa: B008
+        step_size: float | None = None,
+        target_accept_prob: float | None = 0.8,
+        preconditioner: Shape = "diagonal",
+    ) -> None:
+        super().__init__(model, provider)
+        require_test(provider, "ScoreHMC")
+        _checks.at_least(1, num_steps=num_steps)
+        if not 0.0 < refresh <= 1.0:
+            raise ValueError(f"refresh must lie in (0, 1]; got {refresh}")
+        self._num_steps, self._refresh = num_steps, refresh
+        self._adaptation = Adaptation(preconditioner, step_size, target_accept_prob)
+        absent = "potential_energy" if isinstance(provider, LineIntegral) else "circulation"
+        self.statistics = tuple(name for name in ScoreHMC.statistics if name != absent)
+
+    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> ScoreHMCState:
+        key, key_first, key_momentum, key_adapt = jax.random.split(key, 4)
+        z, evaluation = self._first(key_first, init_params, args, kwargs)
+        q = flatten(z)
+        adapt_state = self._adaptation.start(self._num_warmup, q, key_adapt)
+        zero, count = jnp.zeros_like(evaluation.log_density), jnp.zeros((), jnp.int32)
+        return ScoreHMCState(
+            i=count,
+            z=z,
+            momentum=jax.random.normal(key_momentum, q.shape, q.dtype),
+            evaluation=evaluation,
+            potential_energy=-evaluation.log_density,
+            adapt_state=adapt_state,
+            accept_prob=zero,
+            mean_accept_prob=zero,
+            step_size=adapt_state.step_size,
+            circulation=zero,
+            num_score_evals=count,
+            diverging=jnp.array(False),
+            rng_key=key,
+        )
+
+    def _step(self, state: ScoreHMCState, args: tuple, kwargs: dict) -> ScoreHMCState:
+        key, key_momentum, key_accept, key_length = jax.random.split(state.rng_key, 4)
+        target, here = self._target(state.z, args, kwargs), state.evaluation
+        q, root = target.flat, self._adaptation.root(state.adapt_state)
+        fresh = jax.random.normal(key_momentum, q.shape, q.dtype)
+        momentum = jnp.sqrt(1.0 - self._refresh) * state.momentum + jnp.sqrt(self._refresh) * fresh
+        jitter = jax.random.uniform(key_length, (), q.dtype, 1.0 - _JITTER, 1.0 + _JITTER)
+        step_size = jitter * state.step_size
+        q_new, momentum_new, there = leapfrog(target, q, momentum, here, root, step_size, self._num_steps)
+        log_ratio = target.log_ratio(here, there, q, q_new)
+        log_ratio += 0.5 * (jnp.sum(momentum**2) - jnp.sum(momentum_new**2))
+        fine = proper(log_ratio) & jnp.isfinite(there.gradient).all()
+        accept_prob = jnp.where(fine, jnp.exp(jnp.minimum(log_ratio, 0.0)), 0.0)
+        accepted = jax.random.uniform(key_accept, dtype=accept_prob.dtype) < accept_prob
+        circulation = target.circulation(q, q_new, q + root.push(momentum))
+        q, momentum, evaluation = select(accepted, (q_new, momentum_new, there), (q, -momentum, here))
+        evaluations = self._num_steps * self._evaluations(args, kwargs)
+        adapt_state = self._adaptation.update(state.adapt_state, state.i, self._num_warmup, accept_prob, q)
+        return ScoreHMCState(
+            i=state.i + 1,
+            z=target.unflatten(q),
+            momentum=momentum,
+            evaluation=evaluation,
+            potential_energy=-evaluation.log_density,
+            adapt_state=adapt_state,
+            accept_prob=accept_prob,
+            mean_accept_prob=running_mean(state.mean_accept_prob, accept_prob, state.i, self._num_warmup),
+            step_size=adapt_state.step_size,
+            circulation=circulation,
+            num_score_evals=jnp.asarray(evaluations, jnp.int32),
+            diverging=~fine,
+            rng_key=key,
+        )
+
+    def get_diagnostics_str(self, state: ScoreHMCState) -> str:
+        """For the progress bar."""
+        return f"step {state.step_size:.2g}, acc. prob={state.mean_accept_prob:.2f}"

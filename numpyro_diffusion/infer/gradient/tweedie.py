@@ -1,0 +1,86 @@
+r"""The score's own preconditioner: Tweedie's covariance of the clean point at a noise level.
+
+Seen through noise of level $\lambda$, the prior near a point $x$ has the covariance
+
+$$C_\lambda(x) = \mathrm{Cov}[x_0 \mid x_t = \alpha_t x], \qquad \sigma_t / \alpha_t = \lambda,$$
+
+for a Gaussian prior $\Sigma (\Sigma + \lambda^2)^{-1} \lambda^2$: the prior's own where that is narrow, $\lambda^2$
+where it is wide. It depends on the point, so a kernel that uses it must put it into its proposal's density
+(`langevin.MALA` does). It knows nothing of the likelihood, and a learned Jacobian need be neither symmetric nor
+positive: the symmetric part is taken and its eigenvalues are kept above a small share of the largest possible,
+$\lambda^2$.
+
+References:
+    Efron, Tweedie's formula and selection bias, 2011, https://doi.org/10.1198/jasa.2011.tm11181.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jax.scipy.linalg import block_diag
+
+from numpyro_diffusion import _checks
+from numpyro_diffusion.denoise import covariance
+from numpyro_diffusion.infer.kernel.adapt import Root
+from numpyro_diffusion.infer.model.sites import Model, PriorSite, prior_sites
+
+_FLOOR = 1e-4
+"""Least eigenvalue, as a share of the squared level."""
+
+
+@dataclass(frozen=True)
+class Tweedie:
+    """Tweedie's covariance at a noise level as a preconditioner; other latent sites keep the identity.
+
+    A factorisation of a d by d matrix at every step: for events of up to some hundred dimensions.
+
+    Args:
+        level: noise level in units of the data's scale, positive.
+
+    Raises:
+        ValueError: if `level` is not positive; when run, for a model without diffusion sites, or a site whose transform
+            is not NumPyro's own for its support.
+    """
+
+    level: float = 1.0
+
+    def __post_init__(self) -> None:
+        _checks.positive(level=self.level)
+
+    def check(self, model: Model, args: tuple, kwargs: dict) -> None:
+        """Raises unless the covariance of every diffusion site is one in NumPyro's coordinates."""
+        for name, site in prior_sites(model, args, kwargs).items():
+            if not site.same_coordinates:
+                raise ValueError(
+                    f"Tweedie() needs site {name!r} in the denoiser's own coordinates; its transform is not NumPyro's "
+                    'for it. Use preconditioner="dense"'
+                )
+
+    def _point_root(self, site: PriorSite, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Eigenvalues and eigenvectors of the covariance at one point of the denoiser's space."""
+        denoiser = site.prior.denoiser
+        level = jnp.asarray(self.level * denoiser.scale, u.dtype)
+        t = denoiser.schedule.inverse_noise_level(level)
+        matrix = covariance(denoiser, (denoiser.schedule.alpha(t) * u).astype(u.dtype), t).dense()
+        values, vectors = jnp.linalg.eigh(0.5 * (matrix + matrix.T))
+        return jnp.maximum(values, _FLOOR * level**2), vectors
+
+    def root(self, model: Model, args: tuple, kwargs: dict, z: dict[str, jax.Array]) -> Root:
+        """The root of the preconditioner at a point, in NumPyro's unconstrained coordinates."""
+        sites = prior_sites(model, args, kwargs)
+        roots, inverses, log_det = [], [], 0.0
+        for name in sorted(z):
+            if name not in sites:
+                identity = jnp.eye(jnp.size(z[name]), dtype=z[name].dtype)
+                roots, inverses = [*roots, identity], [*inverses, identity]
+                continue
+            points = z[name].reshape(-1, *sites[name].prior.denoiser.event_shape)
+            values, vectors = jax.vmap(lambda u, site=sites[name]: self._point_root(site, u))(points)
+            for value, vector in zip(values, vectors, strict=True):
+                roots.append(jnp.sqrt(value)[:, None] * vector.T)
+                inverses.append(vector / jnp.sqrt(value))
+            log_det = log_det + 0.5 * jnp.sum(jnp.log(values))
+        dtype = ravel_pytree(z)[0].dtype
+        return Root(*(block_diag(*blocks).astype(dtype) for blocks in (roots, inverses)), jnp.asarray(log_det, dtype))

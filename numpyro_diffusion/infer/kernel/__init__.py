@@ -1,0 +1,1 @@
+"""What all kernels share: NumPyro's contract, the start, the accept step, adaptation."""

@@ -1,0 +1,162 @@
+r"""The coat that every kernel wears: one chain's mathematics inside, NumPyro's contract outside.
+
+A kernel is two pure functions of one chain, `_start(key, ...) -> state` and `_step(state, ...) -> state`. This class
+gives them to `numpyro.infer.MCMC`: many chains at once (`chain_method="vectorized"`), conditioning by composite
+kernels, continuation from a state, pickling, and a start that is compiled once for all runs on data of one shape.
+
+Chains that run together may agree on a random number, by `shared`, so that a loop has one length for all of them: with
+each its own, every chain would wait for the longest. They may also pool a statistic that warm-up adapts to, by
+`pooled`. What is shared does not depend on where a chain is, so each chain alone is as valid as before.
+"""
+
+import abc
+import copy
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+from numpyro.infer.mcmc import MCMCKernel
+from numpyro.util import is_prng_key
+
+from numpyro_diffusion.infer.model.sites import Model
+
+_CHAINS = "numpyro_diffusion_chains"
+
+
+def shared(value: jax.Array) -> jax.Array:
+    """The first chain's value, for all chains that run together."""
+    return _across_chains(lambda v: jax.lax.all_gather(v, _CHAINS)[0], value)
+
+
+def pooled(value: jax.Array) -> jax.Array:
+    """The mean over all chains that run together."""
+    return _across_chains(lambda v: jax.lax.pmean(v, _CHAINS), value)
+
+
+def _across_chains(collective: Callable[[jax.Array], jax.Array], value: jax.Array) -> jax.Array:
+    try:
+        return collective(value)
+    except NameError:  # no such axis: the chain runs alone
+        return value
+
+
+def _any_traced(tree: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+class DiffusionKernel(MCMCKernel, abc.ABC):
+    """Base of the kernels: wears NumPyro's contract, leaves the mathematics to `_start` and `_step`.
+
+    Args:
+        model: NumPyro model, a callable.
+
+    Raises:
+        TypeError: if `model` is not callable.
+    """
+
+    sample_field = "z"
+    statistics: ClassVar[tuple[str, ...]] = ("accept_prob", "num_score_evals")
+    """State fields collected on every draw, besides the sites and `diverging`."""
+    binds_on_start: ClassVar[bool] = False
+    """Whether `_start` leaves closures behind that must not come from inside a transformation."""
+    takes_point: ClassVar[bool] = False
+    """Whether a state with another `z`, refreshed, goes on from there: what `Cycle` and `Mixture` rely on."""
+
+    def __init__(self, model: Model) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be a NumPyro model, a callable; got {type(model).__name__}")
+        self._model = model
+        self._forget()
+
+    def _forget(self) -> None:
+        self._sample_fn = None
+        self._compiled_start = None
+        self._num_warmup = 0
+        self._vectorized = False
+
+    @abc.abstractmethod
+    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> NamedTuple:
+        """The initial state of one chain."""
+
+    @abc.abstractmethod
+    def _step(self, state: NamedTuple, args: tuple, kwargs: dict) -> NamedTuple:
+        """The next state of one chain."""
+
+    def _check_model(self, args: tuple, kwargs: dict) -> None:
+        """Raises if the model does not suit the kernel."""
+
+    def _check_start(self, state: NamedTuple) -> None:
+        """Raises if a concrete initial state, of one chain or of many, cannot be sampled from."""
+
+    @property
+    def model(self) -> Model:
+        """The model as the user wrote it."""
+        return self._model
+
+    @property
+    def default_fields(self) -> tuple[str, ...]:
+        return (self.sample_field, "diverging", *self.statistics)
+
+    def init(
+        self, rng_key: jax.Array, num_warmup: int, init_params: Any, model_args: tuple, model_kwargs: dict | None
+    ) -> NamedTuple:
+        """Called by `MCMC`: the initial state, batched over chains if `rng_key` is."""
+        kwargs = {} if model_kwargs is None else dict(model_kwargs)
+        mode = num_warmup, not is_prng_key(rng_key)
+        if self._compiled_start is None or mode != (self._num_warmup, self._vectorized):
+            self._num_warmup, self._vectorized = mode
+            self._compiled_start = jax.jit(self._start_all)
+        self._check_model(model_args, kwargs)
+        state = self._run_start(rng_key, init_params, model_args, kwargs)
+        if not _any_traced(state):
+            self._check_start(state)
+        self._sample_fn = self._step  # MCMC starts afresh on every run where this is None
+        return state
+
+    def _run_start(self, keys: jax.Array, init_params: Any, args: tuple, kwargs: dict) -> NamedTuple:
+        """Compiled if all arguments are arrays, so that a second run on new data finds it compiled."""
+        if _any_traced((keys, init_params, args, kwargs)):
+            return self._start_all(keys, init_params, args, kwargs)
+        self._just_traced = False
+        try:
+            state = self._compiled_start(keys, init_params, args, kwargs)
+        except (TypeError, jax.errors.JAXTypeError, jax.errors.JAXIndexError):
+            state = None  # the model needs concrete arguments, or has an error that shows again below
+        if state is None:
+            return self._start_all(keys, init_params, args, kwargs)
+        if self._just_traced and self.binds_on_start:
+            first = (lambda leaf: leaf[0]) if self._vectorized else (lambda leaf: leaf)
+            self._start(first(keys), jax.tree.map(first, init_params), args, kwargs)
+        return state
+
+    def _start_all(self, keys: jax.Array, init_params: Any, args: tuple, kwargs: dict) -> NamedTuple:
+        self._just_traced = True
+
+        def start(key: jax.Array, init_params: Any) -> NamedTuple:
+            return self._start(key, init_params, args, kwargs)
+
+        if not self._vectorized:
+            return start(keys, init_params)
+        in_axes = (0, None if init_params is None else 0)
+        return jax.vmap(start, in_axes=in_axes, axis_name=_CHAINS)(keys, init_params)
+
+    def sample(self, state: NamedTuple, model_args: tuple, model_kwargs: dict | None) -> NamedTuple:
+        """Called by `MCMC`: the next state."""
+        kwargs = {} if model_kwargs is None else dict(model_kwargs)
+
+        def step(state: NamedTuple) -> NamedTuple:
+            return self._step(state, model_args, kwargs)
+
+        return jax.vmap(step, axis_name=_CHAINS)(state) if self._vectorized else step(state)
+
+    def wrap_model(self, wrapper: Callable[[Model], Model]) -> "DiffusionKernel":
+        """A copy of this kernel on a wrapped model, for composite kernels."""
+        kernel = copy.copy(self)
+        kernel._model = wrapper(self._model)
+        kernel._forget()
+        return kernel
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_sample_fn"] = state["_compiled_start"] = None
+        return state

@@ -1,0 +1,288 @@
+r"""What a kernel may ask of a diffusion prior, and how far the answer can be trusted.
+
+A kernel on the joint posterior moves by the gradient of $\log p(x) + \log L(x)$ and, if it tests its moves, needs the
+difference of this between two points. For the likelihood both are plain. For a diffusion prior there are three answers,
+and each says what it is worth in its `status`:
+
+* `Score`: the gradient alone, $\nabla \log p$ at the smallest noise level. No test can be made with it.
+* `Density`: a log-density. The denoiser's own, $\log p_t(\alpha_t x)$ at the smallest noise level, where it has one (an
+  exact denoiser, an energy network), or that of the probability flow, by one solve. A test with it leaves the law of
+  that density in place.
+* `LineIntegral`: differences only, as the work of the score along the segment between two points,
+
+$$\log p(x') - \log p(x) \approx \int_0^1 s(x + \tau (x' - x))^\top (x' - x)\, \mathrm{d}\tau,$$
+
+by quadrature. A learned score need not be a gradient, and where it is none the integral depends on the path and there
+is no law that the test would leave in place. How far it is from one is measured: the work around a closed triangle, its
+*circulation*, is zero for a gradient, up to the quadrature.
+
+Providers act on a model as handlers (`provided`): the prior's `log_prob` becomes the provider's. With `Density` the
+result is an ordinary NumPyro model, for NumPyro's own kernels too (`with_density`). What the others put there is no
+density, and stays inside this package.
+
+References:
+    Song et al., Score-based generative modeling through stochastic differential equations, 2021,
+    https://arxiv.org/abs/2011.13456.
+    Du et al., Reduce, reuse, recycle, 2023 (a Metropolis test by the line integral of the score),
+    https://arxiv.org/abs/2302.11552.
+"""
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from numpyro.handlers import reparam
+from numpyro.infer.reparam import Reparam
+
+from numpyro_diffusion import _checks
+from numpyro_diffusion.denoise import Denoiser
+from numpyro_diffusion.denoise.composed import density_kind
+from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.infer.model.sites import Model, is_diffusion_site, undropped
+
+_WITHOUT_DENSITY = (
+    "AnnealedLangevin and ULA need the score alone (biased), NoiseSpace gradients through the flow, DiffusionPCN and "
+    "DiffusionGibbs the likelihood alone"
+)
+
+
+class Status(NamedTuple):
+    """What is behind a kernel, for its users."""
+
+    provides: str  # what is asked of the prior: "score", "density", "line integral", "flow", "reverse process"
+    exact: bool  # whether the kernel leaves a law in place that can be named
+    statement: str  # that law, or what is approximate
+
+
+class Provider(abc.ABC):
+    """One way to answer for a diffusion prior; a frozen dataclass of plain numbers.
+
+    Attributes:
+        status: what it provides, and how far that can be trusted.
+        has_density: whether its value is a log-density.
+    """
+
+    status: ClassVar[Status]
+    has_density: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def log_density(self, prior: DiffusionPrior, u: jax.Array) -> jax.Array:
+        """A scalar of one point `u` of the denoiser's space whose gradient there is the score.
+
+        Its value is the log-density if `has_density`, and means nothing if not.
+        """
+
+    @abc.abstractmethod
+    def check(self, name: str, prior: DiffusionPrior, depends: bool, kernel: str) -> None:
+        """Raises unless the prior at a site, which may depend on other latent sites, can answer a kernel."""
+
+    @abc.abstractmethod
+    def evaluations(self, prior: DiffusionPrior) -> int:
+        """Denoiser evaluations behind one value with its gradient, per point."""
+
+
+@dataclass(frozen=True)
+class Score(Provider):
+    """The score at the smallest noise level, and nothing else."""
+
+    status = Status("score", False, "moves by the score and tests nothing: biased by the order of its step")
+
+    def log_density(self, prior: DiffusionPrior, u: jax.Array) -> jax.Array:
+        score = jax.lax.stop_gradient(_score(prior.denoiser, u))
+        return jnp.vdot(score, u).astype(u.dtype)
+
+    def check(self, name: str, prior: DiffusionPrior, depends: bool, kernel: str) -> None:
+        if depends:
+            raise ValueError(
+                f"the prior of site {name!r} depends on other latent sites, and {type(self).__name__}() has no "
+                f"gradient in them for {kernel}. Use provider=Density(), NoiseSpace(model) or DiffusionGibbs(model)"
+            )
+
+    def evaluations(self, prior: DiffusionPrior) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class Density(Provider):
+    """A log-density.
+
+    Args:
+        source: "denoiser" for the denoiser's own at the smallest noise level, one evaluation; "flow" for that of the
+            probability flow, one solve with its trace; "auto" for the first that the prior has.
+
+    Raises:
+        ValueError: if `source` is unknown.
+    """
+
+    source: Literal["auto", "denoiser", "flow"] = "auto"
+
+    status = Status("density", True, "leaves the law of the prior's density in place: denoiser's own, or flow's")
+    has_density = True
+
+    def __post_init__(self) -> None:
+        _checks.one_of("source", self.source, ("auto", "denoiser", "flow"))
+
+    def source_of(self, prior: DiffusionPrior) -> str | None:
+        """Where the density of a prior comes from: "denoiser", "flow", or None if it has none."""
+        has = {"denoiser": density_kind(prior.denoiser) is not None, "flow": prior.density == "ode"}
+        return next((source for source in has if has[source] and self.source in ("auto", source)), None)
+
+    def log_density(self, prior: DiffusionPrior, u: jax.Array) -> jax.Array:
+        denoiser = prior.denoiser
+        if self.source_of(prior) == "flow":
+            return DiffusionPrior._log_density(prior, u)
+        t = denoiser.schedule.t_min
+        alpha = denoiser.schedule.alpha(t)
+        return (denoiser.log_density(alpha * u, t) + u.size * jnp.log(alpha)).astype(u.dtype)
+
+    def check(self, name: str, prior: DiffusionPrior, depends: bool, kernel: str) -> None:
+        source = self.source_of(prior)
+        if depends and source == "denoiser" and density_kind(prior.denoiser) == "unnormalized":
+            raise ValueError(
+                f"the density at site {name!r} is known but for a constant that depends on other latent sites: "
+                f'{kernel} cannot move these by it. Use Density("flow"), NoiseSpace(model) or DiffusionGibbs(model)'
+            )
+        if source is None:
+            raise ValueError(
+                f"{kernel} needs a density, and the DiffusionPrior at site {name!r} has a score but no density for "
+                f'{self}. Give the prior density="ode", or the kernel provider=LineIntegral() (approximate), or take '
+                f"another kernel: {_WITHOUT_DENSITY}"
+            )
+
+    def evaluations(self, prior: DiffusionPrior) -> int:
+        return 1 if self.source_of(prior) == "denoiser" else 2 * (prior.density_solver.num_steps - 1)
+
+
+@dataclass(frozen=True)
+class LineIntegral(Score):
+    """Differences of the log-density as the work of the score along a segment, by quadrature.
+
+    Args:
+        num_points: points of the rule: odd and at least 3 for Simpson's, which reuses both ends; at least 1 for
+            Gauss-Legendre's.
+        rule: "simpson" or "gauss-legendre".
+        circulation: whether to measure the work around a triangle with every test, at the cost of some evaluations.
+
+    Raises:
+        ValueError: if the rule is unknown or cannot have that many points.
+    """
+
+    num_points: int = 3
+    rule: Literal["simpson", "gauss-legendre"] = "simpson"
+    circulation: bool = True
+
+    status = Status(
+        "line integral",
+        False,
+        "tests by the work of the score along a segment: exact only where the score is a gradient; see `circulation`",
+    )
+
+    def __post_init__(self) -> None:
+        _checks.one_of("rule", self.rule, ("simpson", "gauss-legendre"))
+        _checks.at_least(3 if self.rule == "simpson" else 1, num_points=self.num_points)
+        if self.rule == "simpson" and self.num_points % 2 == 0:
+            raise ValueError(f"num_points must be odd for Simpson's rule; got {self.num_points}")
+
+    def nodes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Places on [0, 1] and their weights."""
+        if self.rule == "gauss-legendre":
+            places, weights = np.polynomial.legendre.leggauss(self.num_points)
+            return 0.5 * (places + 1.0), 0.5 * weights
+        weights = np.full(self.num_points, 2.0)
+        weights[1::2], weights[0], weights[-1] = 4.0, 1.0, 1.0
+        return np.linspace(0.0, 1.0, self.num_points), weights / weights.sum()
+
+    def work(self, gradient: Callable[[jax.Array], jax.Array], start: jax.Array, end: jax.Array) -> jax.Array:
+        """The work of a vector field from one point to another, both of shape (D,)."""
+        places, weights = (jnp.asarray(v, start.dtype) for v in self.nodes())
+        values = jax.vmap(lambda place: gradient(start + place * (end - start)))(places)
+        return weights @ values @ (end - start)
+
+    def around(self, gradient: Callable[[jax.Array], jax.Array], a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+        """The circulation of a vector field around the triangle a, b, c: zero for a gradient."""
+        return sum(self.work(gradient, start, end) for start, end in ((a, b), (b, c), (c, a)))
+
+    def evaluations(self, prior: DiffusionPrior) -> int:
+        return 1 + self.num_points + (3 * self.num_points if self.circulation else 0)
+
+
+def provided(model: Model, provider: Provider) -> Model:
+    """A model whose latent diffusion sites answer through a provider."""
+
+    def config(site: dict) -> Callable | None:
+        return _Provide(provider, undropped(site)) if is_diffusion_site(site) else None
+
+    return reparam(model, config=config)
+
+
+def with_density(model: Model, source: Literal["auto", "denoiser", "flow"] = "auto") -> Model:
+    """A model for NumPyro's own kernels, with the cheapest density that its diffusion priors have.
+
+    An exact denoiser or an energy network has one at a single evaluation, where `DiffusionPrior.log_prob` solves the
+    probability flow. An energy is a log-density but for a constant: good for moving x, not for comparing models.
+
+    Args:
+        model: NumPyro model.
+        source: as in `Density`.
+
+    Returns:
+        A model with the same sites.
+
+    Example:
+        >>> import jax, numpyro
+        >>> import numpyro.distributions as dist
+        >>> from numpyro.infer import MCMC, NUTS
+        >>> from numpyro_diffusion.denoise import Gaussian
+        >>> from numpyro_diffusion.distributions import DiffusionPrior
+        >>> from numpyro_diffusion.infer import with_density
+        >>> def model(y):
+        ...     x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0])))
+        ...     numpyro.sample("y", dist.Normal(x[0], 1.0), obs=y)
+        >>> mcmc = MCMC(NUTS(with_density(model)), num_warmup=200, num_samples=500, progress_bar=False)
+        >>> mcmc.run(jax.random.key(0), 3.0)
+        >>> bool(abs(mcmc.get_samples()["x"].mean() - 1.5) < 0.3)
+        True
+    """
+    return provided(model, Density(source))
+
+
+class _Provide(Reparam):
+    """Replaces the log-density of a site's prior by that of a provider."""
+
+    def __init__(self, provider: Provider, fn: dist.Distribution) -> None:
+        self.provider, self.fn = provider, fn
+
+    def __call__(self, name: str, fn: dist.Distribution, obs: jax.Array | None) -> tuple:
+        prior, expand_shape, event_dim = self._unwrap(self.fn)
+        return self._wrap(_ProvidedPrior.of(prior, self.provider), expand_shape, event_dim), obs
+
+
+class _ProvidedPrior(DiffusionPrior):
+    """A prior that answers through a provider; made by kernels, for their own use."""
+
+    pytree_aux_fields = ("provider",)
+
+    @classmethod
+    def of(cls, prior: DiffusionPrior, provider: Provider) -> "_ProvidedPrior":
+        self = object.__new__(cls)
+        vars(self).update(vars(prior), provider=provider)
+        return self
+
+    def _log_density(self, u: jax.Array) -> jax.Array:
+        function = partial(self.provider.log_density, self)
+        for _ in range(jnp.ndim(u) - len(self.denoiser.event_shape)):
+            function = jax.vmap(function)
+        return function(u)
+
+
+def _score(denoiser: Denoiser, u: jax.Array) -> jax.Array:
+    """The gradient of log p at a clean point, read off at the smallest noise level."""
+    t = denoiser.schedule.t_min
+    alpha = denoiser.schedule.alpha(t).astype(u.dtype)
+    return (alpha * denoiser((alpha * u).astype(u.dtype), t).score).astype(u.dtype)

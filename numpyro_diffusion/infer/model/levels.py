@@ -1,0 +1,90 @@
+r"""Ladders of noise levels: strictly decreasing, within what a prior knows, and cut at an exact rung.
+
+A level is $\lambda = \sigma_t / \alpha_t$, the standard deviation of the noise in units of the denoiser's space, and
+has one time on each schedule.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from numpyro_diffusion.infer.model.sites import PriorSite
+from numpyro_diffusion.noise import Schedule
+from numpyro_diffusion.solve import Solver
+
+
+def decreasing(name: str, levels: Sequence[float]) -> tuple[float, ...]:
+    """Noise levels as numbers.
+
+    Args:
+        name: of the argument, for the error.
+        levels: noise levels, at least one.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: if they are not positive, finite and strictly decreasing.
+    """
+    values = np.asarray(levels, np.float64)
+    if values.ndim != 1 or len(values) < 1:
+        raise ValueError(f"{name} must be a list of noise levels; got shape {values.shape}")
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        raise ValueError(f"{name} must be positive and finite; got {values.tolist()}")
+    rises = np.flatnonzero(np.diff(values) >= 0)
+    if len(rises):
+        k = rises[0]
+        raise ValueError(f"{name} must be strictly decreasing; got {values[k]:.6g} and then {values[k + 1]:.6g}")
+    return tuple(values.tolist())
+
+
+def check_within(argument: str, levels: Sequence[float], name: str, site: PriorSite) -> None:
+    """Raises `ValueError` unless all levels lie on the schedule of the prior at a site, as far as it is known."""
+    schedule = site.prior.denoiser.schedule
+    ends = [schedule.noise_level(t) for t in (schedule.t_min, schedule.t_max)]
+    if any(isinstance(end, jax.core.Tracer) for end in ends):
+        return
+    lowest, highest = (float(end) for end in ends)
+    outside = [level for level in levels if not lowest * (1 - 1e-4) <= level <= highest * (1 + 1e-4)]
+    if outside:
+        raise ValueError(
+            f"{argument} must lie within the noise levels that the prior of site {name!r} knows, {lowest:.4g} to "
+            f"{highest:.4g}; got {outside[0]:.6g}"
+        )
+
+
+def times_of(levels: ArrayLike, site: PriorSite) -> jax.Array:
+    """The times of noise levels on the clock of the prior at a site."""
+    schedule = site.prior.denoiser.schedule
+    times = schedule.inverse_noise_level(jnp.asarray(levels, jnp.result_type(float)))
+    return jnp.clip(times, schedule.t_min, schedule.t_max)
+
+
+def grid_from(solver: Solver, schedule: Schedule, start: ArrayLike, num_times: int) -> jax.Array:
+    """The times that a solver's grid places from exactly `start`, which may be traced, down to the cleanest."""
+    return solver.grid(_From(schedule, start), num_times)
+
+
+@dataclass(frozen=True)
+class _From(Schedule):
+    """The part of a schedule below a time."""
+
+    base: Schedule
+    t_max: ArrayLike
+
+    @property
+    def t_min(self) -> float:
+        return self.base.t_min
+
+    def alpha(self, t: ArrayLike) -> jax.Array:
+        return self.base.alpha(t)
+
+    def sigma(self, t: ArrayLike) -> jax.Array:
+        return self.base.sigma(t)
+
+    def inverse_log_snr(self, log_snr: ArrayLike) -> jax.Array:
+        return self.base.inverse_log_snr(log_snr)

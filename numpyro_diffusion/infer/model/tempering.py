@@ -1,0 +1,110 @@
+r"""A model with its likelihood raised to a power, and the likelihood by itself.
+
+Split a model into what can be drawn, the priors of its latent sites, and what is conditioned on, observations and
+factors:
+
+$$p(x, \theta)\, L(x, \theta)^\beta, \qquad \beta \in [0, 1].$$
+
+`temper` is a handler that scales the second factor; its $\beta$ travels in the keyword arguments, so that it can change
+without a compilation and any kernel can move on any temperature. The Jacobian of NumPyro's unconstrained coordinates
+belongs to the prior and keeps its full weight. `log_likelihood` and `draw_prior` are the two factors
+for themselves. Who walks from $\beta = 0$ to 1 is the matter of `smc`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from numpyro.handlers import seed, substitute, trace
+from numpyro.infer.gibbs import conditioned
+from numpyro.infer.util import log_density
+from numpyro.primitives import Messenger
+
+from numpyro_diffusion.infer.model.sites import Model
+
+TEMPERATURE = "_temperature"
+"""Keyword argument that holds the inverse temperature."""
+_UNDER_WAY = "_under_way"
+
+
+class _scale_observed(Messenger):  # noqa: N801
+    """Scales the log-density of everything that is conditioned on.
+
+    A site that arises while a latent one is on its way through the handlers is none of the model's: it is the Jacobian
+    of NumPyro's unconstrained coordinates, a part of the prior.
+    """
+
+    def __init__(self, fn: Model, temperature: jax.Array) -> None:
+        self.temperature = temperature
+        self._inside_latent = 0
+        super().__init__(fn)
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "sample":
+            return
+        if not msg["is_observed"]:
+            msg["infer"] = {**msg["infer"], _UNDER_WAY: True}
+            self._inside_latent += 1
+        elif not self._inside_latent:
+            msg["scale"] = self.temperature if msg["scale"] is None else self.temperature * msg["scale"]
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        self._inside_latent -= _UNDER_WAY in msg.get("infer", {})
+
+
+class _only_observed(Messenger):  # noqa: N801
+    """Counts the log-density of latent sites as zero, without evaluating it."""
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "sample" and not msg["is_observed"]:
+            msg["fn"] = msg["fn"].mask(False)
+
+
+class _remember_site(Messenger):  # noqa: N801
+    """Knows the latent site that was met last."""
+
+    name: str | None = None
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "sample" and not msg["is_observed"]:
+            self.name = msg["name"]
+
+
+class temper:  # noqa: N801
+    """A model whose keyword arguments may hold an inverse temperature for its likelihood.
+
+    Args:
+        model: NumPyro model.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        temperature = kwargs.pop(TEMPERATURE, None)
+        model = self._model if temperature is None else _scale_observed(self._model, temperature)
+        return model(*args, **kwargs)
+
+
+def draw_prior(model: Model, key: jax.Array, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """One draw of all latent sites from their priors, constrained.
+
+    Raises:
+        ValueError: if a latent site cannot be drawn.
+    """
+    remembering = _remember_site(model)
+    try:
+        sites = trace(seed(remembering, key)).get_trace(*args, **kwargs)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the prior of site {remembering.name!r} cannot be drawn, and particles start there. Give the site a "
+            "proper distribution, and what that lacks by numpyro.factor"
+        ) from error
+    return {name: s["value"] for name, s in sites.items() if s["type"] == "sample" and not s["is_observed"]}
+
+
+def log_likelihood(model: Model, args: tuple, kwargs: Mapping[str, Any], values: Mapping[str, jax.Array]) -> jax.Array:
+    """Log-density of all observations and factors at constrained values of the latent sites, a scalar."""
+    rest = seed(_only_observed(conditioned(model)), jax.random.key(0))
+    return jnp.asarray(log_density(substitute(rest, data=dict(values)), args, dict(kwargs), {})[0], float)

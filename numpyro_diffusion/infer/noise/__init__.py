@@ -1,0 +1,1 @@
+"""Kernels on the noise behind the diffusion sites."""

@@ -1,0 +1,1 @@
+"""Samplers that carry a population from the prior to the posterior."""

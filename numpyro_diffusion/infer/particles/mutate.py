@@ -1,0 +1,132 @@
+r"""Moving a population by a kernel until it has forgotten where it started.
+
+All particles move as one batch by a kernel that leaves their target in place, so any number of moves is right; it
+decides how well copies of one ancestor come apart. They end when the correlation between particles and their starting
+points, its mean over dimensions,
+
+$$\frac1D \sum_d \mathrm{corr}_i\bigl(z_{i d}^{(0)}, z_{i d}^{(m)}\bigr),$$
+
+has fallen far enough, or at a given number. The kernel tunes itself all the while, from the whole population: PCN the
+centre of its noise levels, from where the moves before have left it, kernels of NumPyro's scheme their step size and
+preconditioner (`adapt.pool_adaptation`). That a particle has its part of the order $1/N$ in both makes the law of a
+finite population approximate, of the same order.
+
+References:
+    Kantas, Beskos, Jasra, Sequential Monte Carlo methods for high-dimensional inverse problems, 2014,
+    https://arxiv.org/abs/1307.6127.
+    Buchholz, Chopin, Jacob, Adaptive tuning of Hamiltonian Monte Carlo within sequential Monte Carlo, 2021,
+    https://arxiv.org/abs/1808.07730.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from numpyro.infer.mcmc import MCMCKernel
+
+from numpyro_diffusion.infer.kernel.adapt import pool_adaptation
+
+Points = dict[str, jax.Array]
+
+
+class Moves(NamedTuple):
+    """What happened during the moves."""
+
+    num_moves: jax.Array
+    correlation: jax.Array  # left between particles and their starting points, mean over dimensions
+    accept_prob: jax.Array  # mean over moves and particles, NaN if the kernel has none
+    noise_level: jax.Array  # at which the kernel's adapted levels are centred at the end, NaN if it has none
+    num_score_evals: jax.Array  # denoiser evaluations, per particle
+    num_diverging: jax.Array  # of all particles and moves together: what the kernel rejected as not finite
+
+
+def move(
+    kernel: MCMCKernel,
+    keys: jax.Array,
+    z: Points,
+    args: tuple,
+    kwargs: dict[str, Any],
+    noise_level: jax.Array,
+    *,
+    correlation: float,
+    max_moves: int,
+) -> tuple[Points, Moves]:
+    """Moves particles until they have forgotten where they were.
+
+    Args:
+        kernel: leaves the particles' target in place; takes them as its chains.
+        keys: random keys, one for each particle, (N,).
+        z: unconstrained values by site, (N, ...).
+        args: the model's arguments.
+        kwargs: its keyword arguments.
+        noise_level: where the kernel's levels begin to adapt; NaN leaves that to the kernel.
+        correlation: what may be left of it at the end, in (0, 1).
+        max_moves: moves after which they end all the same.
+
+    Returns:
+        The particles, and what happened.
+    """
+    start = _flat(z)
+
+    def point(state: Any) -> Points:
+        values = getattr(state, kernel.sample_field)
+        return {name: values[name] for name in z}
+
+    def going(carry: tuple) -> jax.Array:
+        _, so_far = carry
+        return (so_far.num_moves < max_moves) & (so_far.correlation > correlation)
+
+    def once(carry: tuple) -> tuple:
+        state, so_far = carry
+        state = pool_adaptation(kernel.sample(state, args, kwargs))
+        return state, Moves(
+            num_moves=so_far.num_moves + 1,
+            correlation=_mean_correlation(start, _flat(point(state))),
+            accept_prob=so_far.accept_prob + jnp.mean(getattr(state, "accept_prob", jnp.nan)),  # the sum, until the end
+            noise_level=_centre(state),
+            num_score_evals=so_far.num_score_evals + jnp.max(jnp.asarray(getattr(state, "num_score_evals", 0))),
+            num_diverging=so_far.num_diverging + jnp.sum(jnp.asarray(getattr(state, "diverging", 0), jnp.int32)),
+        )
+
+    zero, one = jnp.zeros(()), jnp.ones(())
+    count = jnp.zeros((), jnp.int32)
+    none = Moves(count, one, zero, zero, count, count)
+    state = _centred_at(noise_level, kernel.init(keys, max_moves, z, model_args=args, model_kwargs=kwargs))
+    state = pool_adaptation(state)
+    state, moves = jax.lax.while_loop(going, once, (state, none))
+    return point(state), moves._replace(accept_prob=moves.accept_prob / moves.num_moves)
+
+
+def _has_levels(node: Any) -> bool:
+    return hasattr(node, "log_level")
+
+
+def _centre(state: Any) -> jax.Array:
+    """The noise level about which a kernel draws its own, or the kernels of a composed one; NaN without one."""
+    nodes = [node for node in jax.tree.leaves(state, is_leaf=_has_levels) if _has_levels(node)]
+    return jnp.exp(jnp.mean(nodes[0].log_level)) if nodes else jnp.full((), jnp.nan)
+
+
+def _centred_at(noise_level: jax.Array, state: Any) -> Any:
+    """The same state with its levels drawn about another one, unless that is NaN."""
+
+    def centred(node: Any) -> Any:
+        if not _has_levels(node):
+            return node
+        log_level = jnp.where(jnp.isnan(noise_level), node.log_level, jnp.log(noise_level))
+        return node._replace(log_level=log_level.astype(node.log_level.dtype))
+
+    return jax.tree.map(centred, state, is_leaf=_has_levels)
+
+
+def _flat(z: Points) -> jax.Array:
+    """Vectors of the particles, (N, D)."""
+    return jax.vmap(lambda z: ravel_pytree(z)[0])(z)
+
+
+def _mean_correlation(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Mean over dimensions of the correlation between two sets of points, both (N, D); one where a set is constant."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    scale = jnp.sqrt((a**2).mean(0) * (b**2).mean(0))
+    return jnp.mean(jnp.where(scale > 0, (a * b).mean(0) / jnp.where(scale > 0, scale, 1.0), 1.0))

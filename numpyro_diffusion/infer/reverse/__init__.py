@@ -1,0 +1,1 @@
+"""Kernels that move by the prior's own reverse process."""

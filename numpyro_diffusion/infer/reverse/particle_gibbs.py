@@ -1,0 +1,260 @@
+r"""Particle Gibbs: a chain of whole walks down the reverse process, renewed by conditional sequential Monte Carlo.
+
+The state is a walk $x_T \to \dots \to x_0$ of the solver. Its law under the model,
+
+$$\pi(x_{T:0}) \propto p(x_T) \prod p(x_s \mid x_t)\; L(x_0),$$
+
+is what `twisted_smc` approximates with many particles. Conditional SMC makes a Markov kernel of it: the current walk is
+kept as one of $N$ particles, the others walk beside it, guided and weighted, and a new walk is drawn from the others by
+its final weight and tested against the kept one. **This leaves $\pi$ in place for any $N \ge 2$**: no bias of order
+$1 / N$. Particles are resampled where their weights have become uneven, and there the kept walk draws its own past anew
+among all of them (ancestor sampling) with weights
+
+$$\tilde w^i \propto w^i \frac{p(x'_s \mid x_t^i)}{\psi_t(x_t^i)},$$
+
+$x'$ the kept walk, $\psi$ the twisting function. A walk in ten goes unguided (`reverse_path`), so that a kept walk that
+the guidance would hardly take does not stay for that. A solver that remembers one step has a second factor
+$p(x'_r \mid x'_s, x_t^i)$, of the step after.
+
+Its clean point has the law of the walk times the likelihood: exact but for the steps of the solver, as a draw of the
+prior is. Other latent sites have a block of their own (`DiffusionGibbs(model, x_kernel=ParticleGibbs)`), and mix with
+the walk.
+
+References:
+    Chopin and Singh, On particle Gibbs sampling, 2015 (the last choice as a forced move),
+    https://arxiv.org/abs/1304.1887.
+    Andrieu, Doucet, Holenstein, Particle Markov chain Monte Carlo methods, 2010,
+    https://doi.org/10.1111/j.1467-9868.2009.00736.x.
+    Lindsten, Jordan, Schön, Particle Gibbs with ancestor sampling, 2014, https://arxiv.org/abs/1401.0604.
+    Corenflos et al., Conditioning diffusion models by explicit forward-backward bridging, 2024,
+    https://arxiv.org/abs/2405.13794.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_diffusion import _checks
+from numpyro_diffusion.guidance import Guided, Likelihood, Observation
+from numpyro_diffusion.infer.anneal.base import TrajectoryKernel, given_or_drawn
+from numpyro_diffusion.infer.kernel.choose import conditional_systematic, effective_size, proper
+from numpyro_diffusion.infer.model.density import Status
+from numpyro_diffusion.infer.model.observation import check_moment, guided_site
+from numpyro_diffusion.infer.model.sites import Model, PriorSite, log_rest
+from numpyro_diffusion.infer.reverse.pcn import metropolised_gibbs
+from numpyro_diffusion.infer.reverse.walk import Transition, check_solver, log_worth, outlooks, transition
+from numpyro_diffusion.solve import ExponentialEuler, Solver, terminal_point
+
+_ESS_THRESHOLD = 0.5
+"""Share of the particles below which their effective number makes them resampled."""
+
+
+class ParticleGibbsState(NamedTuple):
+    """State of `ParticleGibbs`.
+
+    Args:
+        i: number of steps done.
+        z: the clean end of the walk, by site, in NumPyro's unconstrained coordinates.
+        walk: the walk in the denoiser's space, at all times of the solver's grid, noisiest first.
+        renewed: share of the walk's points that the last step has changed.
+        num_score_evals: denoiser evaluations of the last step.
+        diverging: whether the log-density of a particle was NaN or plus infinity; it was given no weight.
+        rng_key: random key.
+    """
+
+    i: jax.Array
+    z: dict[str, jax.Array]
+    walk: jax.Array
+    renewed: jax.Array
+    num_score_evals: jax.Array
+    diverging: jax.Array
+    rng_key: jax.Array
+
+
+class _Cloud(NamedTuple):
+    """Particles on their way down; the first is the kept walk."""
+
+    points: jax.Array  # (N, *event_shape)
+    memory: Any  # of the solver, by particle
+    log_weights: jax.Array  # (N,), without what lies ahead
+    log_ratio: jax.Array  # (N,), of the walks so far, the prior's density over the guidance's
+
+
+class ParticleGibbs(TrajectoryKernel):
+    """Draws the diffusion site of a model by conditional SMC with ancestor sampling over the reverse process.
+
+    Leaves the posterior under the solver's walk in place for any number of particles.
+
+    Args:
+        model: NumPyro model whose only latent site is a diffusion site, possibly in plates.
+        num_particles: particles with the kept one, at least 2.
+        moment: how the guidance looks ahead, see `guidance.Guided`; None takes "mmps" for a Gaussian observation and
+            "dps" for any other likelihood.
+        observation: what is observed of a point of the denoiser's own space; None reads the model. It steers; the
+            weights are the model's.
+        solver: a solver whose steps have a density; None takes the prior's own `sampler`.
+
+    Raises:
+        ValueError: for `num_particles` below 2 or an unknown moment; when run, for a model with other latent sites or
+            several diffusion sites, or a moment that cannot handle the likelihood.
+        TypeError: for a model that is not callable or a solver whose steps have no density.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import MCMC
+        >>> from numpyro_diffusion.denoise import Gaussian
+        >>> from numpyro_diffusion.distributions import DiffusionPrior
+        >>> from numpyro_diffusion.infer import ParticleGibbs
+        >>> def model(y):
+        ...     x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0]), density="none"))
+        ...     numpyro.sample("y", dist.Normal(x[0], 1.0), obs=y)
+        >>> mcmc = MCMC(ParticleGibbs(model), num_warmup=10, num_samples=500, progress_bar=False)
+        >>> mcmc.run(jax.random.key(0), 3.0)
+        >>> bool(abs(mcmc.get_samples()["x"].mean() - 1.5) < 0.3)
+        True
+    """
+
+    statistics = ("renewed", "num_score_evals")
+    status = Status("reverse process", False, "exact for the law of the solver's walk, which is the prior to its order")
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_particles: int = 10,
+        moment: str | None = None,
+        observation: Observation | Likelihood | None = None,
+        solver: Solver | None = None,
+    ) -> None:
+        super().__init__(model, None)
+        _checks.at_least(2, num_particles=num_particles)
+        check_moment(moment)
+        self._num_particles = num_particles
+        self._look_ahead = moment, observation
+        self._solver = None if solver is None else check_solver(solver)
+
+    def _check_model(self, args: tuple, kwargs: dict) -> None:
+        super()._check_model(args, kwargs)
+        self._parts(args, kwargs)
+
+    def _parts(self, args: tuple, kwargs: dict) -> tuple[str, PriorSite, Guided, ExponentialEuler]:
+        name, site, guided = guided_site(self._model, args, kwargs, *self._look_ahead)
+        return name, site, guided, check_solver(site.prior.sampler if self._solver is None else self._solver)
+
+    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> ParticleGibbsState:
+        """The noising process of where the chain begins."""
+        name, site, guided, solver = self._parts(args, kwargs)
+        key, key_point, key_noise = jax.random.split(key, 3)
+        z = given_or_drawn(key_point, {name: site}, init_params, kwargs)
+        walk = _noised(key_noise, guided, site.to_denoiser(z[name]), solver.times(guided))
+        zero, count = jnp.zeros((), walk.dtype), jnp.zeros((), jnp.int32)
+        return ParticleGibbsState(count, z, walk, zero, count, jnp.array(False), key)
+
+    def _step(self, state: ParticleGibbsState, args: tuple, kwargs: dict) -> ParticleGibbsState:
+        name, site, guided, solver = self._parts(args, kwargs)
+        key, key_walk, key_choice, key_accept = jax.random.split(state.rng_key, 4)
+        points, ancestors, log_weights = _conditional_walks(key_walk, solver, guided, state.walk, self._num_particles)
+        times = solver.times(guided)
+        clean = jax.vmap(lambda x_t: guided.base(x_t, times[-1]).x0)(points[-1])
+        z = jax.vmap(site.from_denoiser)(clean)
+        raw = jax.vmap(lambda z: log_rest(self._model, args, kwargs, {name: site.constrain(z)}))(z)
+        weights = proper(log_weights + proper(raw))
+        other, accept_prob = metropolised_gibbs(key_choice, weights[1:], weights[0])
+        chosen = jnp.where(jax.random.uniform(key_accept) < accept_prob, other + 1, 0)
+        indices = _lineage(ancestors, chosen)
+        walk = jax.vmap(lambda points, index: points[index])(points, indices)
+        return ParticleGibbsState(
+            i=state.i + 1,
+            z={name: z[chosen]},
+            walk=walk,
+            renewed=jnp.mean(indices != 0, dtype=walk.dtype),
+            num_score_evals=jnp.asarray((self._num_particles + 1) * len(times), jnp.int32),
+            diverging=(jnp.isnan(raw) | jnp.isposinf(raw)).any(),
+            rng_key=key,
+        )
+
+
+def _noised(key: jax.Array, guided: Guided, x: jax.Array, times: jax.Array) -> jax.Array:
+    """The noising process of a clean point, at all times."""
+    schedule = guided.schedule
+    levels = jax.vmap(schedule.noise_level)(times)
+    growth = jnp.sqrt(jnp.maximum(levels**2 - jnp.append(levels[1:], 0.0) ** 2, 0.0))
+    steps = jax.vmap(lambda g, key: g * jax.random.normal(key, x.shape))(growth, jax.random.split(key, len(times)))
+    noise = jnp.cumsum(steps[::-1], axis=0)[::-1]
+    return jax.vmap(lambda t, noise: schedule.alpha(t) * (x + noise))(times, noise).astype(x.dtype)
+
+
+def _conditional_walks(
+    key: jax.Array, solver: ExponentialEuler, guided: Guided, kept: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Walks of all particles given the kept one, (levels, N, ...), their ancestors (levels - 1, N) and last weights."""
+    times = solver.times(guided)
+    kept_means = jax.vmap(lambda x_t, t: guided.base(x_t, t).x0)(kept, times)
+    key_start, key_steps = jax.random.split(key)
+    noise = jax.random.normal(key_start, (count, *guided.event_shape), kept.dtype)
+    points = jax.vmap(partial(terminal_point, guided))(noise).astype(kept.dtype).at[0].set(kept[0])
+    memory = jax.vmap(partial(solver.remember, guided))(points)
+
+    def down(cloud: _Cloud, k: jax.Array) -> tuple[_Cloud, tuple[jax.Array, jax.Array]]:
+        log_twist, step, memory = outlooks(solver, guided, cloud.points, cloud.memory, times[k], times[k + 1])
+        log_weights = proper(cloud.log_weights + log_twist)
+        key_copies, key_draw = jax.random.split(jax.random.fold_in(key_steps, k))
+        log_future = _log_future(solver, guided, kept, kept_means, times, k, step, memory)
+        uneven = effective_size(log_weights) < _ESS_THRESHOLD * count
+        copies = _ancestors(key_copies, log_weights, proper(log_weights + log_future - log_twist))
+        ancestors = jnp.where(uneven, copies, jnp.arange(count))
+        log_weights = jnp.where(uneven, 0.0, log_weights)
+        moving = log_twist, step, memory, cloud.log_ratio
+        log_twist, step, memory, before = jax.tree.map(lambda leaf: leaf[ancestors], moving)
+        points = jax.vmap(Transition.draw)(step, jax.random.split(key_draw, count), before).at[0].set(kept[k + 1])
+        log_ratio = before + jax.vmap(Transition.log_ratio)(step, points)
+        log_weights += log_worth(log_ratio) - log_worth(before) - log_twist
+        return _Cloud(points, memory, log_weights, log_ratio), (cloud.points, ancestors)
+
+    none = jnp.zeros(count, kept.dtype)
+    cloud = _Cloud(points, memory, none, none)
+    cloud, (points, ancestors) = jax.lax.scan(down, cloud, jnp.arange(len(times) - 1))
+    return jnp.concatenate([points, cloud.points[None]]), ancestors, cloud.log_weights
+
+
+def _log_future(
+    solver: ExponentialEuler,
+    guided: Guided,
+    kept: jax.Array,
+    kept_means: jax.Array,
+    times: jax.Array,
+    k: jax.Array,
+    step: Transition,
+    memory: Any,
+) -> jax.Array:
+    """Log-density of the rest of the kept walk after each particle, as far as it depends on the particle, (N,)."""
+    following = jax.vmap(Transition.log_density, (0, None))(step, kept[k + 1])
+    after = jnp.minimum(k + 2, len(times) - 1)
+
+    def remembered(memory: Any) -> jax.Array:
+        x0, x_t = kept_means[k + 1], kept[k + 1]
+        law, _ = transition(solver, guided.base, x0, x0, x_t, memory, times[k + 1], times[after])
+        return law.log_density(kept[after])
+
+    two_steps = following + jax.vmap(remembered, axis_size=len(following))(memory)
+    return jnp.where(after > k + 1, two_steps, following)
+
+
+def _ancestors(key: jax.Array, log_weights: jax.Array, log_past: jax.Array) -> jax.Array:
+    """The kept walk's ancestor by its own weights, and those of the others given it by systematic resampling."""
+    key_kept, key_others = jax.random.split(key)
+    of_kept = jax.random.categorical(key_kept, log_past)
+    order = jnp.arange(log_weights.size).at[of_kept].set(0).at[0].set(of_kept)
+    return order[conditional_systematic(key_others, log_weights[order])]
+
+
+def _lineage(ancestors: jax.Array, last: jax.Array) -> jax.Array:
+    """Indices of a particle and its ancestors, noisiest level first."""
+
+    def back(index: jax.Array, ancestors: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return ancestors[index], index
+
+    first, later = jax.lax.scan(back, last, ancestors, reverse=True)
+    return jnp.concatenate([first[None], later])

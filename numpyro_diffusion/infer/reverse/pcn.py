@@ -1,0 +1,335 @@
+r"""Noise, denoise, accept by the likelihood: Metropolis moves that need no density of the prior.
+
+Noise the current point to a level $t$, exactly, and denoise it by the stochastic reverse process. Since the pair
+$(x, x_t)$ has the joint law $p(x)\, q(x_t \mid x) = p_t(x_t)\, p(x \mid x_t)$, the move $x \to x_t \to x'$ is
+reversible with respect to the prior, so a Metropolis test on the rest of the model $L$ alone targets the posterior
+$p(x) L(x)$:
+
+$$a = \min\left(1, \frac{L(x')}{L(x)}\right).$$
+
+$\log L$ may be anything: not differentiable, a simulator's verdict, $-\infty$ outside a constraint. For a Gaussian
+prior this is the preconditioned Crank-Nicolson move with
+$\rho = \alpha_t^2 \Sigma (\alpha_t^2 \Sigma + \sigma_t^2)^{-1}$, hence the name.
+
+With $M$ candidates $x'_1 \dots x'_M \sim p(x \mid x_t)$ from the same noised point, the current point is one more draw
+of the same law, so choosing candidate $j$ with probability $L_j / \sum_{i \ge 1} L_i$ and accepting it with
+
+$$a = \min\left(1, \frac{\sum_{i \ge 1} L_i}{\sum_{i \ge 0, i \ne j} L_i}\right), \qquad L_0 = L(x),$$
+
+keeps the posterior too (Metropolised Gibbs over the $M + 1$ points; $M = 1$ is the test above).
+
+**What is approximate.** Only the reverse process: it is solved in finitely many steps. The move must keep the law of
+the clean point *given* the noisy one, not only the prior: a solver that keeps the prior with the wrong conditional law
+is not reversible, and its test is wrong. `DPMSolverPP(eta=1)`, the default of a prior, has that law to about two per
+cent in 64 steps; others are far from it (`docs/concepts/exactness.md`).
+
+References:
+    Cotter, Roberts, Stuart, White, MCMC methods for functions, 2013, https://arxiv.org/abs/1202.0709.
+    Liu, Peskun's theorem and a modified discrete-state Gibbs sampler, 1996, https://doi.org/10.1093/biomet/83.3.681.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from numpyro.infer.gibbs import GIBBS_SITES_KWARG
+
+from numpyro_diffusion import _checks
+from numpyro_diffusion.denoise import Denoiser
+from numpyro_diffusion.infer.kernel.choose import proper
+from numpyro_diffusion.infer.kernel.contract import DiffusionKernel, pooled, shared
+from numpyro_diffusion.infer.model.density import Status
+from numpyro_diffusion.infer.model.sites import (
+    Model,
+    PriorSite,
+    check_walkable,
+    dependent_priors,
+    log_rest,
+    other_latent_sites,
+    prior_draw,
+    prior_sites,
+    with_deterministic,
+)
+from numpyro_diffusion.noise import perturb
+from numpyro_diffusion.solve import Solver, solve
+
+_MAX_STARTS = 100
+_MIN_STEPS = 4
+"""Steps that the smallest move leaves to the solver."""
+_LEVEL_WIDTH = 0.7
+"""Spread of the adapted levels about their centre, in natural logarithms: a factor of two either way."""
+
+
+class PCNState(NamedTuple):
+    """State of `DiffusionPCN`.
+
+    Args:
+        i: number of steps done.
+        z: current point, by site, in NumPyro's unconstrained coordinates.
+        log_likelihood: log-density of the rest of the model there.
+        accept_prob: acceptance probability of the last step.
+        mean_accept_prob: its mean over the phase (warm-up or sampling) so far.
+        noise_level: noise-to-signal ratio of the last step, in the units of the data.
+        log_level: centre of the adapted levels, as a natural logarithm.
+        num_score_evals: denoiser evaluations of the last step, per point.
+        diverging: whether the log-density of a candidate was NaN or plus infinity; it was rejected.
+        rng_key: random key.
+    """
+
+    i: jax.Array
+    z: dict[str, jax.Array]
+    log_likelihood: jax.Array
+    accept_prob: jax.Array
+    mean_accept_prob: jax.Array
+    noise_level: jax.Array
+    log_level: jax.Array
+    num_score_evals: jax.Array
+    diverging: jax.Array
+    rng_key: jax.Array
+
+
+class DiffusionPCN(DiffusionKernel):
+    r"""Moves all diffusion sites of a model by noising, denoising and a test on the likelihood.
+
+    Exact up to the discretisation of the reverse process; needs neither a density nor gradients. The noise level of
+    each step is a time of the sampler's own grid, so that a small move costs few steps. A share `global_fraction` of
+    the steps draws it log-uniformly from the whole ladder; the others draw it around a centre that warm-up adapts to
+    `target_accept_prob` and then leaves alone. All sites, and all points in plates, move together at one level.
+
+    Args:
+        model: NumPyro model whose latent sites are all diffusion sites; `DiffusionGibbs` takes the others.
+        num_proposals: candidates per step, denoised in one batch.
+        global_fraction: share of steps with a log-uniform level, in [0, 1]; 1 means no adaptation.
+        target_accept_prob: acceptance to which the centre of the levels adapts, in (0, 1).
+        solver: stochastic solver; None takes each prior's own `sampler`.
+
+    Raises:
+        ValueError: for a number out of its range; when run, for a model without a latent `DiffusionPrior` site, with
+            other latent sites, or whose likelihood is zero at 100 draws of the prior.
+        TypeError: for a model that is not callable or a solver that is not stochastic.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import MCMC
+        >>> from numpyro_diffusion.denoise import Gaussian
+        >>> from numpyro_diffusion.distributions import DiffusionPrior
+        >>> from numpyro_diffusion.infer import DiffusionPCN
+        >>> def model(y):
+        ...     x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0])))
+        ...     numpyro.sample("y", dist.Normal(x[0], 1.0), obs=y)
+        >>> mcmc = MCMC(DiffusionPCN(model), num_warmup=100, num_samples=1000, progress_bar=False)
+        >>> mcmc.run(jax.random.key(0), 3.0)
+        >>> bool(abs(mcmc.get_samples()["x"].mean() - 1.5) < 0.3)
+        True
+    """
+
+    statistics = ("accept_prob", "noise_level", "num_score_evals")
+    status = Status(
+        "reverse process",
+        False,
+        "exact in the limit of a finely solved reverse process; in few steps the prior is kept to the solver's order",
+    )
+    takes_point = True
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_proposals: int = 1,
+        global_fraction: float = 0.5,
+        target_accept_prob: float = 0.4,
+        solver: Solver | None = None,
+    ) -> None:
+        super().__init__(model)
+        _checks.at_least(1, num_proposals=num_proposals)
+        _checks.fraction(global_fraction=global_fraction, target_accept_prob=target_accept_prob)
+        if not (solver is None or (isinstance(solver, Solver) and solver.stochastic)):
+            raise TypeError(f"solver must be a stochastic solver such as solve.DPMSolverPP(eta=1.0); got {solver!r}")
+        self._num_proposals = num_proposals
+        self._global_fraction = global_fraction
+        self._target_accept_prob = target_accept_prob
+        self._solver = solver
+
+    def _check_model(self, args: tuple, kwargs: dict) -> None:
+        sites = prior_sites(self._model, args, kwargs)
+        check_walkable(type(self).__name__, sites)
+        self._solver_of(sites)
+        dependent = dependent_priors(self._model, args, kwargs) if len(sites) > 1 else set()
+        if dependent:
+            raise ValueError(
+                f"the priors of diffusion sites {sorted(dependent)} depend on other diffusion sites that "
+                "DiffusionPCN moves together with them; use NoiseSpace(model)"
+            )
+        others = other_latent_sites(self._model, args, kwargs)
+        if others:
+            raise ValueError(
+                f"DiffusionPCN moves DiffusionPrior sites only; the model also has latent sites {others}. Use "
+                "DiffusionGibbs(model), which moves these by NUTS"
+            )
+
+    def _check_start(self, state: PCNState) -> None:
+        bad = int(jnp.sum(~jnp.isfinite(state.log_likelihood)))
+        if bad:
+            raise ValueError(
+                f"the log-density of the model without its diffusion priors is not finite at {_MAX_STARTS} draws of "
+                f"the prior, in {bad} of {state.log_likelihood.size} chains: the data contradict the prior, or the "
+                "model returns NaN. Pass init_params where it is finite"
+            )
+
+    def _solver_of(self, sites: dict[str, PriorSite]) -> Solver:
+        solvers = {site.prior.sampler for site in sites.values()} if self._solver is None else {self._solver}
+        if len(solvers) > 1:
+            raise ValueError("diffusion sites have different samplers; give one for all by DiffusionPCN(solver=...)")
+        solver = solvers.pop()
+        if solver.num_steps < _MIN_STEPS + 2:
+            raise ValueError(f"DiffusionPCN needs a solver with num_steps >= {_MIN_STEPS + 2}; got {solver.num_steps}")
+        return solver
+
+    def _log_likelihood(self, sites: dict[str, PriorSite], z: dict, args: tuple, kwargs: dict) -> jax.Array:
+        x = {name: site.constrain(z[name]) for name, site in sites.items()}
+        return log_rest(self._model, args, kwargs, x).astype(jnp.result_type(float))
+
+    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> PCNState:
+        sites = prior_sites(self._model, args, kwargs)
+        key, key_start = jax.random.split(key)
+        is_block = GIBBS_SITES_KWARG in kwargs  # then a composite kernel gives constrained values, drawn from the prior
+
+        def with_likelihood(z: dict) -> tuple[dict, jax.Array]:
+            return z, proper(self._log_likelihood(sites, z, args, kwargs))
+
+        def redraw(carry: tuple) -> tuple:
+            tries, key, _, _ = carry
+            key, key_draw = jax.random.split(key)
+            return tries + 1, key, *with_likelihood(prior_draw(key_draw, sites))
+
+        if init_params is None:
+            tried = redraw((0, key_start, None, None))
+        else:
+            values = {name: jnp.asarray(init_params[name]) for name in sites}
+            z = {name: site.unconstrain(values[name]) for name, site in sites.items()} if is_block else values
+            tried = 0 if is_block else _MAX_STARTS, key_start, *with_likelihood(z)
+        going = lambda carry: (carry[0] < _MAX_STARTS) & ~jnp.isfinite(carry[3])  # noqa: E731
+        _, _, z, log_likelihood = jax.lax.while_loop(going, redraw, tried)
+        zero = jnp.zeros_like(log_likelihood)
+        centre = jnp.mean(jnp.log(_ladder(self._solver_of(sites), sites))).astype(zero.dtype)
+        count = jnp.zeros((), jnp.int32)
+        return PCNState(count, z, log_likelihood, zero, zero, zero, centre, count, jnp.array(False), key)
+
+    def _step(self, state: PCNState, args: tuple, kwargs: dict) -> PCNState:
+        sites = prior_sites(self._model, args, kwargs)
+        solver = self._solver_of(sites)
+        key, key_level, key_move, key_choice, key_accept = jax.random.split(state.rng_key, 5)
+        levels = _ladder(solver, sites)
+        start, is_global = self._draw_level(key_level, levels, state.log_level)
+        candidates, worth, worth_now = self._propose(key_move, solver, sites, state.z, start, args, kwargs)
+        raw = jax.vmap(lambda z: self._log_likelihood(sites, z, args, kwargs))(candidates)
+        log_likelihoods = proper(raw)
+        weights = proper(log_likelihoods + worth)
+        chosen, accept_prob = metropolised_gibbs(key_choice, weights, state.log_likelihood + worth_now)
+        accepted = jax.random.uniform(key_accept) < accept_prob
+
+        z = jax.tree.map(lambda new, old: jnp.where(accepted, new[chosen], old), candidates, state.z)
+        log_likelihood = jnp.where(accepted, log_likelihoods[chosen], state.log_likelihood)
+        i = state.i + 1
+        warming = i <= self._num_warmup
+        gain = jnp.where(warming & ~is_global, 2.0 / (1.0 + i) ** 0.6, 0.0)
+        log_level = state.log_level + gain * (pooled(accept_prob) - self._target_accept_prob)
+        count = jnp.where(warming, i, i - self._num_warmup)
+        return PCNState(
+            i=i,
+            z=z,
+            log_likelihood=log_likelihood,
+            accept_prob=accept_prob,
+            mean_accept_prob=state.mean_accept_prob + (accept_prob - state.mean_accept_prob) / count,
+            noise_level=levels[start].astype(accept_prob.dtype),
+            log_level=jnp.clip(log_level, jnp.log(levels[-1]), jnp.log(levels[0])).astype(accept_prob.dtype),
+            num_score_evals=jnp.asarray(self._num_walks * solver.evaluations(start), jnp.int32),
+            diverging=(jnp.isnan(raw) | jnp.isposinf(raw)).any(),
+            rng_key=key,
+        )
+
+    @property
+    def _num_walks(self) -> int:
+        """Walks down the reverse process in a step."""
+        return self._num_proposals
+
+    def _propose(
+        self,
+        key: jax.Array,
+        solver: Solver,
+        sites: dict[str, PriorSite],
+        z: dict[str, jax.Array],
+        start: jax.Array,
+        args: tuple,
+        kwargs: dict,
+    ) -> tuple[dict[str, jax.Array], ArrayLike, ArrayLike]:
+        """Candidates, and logarithms of what they and the current point are worth besides their likelihood."""
+        return _candidates(key, solver, sites, z, start, self._num_proposals), 0.0, 0.0
+
+    def _draw_level(self, key: jax.Array, levels: jax.Array, centre: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """An index into the ladder, and whether it was drawn from the whole of it; the same for chains run together."""
+        key_kind, key_level = jax.random.split(key)
+        log_levels = jnp.log(levels)
+        log_uniform = jnp.log(-jnp.gradient(log_levels))
+        around = log_uniform - 0.5 * ((log_levels - centre) / _LEVEL_WIDTH) ** 2
+        is_global = jax.random.uniform(key_kind) < self._global_fraction
+        start = jax.random.categorical(key_level, jnp.where(is_global, log_uniform, around))
+        return shared(start), shared(is_global)
+
+    def refresh(self, state: PCNState, model_args: tuple, model_kwargs: dict | None) -> PCNState:
+        """Recomputes the likelihood after a composite kernel has moved what it is conditioned on."""
+        kwargs = {} if model_kwargs is None else model_kwargs
+        sites = prior_sites(self._model, model_args, kwargs)
+        log_likelihood = self._log_likelihood(sites, state.z, model_args, kwargs)
+        return state._replace(log_likelihood=proper(log_likelihood))
+
+    def get_constrain_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
+        """Maps the state's `z` to values on the support."""
+        sites = prior_sites(self._model, model_args, {} if model_kwargs is None else model_kwargs)
+        return lambda z: {name: site.constrain(z[name]) for name, site in sites.items()}
+
+    def postprocess_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
+        """Maps the state's `z` to values on the support and the model's deterministic sites."""
+        constrain = self.get_constrain_fn(model_args, model_kwargs)
+        return lambda z: with_deterministic(self._model, model_args, model_kwargs or {}, constrain(z))
+
+    def get_diagnostics_str(self, state: PCNState) -> str:
+        """For the progress bar."""
+        return f"acc. prob={state.mean_accept_prob:.2f}, level {jnp.exp(state.log_level):.2g}"
+
+
+def _ladder(solver: Solver, sites: dict[str, PriorSite]) -> jax.Array:
+    """Noise levels from which a move may start, decreasing, in the units of the first site's data."""
+    denoiser = next(iter(sites.values())).prior.denoiser
+    last = max(1, solver.num_steps - _MIN_STEPS)
+    return denoiser.schedule.noise_level(solver.times(denoiser)[:last])
+
+
+def _candidates(
+    key: jax.Array, solver: Solver, sites: dict[str, PriorSite], z: dict[str, jax.Array], start: jax.Array, count: int
+) -> dict[str, jax.Array]:
+    """Noises every site once and denoises it `count` times, all points in one batch."""
+    moved = {}
+    for key_site, (name, site) in zip(jax.random.split(key, len(sites)), sites.items(), strict=True):
+        denoiser = site.prior.denoiser
+        key_noise, key_solve = jax.random.split(key_site)
+        u = site.to_denoiser(z[name])
+        x_t = perturb(key_noise, denoiser.schedule, u, solver.times(denoiser)[start]).astype(u.dtype)
+        points = jnp.broadcast_to(x_t, (count, *x_t.shape)).reshape(-1, *denoiser.event_shape)
+
+        def denoise(x_t: jax.Array, key: jax.Array, denoiser: Denoiser = denoiser) -> jax.Array:
+            return solve(solver, denoiser, x_t, key, start)
+
+        u = jax.vmap(denoise)(points, jax.random.split(key_solve, len(points))).reshape(count, *x_t.shape)
+        moved[name] = jax.vmap(site.from_denoiser)(u)
+    return moved
+
+
+def metropolised_gibbs(key: jax.Array, log_weights: jax.Array, current: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Chooses a candidate by weight; returns its index and the probability of accepting it over the current point."""
+    chosen = jax.random.categorical(key, log_weights)
+    others = jnp.where(jnp.arange(log_weights.size) == chosen, -jnp.inf, log_weights)
+    log_ratio = jax.nn.logsumexp(log_weights) - jnp.logaddexp(jax.nn.logsumexp(others), current)
+    return chosen, jnp.where(jnp.isnan(log_ratio), 0.0, jnp.exp(jnp.minimum(log_ratio, 0.0)))
