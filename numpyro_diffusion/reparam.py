@@ -19,6 +19,11 @@ from numpyro.infer.reparam import Reparam
 from numpyro_diffusion.distributions import DiffusionPrior
 
 
+def noise_name(site: str) -> str:
+    """The name of the site of a diffusion site's noise."""
+    return f"{site}_noise"
+
+
 class NoiseReparam(Reparam):
     """Replaces a `DiffusionPrior` site `x` by a standard normal site `x_noise` and a deterministic `x`.
 
@@ -58,4 +63,4 @@ class NoiseReparam(Reparam):
         extra = event_dim - prior.event_dim
         noise = dist.Normal(jnp.zeros(prior.noise_shape), 1.0).to_event(len(prior.noise_shape))
         noise = noise.expand(expand_shape).to_event(extra)
-        return None, prior.flow(numpyro.sample(f"{name}_noise", noise))
+        return None, prior.flow(numpyro.sample(noise_name(name), noise))

@@ -1,7 +1,7 @@
 """Kernels for `numpyro.infer.MCMC`: diffusion priors inside ordinary models."""
 
 from numpyro_diffusion.infer.anneal.annealed import AnnealedLangevin
-from numpyro_diffusion.infer.anneal.guided_reverse import PredictorCorrector
+from numpyro_diffusion.infer.anneal.guided_reverse import GuidedReverse
 from numpyro_diffusion.infer.anneal.posterior import at_clean_point
 from numpyro_diffusion.infer.combine.compose import Cycle, Mixture
 from numpyro_diffusion.infer.combine.gibbs import DiffusionGibbs
@@ -12,7 +12,7 @@ from numpyro_diffusion.infer.gradient.langevin import MALA, ULA
 from numpyro_diffusion.infer.gradient.tweedie import Tweedie
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
 from numpyro_diffusion.infer.model.density import Density, LineIntegral, Provider, Score, Status, with_density
-from numpyro_diffusion.infer.model.sites import drop_prior
+from numpyro_diffusion.infer.model.handlers import drop_prior
 from numpyro_diffusion.infer.noise.noise_space import NoiseSpace
 from numpyro_diffusion.infer.particles.tempered import TemperedSMC
 from numpyro_diffusion.infer.particles.twisted import TwistedSMC
@@ -38,7 +38,7 @@ __all__ = [
     "Mixture",
     "NoiseSpace",
     "ParticleGibbs",
-    "PredictorCorrector",
+    "GuidedReverse",
     "Provider",
     "Score",
     "ScoreHMC",

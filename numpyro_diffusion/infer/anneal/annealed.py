@@ -42,12 +42,16 @@ from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.infer.anneal import langevin as level_walk
-from numpyro_diffusion.infer.anneal.base import TrajectoryKernel, given_or_drawn, kept_if_finite
+from numpyro_diffusion.infer.anneal.base import AnnealedKernel
 from numpyro_diffusion.infer.anneal.langevin import LevelStatistics
 from numpyro_diffusion.infer.anneal.posterior import Guidance, NoisyPosterior, Point
+from numpyro_diffusion.infer.kernel.choose import keep_finite
+from numpyro_diffusion.infer.kernel.start import Strategy, start
 from numpyro_diffusion.infer.model.density import Density, Status
-from numpyro_diffusion.infer.model.levels import check_within, decreasing, times_of
-from numpyro_diffusion.infer.model.sites import Model, PriorSite, prior_sites
+from numpyro_diffusion.infer.model.handlers import Model
+from numpyro_diffusion.infer.model.levels import check_within, decreasing, time_of
+from numpyro_diffusion.infer.model.record import Reading
+from numpyro_diffusion.infer.model.sites import PriorSite
 from numpyro_diffusion.noise import UniformLogSNR
 from numpyro_diffusion.solve.langevin import snr_step_size
 
@@ -77,7 +81,7 @@ class AnnealedLangevinState(NamedTuple):
     rng_key: jax.Array
 
 
-class AnnealedLangevin(TrajectoryKernel):
+class AnnealedLangevin(AnnealedKernel):
     r"""Draws all diffusion sites of a model by Langevin steps down a ladder of noise levels: fast, simple and biased.
 
     Needs the score of the priors and the gradient of the likelihood; see the module for what is approximate. All sites,
@@ -134,9 +138,10 @@ class AnnealedLangevin(TrajectoryKernel):
         step_size: float = 0.3,
         restart_level: float | None = None,
         guidance: Guidance | str | None = None,
+        init_strategy: Strategy | None = None,
         metropolis: bool = False,
     ) -> None:
-        super().__init__(model, guidance)
+        super().__init__(model, guidance, init_strategy)
         _checks.at_least(1, steps_per_level=steps_per_level)
         _checks.at_least(2, num_levels=num_levels)
         _checks.one_of("step_rule", step_rule, ("snr", "sigma"))
@@ -163,9 +168,10 @@ class AnnealedLangevin(TrajectoryKernel):
         tested = ("accept_prob", "level_accept_prob") if metropolis else ()
         self.statistics = (*tested, "level_step_size", "level_score_norm", "num_score_evals")
 
-    def _check_model(self, args: tuple, kwargs: dict) -> None:
-        super()._check_model(args, kwargs)
-        sites = prior_sites(self._model, args, kwargs)
+    def _check_model(self, reading: Reading) -> None:
+        super()._check_model(reading)
+        concrete = self._levels is not None or self._restart_level is not None  # ladders are held against schedules
+        sites = reading.sites() if concrete else reading.sites_in_the_abstract()
         for name, site in sites.items():
             if self._levels is not None:
                 check_within("levels", self._levels, name, site)
@@ -183,7 +189,7 @@ class AnnealedLangevin(TrajectoryKernel):
         """The times of the levels on a site's own clock."""
         if self._levels is None:
             return UniformLogSNR()(site.prior.denoiser.schedule, self._num_levels)
-        return times_of(self._levels, site)
+        return time_of(self._levels, site.prior.denoiser.schedule)
 
     def _steps(self, site: PriorSite, times: jax.Array) -> jax.Array:
         """The step at each level, in squared units of the noisy point."""
@@ -192,17 +198,16 @@ class AnnealedLangevin(TrajectoryKernel):
             return snr_step_size(sigma, self._step_size)
         return self._step_size * (sigma / sigma[-1]) ** 2
 
-    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> AnnealedLangevinState:
-        sites = prior_sites(self._model, args, kwargs)
+    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> AnnealedLangevinState:
         key, key_start = jax.random.split(key)
-        z = given_or_drawn(key_start, sites, init_params, kwargs)
+        z = start(key_start, reading, init_params, self._init_strategy)
         by_level = jnp.full(self._num_levels, jnp.nan)
         count = jnp.zeros((), jnp.int32)
         nan = jnp.full((), jnp.nan)
         return AnnealedLangevinState(z, nan, by_level, by_level, by_level, count, jnp.array(False), key)
 
-    def _step(self, state: AnnealedLangevinState, args: tuple, kwargs: dict) -> AnnealedLangevinState:
-        posterior = self._posterior(args, kwargs)
+    def _step(self, state: AnnealedLangevinState, reading: Reading) -> AnnealedLangevinState:
+        posterior = self._posterior(reading)
         times = {name: self._ladder(site) for name, site in posterior.sites.items()}
         steps = {name: self._steps(site, times[name]) for name, site in posterior.sites.items()}
         key, key_start, key_walk = jax.random.split(state.rng_key, 3)
@@ -210,7 +215,7 @@ class AnnealedLangevin(TrajectoryKernel):
         x_t, by_level, diverging = self._walk(key_walk, posterior, state.z, times, steps, first, key_start)
         clean = posterior.guided(x_t, {name: times[name][-1] for name in times})
         z = posterior.to_unconstrained({name: prediction.x0 for name, prediction in clean.items()})
-        z, not_finite = kept_if_finite(z, state.z)
+        z, not_finite = keep_finite(z, state.z)
         visited = jnp.arange(self._num_levels) >= first
         step_size = jnp.where(visited, next(iter(steps.values())), jnp.nan)
         evaluations = (self._num_levels - first) * (self._steps_per_level + self._metropolis) + 1
@@ -246,11 +251,9 @@ class AnnealedLangevin(TrajectoryKernel):
         """From the first level to the last: the noisy point there, statistics by level, and whether one diverged."""
         at = lambda values, k: {name: values[name][k] for name in values}  # noqa: E731
         walk = level_walk.adjusted if self._metropolis else level_walk.unadjusted
-        start = at(times, first)
+        top = at(times, first)
         x_t = (
-            posterior.from_noise(key_start, start)
-            if self._restart_level is None
-            else posterior.noise(key_start, z, start)
+            posterior.from_noise(key_start, top) if self._restart_level is None else posterior.noise(key_start, z, top)
         )
 
         def level(k: ArrayLike, carry: tuple) -> tuple:

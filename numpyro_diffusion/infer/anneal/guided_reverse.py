@@ -23,16 +23,20 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.infer.anneal.base import TrajectoryKernel, given_or_drawn, kept_if_finite
+from numpyro_diffusion.infer.anneal.base import AnnealedKernel
 from numpyro_diffusion.infer.anneal.posterior import Guidance, GuidedSite, NoisyPosterior, Point, langevin_steps
+from numpyro_diffusion.infer.kernel.choose import keep_finite
+from numpyro_diffusion.infer.kernel.start import Strategy, start
 from numpyro_diffusion.infer.model.density import Status
-from numpyro_diffusion.infer.model.sites import Model, PriorSite, prior_sites
+from numpyro_diffusion.infer.model.handlers import Model
+from numpyro_diffusion.infer.model.record import Reading
+from numpyro_diffusion.infer.model.sites import PriorSite
 from numpyro_diffusion.solve import Solver
 from numpyro_diffusion.solve.langevin import snr_step_size
 
 
-class PredictorCorrectorState(NamedTuple):
-    """State of `PredictorCorrector`.
+class GuidedReverseState(NamedTuple):
+    """State of `GuidedReverse`.
 
     Args:
         z: current point, by site, in NumPyro's unconstrained coordinates.
@@ -47,7 +51,7 @@ class PredictorCorrectorState(NamedTuple):
     rng_key: jax.Array
 
 
-class PredictorCorrector(TrajectoryKernel):
+class GuidedReverse(AnnealedKernel):
     r"""Draws all diffusion sites of a model by a guided reverse process with Langevin corrections.
 
     `solve.PredictorCorrector` is the solver of a denoiser, this is the kernel of a model. Needs the score of the priors
@@ -71,11 +75,11 @@ class PredictorCorrector(TrajectoryKernel):
         >>> from numpyro.infer import MCMC
         >>> from numpyro_diffusion.denoise import Gaussian
         >>> from numpyro_diffusion.distributions import DiffusionPrior
-        >>> from numpyro_diffusion.infer import PredictorCorrector
+        >>> from numpyro_diffusion.infer import GuidedReverse
         >>> def model(y):
         ...     x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0]), density="none"))
         ...     numpyro.sample("y", dist.Normal(x[0], 1.0), obs=y)
-        >>> mcmc = MCMC(PredictorCorrector(model), num_warmup=0, num_samples=500, progress_bar=False)
+        >>> mcmc = MCMC(GuidedReverse(model), num_warmup=0, num_samples=500, progress_bar=False)
         >>> mcmc.run(jax.random.key(0), 3.0)
         >>> bool(abs(mcmc.get_samples()["x"].mean() - 1.5) < 0.6)
         True
@@ -92,8 +96,9 @@ class PredictorCorrector(TrajectoryKernel):
         num_corrections: int = 1,
         snr: float = 0.16,
         guidance: Guidance | str | None = None,
+        init_strategy: Strategy | None = None,
     ) -> None:
-        super().__init__(model, guidance)
+        super().__init__(model, guidance, init_strategy)
         if not (predictor is None or isinstance(predictor, Solver)):
             raise TypeError(f"predictor must be a Solver such as solve.Ancestral(); got {predictor!r}")
         _checks.at_least(0, num_corrections=num_corrections)
@@ -102,9 +107,9 @@ class PredictorCorrector(TrajectoryKernel):
         self._num_corrections = num_corrections
         self._snr = snr
 
-    def _check_model(self, args: tuple, kwargs: dict) -> None:
-        super()._check_model(args, kwargs)
-        self._solver_of(prior_sites(self._model, args, kwargs))
+    def _check_model(self, reading: Reading) -> None:
+        super()._check_model(reading)
+        self._solver_of(reading.sites_in_the_abstract())
 
     def _solver_of(self, sites: dict[str, PriorSite]) -> Solver:
         if self._predictor is not None:
@@ -112,17 +117,17 @@ class PredictorCorrector(TrajectoryKernel):
         solvers = {site.prior.sampler for site in sites.values()}
         if len(solvers) > 1:
             raise ValueError(
-                "diffusion sites have different samplers; give one for all by PredictorCorrector(predictor=...)"
+                "diffusion sites have different samplers; give one for all by GuidedReverse(predictor=...)"
             )
         return solvers.pop()
 
-    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> PredictorCorrectorState:
+    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> GuidedReverseState:
         key, key_start = jax.random.split(key)
-        z = given_or_drawn(key_start, prior_sites(self._model, args, kwargs), init_params, kwargs)
-        return PredictorCorrectorState(z, jnp.zeros((), jnp.int32), jnp.array(False), key)
+        z = start(key_start, reading, init_params, self._init_strategy)
+        return GuidedReverseState(z, jnp.zeros((), jnp.int32), jnp.array(False), key)
 
-    def _step(self, state: PredictorCorrectorState, args: tuple, kwargs: dict) -> PredictorCorrectorState:
-        posterior = self._posterior(args, kwargs)
+    def _step(self, state: GuidedReverseState, reading: Reading) -> GuidedReverseState:
+        posterior = self._posterior(reading)
         solver = self._solver_of(posterior.sites)
         key, key_start, key_walk = jax.random.split(state.rng_key, 3)
         times = {name: solver.times(site.prior.denoiser) for name, site in posterior.sites.items()}
@@ -130,9 +135,9 @@ class PredictorCorrector(TrajectoryKernel):
         x_t = self._walk(key_walk, solver, posterior, x_t, times)
         clean = posterior.guided(x_t, _at(times, -1))
         z = posterior.to_unconstrained({name: prediction.x0 for name, prediction in clean.items()})
-        z, diverging = kept_if_finite(z, state.z)
+        z, diverging = keep_finite(z, state.z)
         evaluations = solver.evaluations() + (solver.num_steps - 1) * self._num_corrections
-        return PredictorCorrectorState(z, jnp.asarray(evaluations, jnp.int32), diverging, key)
+        return GuidedReverseState(z, jnp.asarray(evaluations, jnp.int32), diverging, key)
 
     def _walk(
         self, key: jax.Array, solver: Solver, posterior: NoisyPosterior, x_t: Point, times: dict[str, jax.Array]
@@ -168,7 +173,7 @@ class PredictorCorrector(TrajectoryKernel):
 
         return jax.lax.scan(correct, x_t, jax.random.split(key, self._num_corrections))[0]
 
-    def get_diagnostics_str(self, state: PredictorCorrectorState) -> str:
+    def get_diagnostics_str(self, state: GuidedReverseState) -> str:
         """For the progress bar."""
         return f"{state.num_score_evals} score evaluations"
 

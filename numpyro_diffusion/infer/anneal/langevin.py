@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from numpyro_diffusion.infer.anneal.posterior import NoisyPosterior, Point, langevin_steps
+from numpyro_diffusion.infer.kernel.choose import keep_finite, metropolis
 
 _MOST_DRIFT = 1000.0
 """Times its noise that a step may be driven by its score before it counts as diverging."""
@@ -51,9 +52,8 @@ def unadjusted(
     def step(x_t: Point, key: jax.Array) -> tuple[Point, tuple[jax.Array, jax.Array]]:
         score = posterior.score(x_t, t)
         proposal = langevin_steps(key, x_t, score, step_size)
-        fine = _is_finite(proposal)
-        moved = jax.tree.map(lambda new, old: jnp.where(fine, new, old), proposal, x_t)
-        return moved, (_norm(score), ~fine | _is_driven(score, step_size))
+        moved, not_finite = keep_finite(proposal, x_t)
+        return moved, (_norm(score), not_finite | _is_driven(score, step_size))
 
     x_t, (norms, bad) = jax.lax.scan(step, x_t, keys)
     norm = jnp.mean(norms).astype(jnp.result_type(float))
@@ -74,13 +74,9 @@ def adjusted(
         forward = _log_transition(x_t, proposal, score, step_size)
         backward = _log_transition(proposal, x_t, new_score, step_size)
         log_ratio = new_log_density - log_density + backward - forward
-        fine = jnp.isfinite(new_log_density) & _is_finite(new_score)
-        accept_prob = jnp.where(fine, jnp.exp(jnp.minimum(jnp.nan_to_num(log_ratio, nan=-jnp.inf), 0.0)), 0.0)
-        accepted = jax.random.uniform(key_accept) < accept_prob
         new = proposal, new_log_density, new_score
-        carry = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, carry)
-        impossible = jnp.isneginf(new_log_density)  # a constraint says no: that is a rejection like any other
-        return carry, (accept_prob, _norm(score), ~fine & ~impossible)
+        choice = metropolis(key_accept, log_ratio, new, carry, new_log_density, new_score)
+        return choice.point, (choice.accept_prob, _norm(score), choice.diverging)
 
     (x_t, _, _), (accept_prob, norms, bad) = jax.lax.scan(step, (x_t, *evaluate(x_t)), keys)
     means = (jnp.mean(value).astype(jnp.result_type(float)) for value in (accept_prob, norms))
@@ -100,7 +96,3 @@ def _norm(score: Point) -> jax.Array:
 def _is_driven(score: Point, step_size: Mapping) -> jax.Array:
     drift = sum(step_size[n] * jnp.mean(value**2) for n, value in score.items())
     return drift > 2.0 * _MOST_DRIFT**2
-
-
-def _is_finite(point: Point) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.isfinite(value).all() for value in point.values()]))

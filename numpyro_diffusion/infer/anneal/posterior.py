@@ -12,8 +12,8 @@ can exceed by far that of the law it stands for, and with it what a Langevin ste
 Gaussian observation, the moments of `guidance.Guided` are better founded; a name such as "mmps" asks for one of them.
 
 All sites, and all points in plates, are one joint point; each site keeps its own schedule and has its own time of a
-common rung. Coordinates are the denoisers' own, where a transform's Jacobian does not enter. Who walks down these
-levels is the matter of `annealed` and `predictor_corrector`.
+common rung. Coordinates are the denoisers' own, where a transform's Jacobian does not enter. `annealed` and
+`guided_reverse` walk down these levels.
 
 References:
     Chung et al., Diffusion posterior sampling for general noisy inverse problems, 2023,
@@ -30,7 +30,8 @@ from jax.typing import ArrayLike
 from numpyro_diffusion.denoise import Denoiser, Prediction
 from numpyro_diffusion.guidance import Guided
 from numpyro_diffusion.infer.model.observation import guided_site
-from numpyro_diffusion.infer.model.sites import Model, PriorSite, log_rest, prior_sites
+from numpyro_diffusion.infer.model.record import Reading
+from numpyro_diffusion.infer.model.sites import PriorSite
 from numpyro_diffusion.noise import Schedule, perturb
 from numpyro_diffusion.solve.langevin import langevin_step
 
@@ -81,8 +82,8 @@ class NoisyPosterior:
         """Log of the noised prior's density times the guidance's likelihood, where all denoisers have a density."""
         total = self.noisy_log_likelihood(x_t, t)[0]
         for name, site in self.sites.items():
-            density = _over_plates(site, lambda x, s=site, n=name: s.prior.denoiser.log_density(x, t[n]))
-            total += jnp.sum(density(x_t[name]))
+            density = site.over_points(lambda prior, x, n=name: prior.denoiser.log_density(x, t[n]), x_t[name])
+            total += jnp.sum(density)
         return total
 
     def noise(self, key: jax.Array, z: Point, t: Mapping[str, ArrayLike]) -> Point:
@@ -127,15 +128,11 @@ def shifted(prediction: Prediction, gradient: jax.Array) -> Prediction:
     return Prediction(x0.astype(prediction.x0.dtype), prediction.x_t, t, schedule)
 
 
-def noisy_posterior(
-    model: Model, args: tuple, kwargs: Mapping, guidance: Guidance | str | None = None
-) -> NoisyPosterior:
+def noisy_posterior(reading: Reading, guidance: Guidance | str | None = None) -> NoisyPosterior:
     """The noisy posterior of a model all of whose latent sites are diffusion sites.
 
     Args:
-        model: NumPyro model.
-        args: its arguments.
-        kwargs: its keyword arguments, with the values that a composite kernel conditions on.
+        reading: the model at its arguments.
         guidance: what stands for the likelihood of noisy points, or a moment of `guidance.MOMENTS`; None takes
             `at_clean_point`.
 
@@ -143,16 +140,15 @@ def noisy_posterior(
         A `NoisyPosterior`.
 
     Raises:
-        ValueError: for a model without a latent `DiffusionPrior` site, or a moment that cannot handle the likelihood.
+        ValueError: for a moment that cannot handle the likelihood.
     """
-    sites = prior_sites(model, args, kwargs)
+    sites = reading.sites()
 
     def log_likelihood(u: Point) -> jax.Array:
-        x = {name: site.constrain(site.from_denoiser(u[name])) for name, site in sites.items()}
-        return log_rest(model, args, kwargs, x).astype(jnp.result_type(float))
+        return reading.log_rest({name: site.from_denoiser(u[name]) for name, site in sites.items()})
 
     if isinstance(guidance, str):
-        _, _, denoiser = guided_site(model, args, kwargs, guidance)
+        _, _, denoiser = guided_site(reading.model, reading.args, reading.kwargs, guidance)
         return MomentPosterior(sites, log_likelihood, at_clean_point, denoiser)
     return NoisyPosterior(sites, log_likelihood, at_clean_point if guidance is None else guidance)
 
@@ -200,16 +196,9 @@ class GuidedSite:
         return self._posterior.guided({**self._x_t, self._name: x_t}, {**self._t, self._name: t})[self._name]
 
 
-def _over_plates(site: PriorSite, function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    for _ in site.batch_shape:
-        function = jax.vmap(function)
-    return function
-
-
 def _predict(site: PriorSite, x_t: jax.Array, t: ArrayLike) -> Prediction:
-    denoiser = site.prior.denoiser
-    x0 = _over_plates(site, lambda x: denoiser(x, t).x0)(x_t)
-    return Prediction(x0.astype(x_t.dtype), x_t, t, denoiser.schedule)
+    x0 = site.over_points(lambda prior, x: prior.denoiser(x, t).x0, x_t)
+    return Prediction(x0.astype(x_t.dtype), x_t, t, site.prior.denoiser.schedule)
 
 
 def _terminal(key: jax.Array, site: PriorSite, t: ArrayLike) -> jax.Array:

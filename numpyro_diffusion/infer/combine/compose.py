@@ -31,7 +31,8 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffusion.infer.combine.composed import Composed, ComposedState, Factory
 from numpyro_diffusion.infer.kernel.contract import shared
-from numpyro_diffusion.infer.model.sites import Model
+from numpyro_diffusion.infer.model.handlers import Model
+from numpyro_diffusion.infer.model.record import Reading
 
 
 class Cycle(Composed):
@@ -66,15 +67,15 @@ class Cycle(Composed):
     def _warmups(self) -> list[int]:
         return [self._num_warmup] * len(self._given)
 
-    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> ComposedState:
-        state = super()._start(key, init_params, args, kwargs)
+    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> ComposedState:
+        state = super()._start(key, init_params, reading)
         return state._replace(accept_prob=jnp.zeros(len(self._given), state.accept_prob.dtype))
 
-    def _step(self, state: ComposedState, args: tuple, kwargs: dict) -> ComposedState:
+    def _step(self, state: ComposedState, reading: Reading) -> ComposedState:
         key, *keys = jax.random.split(state.rng_key, len(self._kernels) + 1)
         moved, moves = state, []
         for index, key_move in enumerate(keys):
-            moved = self._move(index, moved, key_move, args, kwargs)
+            moved = self._move(index, moved, key_move, reading)
             moves.append(moved)
             moved = moved._replace(fresh=index)
         return moves[-1]._replace(
@@ -96,7 +97,7 @@ class Mixture(Composed):
 
     Raises:
         ValueError: if there is no kernel, if models differ, a kernel cannot be handed a point, or the probabilities
-            are none; when run, if the kernels move different sites, or as the kernels do.
+            are not probabilities; when run, if the kernels move different sites, or as the kernels do.
         TypeError: if something is neither a kernel nor makes one.
 
     Example:
@@ -147,12 +148,12 @@ class Mixture(Composed):
     def _warmups(self) -> list[int]:
         return np.bincount(self._deal(), minlength=len(self._given)).tolist()
 
-    def _step(self, state: ComposedState, args: tuple, kwargs: dict) -> ComposedState:
+    def _step(self, state: ComposedState, reading: Reading) -> ComposedState:
         key, key_choice, key_move = jax.random.split(state.rng_key, 3)
         index = jax.random.categorical(key_choice, jnp.log(self._probabilities)).astype(jnp.int32)
         if self._num_warmup:
             dealt = jnp.asarray(self._deal())[jnp.minimum(state.i, self._num_warmup - 1)]
             index = jnp.where(state.i < self._num_warmup, dealt, index)
-        moves = [partial(self._move, j, args=args, kwargs=kwargs) for j in range(len(self._kernels))]
+        moves = [partial(self._move, j, reading=reading) for j in range(len(self._kernels))]
         moved = jax.lax.switch(shared(index), moves, state, key_move)
         return moved._replace(i=state.i + 1, rng_key=key)

@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from numpyro.infer.gibbs import GIBBS_SITES_KWARG, conditioned
 from numpyro.infer.hmc import HMC
 from numpyro.infer.mcmc import MCMCKernel
-from numpyro.infer.util import constrain_fn, unconstrain_fn
 
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel, shared
+from numpyro_diffusion.infer.kernel.start import is_block, start
+from numpyro_diffusion.infer.model.checks import check_fixed
 from numpyro_diffusion.infer.model.density import Status
-from numpyro_diffusion.infer.model.sites import Model, is_diffusion_site, traced, undropped
+from numpyro_diffusion.infer.model.handlers import Model
+from numpyro_diffusion.infer.model.record import Reading
 
 Factory = Callable[[Model], MCMCKernel]
 _NONE = -1
@@ -82,7 +83,6 @@ class Composed(DiffusionKernel):
                 "once, such as model = infer.with_density(model), and give it to every kernel"
             )
         self._kernels = self._given
-        self.binds_on_start = any(getattr(kernel, "binds_on_start", True) for kernel in self._given)
 
     @property
     def kernels(self) -> tuple[MCMCKernel, ...]:
@@ -101,34 +101,51 @@ class Composed(DiffusionKernel):
     def _warmups(self) -> Sequence[int]:
         """How many moves each kernel makes in warm-up."""
 
-    def _check_model(self, args: tuple, kwargs: dict) -> None:
-        sites = traced(self._model, args, kwargs, {}).items()
-        dropped = [name for name, site in sites if is_diffusion_site(site) and undropped(site) is not site["fn"]]
+    def _check_model(self, reading: Reading) -> None:
+        dropped = [name for name, site in reading.structure.latent.items() if site.is_dropped]
         for kernel in self._given:
             if isinstance(kernel, DiffusionKernel):
-                kernel._check_model(args, kwargs)
+                kernel._check_model(reading)
             elif dropped:
                 raise ValueError(
                     f"the priors of sites {dropped} are dropped from the model that {type(kernel).__name__} is given, "
                     "and it would sample without them. Inside DiffusionGibbs, mix kernels of this library, such as MALA"
                 )
+            else:
+                check_fixed(type(self).__name__, reading.structure)
 
     def _check_start(self, state: ComposedState) -> None:
         for kernel, kernel_state in zip(self._kernels, state.kernel_states, strict=True):
             if isinstance(kernel, DiffusionKernel):
                 kernel._check_start(kernel_state)
 
-    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> ComposedState:
-        self._kernels = tuple(kernel.wrap_model(_itself) for kernel in self._given)  # unbound copies
-        model, is_block = conditioned(self._model), GIBBS_SITES_KWARG in kwargs
-        key, *keys = jax.random.split(key, len(self._kernels) + 1)
-        z, states = init_params, []
-        if is_block and z is not None:  # a composite kernel gives constrained values, to all but HMC
-            z = unconstrain_fn(model, args, kwargs, z)
-        for kernel, key_start, num_warmup in zip(self._kernels, keys, self._warmups(), strict=True):
-            constrained = z is not None and is_block and not isinstance(kernel, HMC)
-            start = constrain_fn(model, args, kwargs, z) if constrained else z
-            state = kernel.init(key_start, num_warmup, start, model_args=args, model_kwargs=kwargs)
+    def _bind(self, key: jax.Array, init_params: dict | None, reading: Reading) -> None:
+        self._kernels = self._unbound()
+
+        def start_all(key: jax.Array, init_params: dict | None) -> Any:
+            return self._start_kernels(self._kernels, key, init_params, reading)
+
+        jax.eval_shape(start_all, key, init_params)
+
+    def _unbound(self) -> tuple[MCMCKernel, ...]:
+        """Copies of the kernels that have bound nothing, which read the model through this kernel's record."""
+        kernels = tuple(kernel.wrap_model(lambda model: model) for kernel in self._given)
+        for kernel in kernels:
+            if isinstance(kernel, DiffusionKernel):
+                kernel._lent = self._record
+        return kernels
+
+    def _start_kernels(
+        self, kernels: Sequence[MCMCKernel], key: jax.Array, init_params: dict | None, reading: Reading
+    ) -> tuple[dict, list]:
+        """The point where all kernels start, and their states there."""
+        keys = jax.random.split(key, len(kernels))
+        z = None if init_params is None else start(key, reading, init_params)
+        states: list = []
+        for kernel, key_start, num_warmup in zip(kernels, keys, self._warmups(), strict=True):
+            constrained = z is not None and is_block(reading) and not isinstance(kernel, HMC)
+            given = reading.constrain(z) if constrained else z
+            state = kernel.init(key_start, num_warmup, given, model_args=reading.args, model_kwargs=reading.kwargs)
             here = getattr(state, kernel.sample_field)
             if states and set(here) != set(z):
                 raise ValueError(
@@ -138,6 +155,11 @@ class Composed(DiffusionKernel):
                 )
             z = here if z is None or not states else z
             states.append(state)
+        return z, states
+
+    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> ComposedState:
+        key, key_start = jax.random.split(key)
+        z, states = self._start_kernels(self._unbound(), key_start, init_params, reading)
         none = jnp.full((), _NONE, jnp.int32)
         return ComposedState(
             i=jnp.zeros((), jnp.int32),
@@ -151,16 +173,16 @@ class Composed(DiffusionKernel):
             rng_key=key,
         )
 
-    def _move(self, index: int, state: ComposedState, key: jax.Array, args: tuple, kwargs: dict) -> ComposedState:
+    def _move(self, index: int, state: ComposedState, key: jax.Array, reading: Reading) -> ComposedState:
         """One move of one kernel from the current point, its caches brought up to date if another moved before it."""
         kernel, states = self._kernels[index], list(state.kernel_states)
         own = states[index]._replace(**{kernel.sample_field: state.z, "rng_key": key})
-        refresh = lambda own: kernel.refresh(own, args, kwargs)  # noqa: E731
+        refresh = lambda own: kernel.refresh(own, reading.args, reading.kwargs)  # noqa: E731
         if isinstance(state.fresh, int):
             own = own if state.fresh == index else refresh(own)
         else:
             own = jax.lax.cond(shared(state.fresh) == index, lambda own: own, refresh, own)
-        states[index] = own = kernel.sample(own, args, kwargs)
+        states[index] = own = kernel.sample(own, reading.args, reading.kwargs)
         accept_prob = jnp.mean(jnp.asarray(getattr(own, "accept_prob", jnp.nan)))
         return state._replace(
             z=getattr(own, kernel.sample_field),
@@ -182,14 +204,6 @@ class Composed(DiffusionKernel):
         kernel._given = tuple(part.wrap_model(lambda _: kernel._model) for part in self._given)
         kernel._kernels = kernel._given
         return kernel
-
-    def get_constrain_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
-        """Maps the state's `z` to values on the supports."""
-        return self._kernels[0].get_constrain_fn(model_args, model_kwargs or {})
-
-    def postprocess_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
-        """Maps the state's `z` to values on the supports and the model's deterministic sites."""
-        return self._kernels[0].postprocess_fn(model_args, model_kwargs or {})
 
     def get_diagnostics_str(self, state: ComposedState) -> str:
         """Those of all kernels."""
@@ -228,7 +242,3 @@ def status_of(kernel: MCMCKernel) -> Status:
     if isinstance(kernel, HMC):
         return Status("density", True, "leaves the model's own law in place")
     return getattr(kernel, "status", None) or Status("unknown", False, "does not say what law it leaves in place")
-
-
-def _itself(model: Model) -> Model:
-    return model

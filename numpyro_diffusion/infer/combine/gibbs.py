@@ -11,15 +11,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from numpyro.handlers import seed
 from numpyro.infer import HMC, NUTS
-from numpyro.infer.gibbs import GIBBS_SITES_KWARG, Gibbs, conditioned, with_conditioning
+from numpyro.infer.gibbs import Gibbs, with_conditioning
 from numpyro.infer.mcmc import MCMCKernel
-from numpyro.infer.util import constrain_fn, unconstrain_fn
 
+from numpyro_diffusion.infer.combine.composed import status_of
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
+from numpyro_diffusion.infer.kernel.inner import KernelLike, bind, build
+from numpyro_diffusion.infer.kernel.start import start
+from numpyro_diffusion.infer.model.checks import check_continuous, check_fixed, check_has_prior
 from numpyro_diffusion.infer.model.density import Status
-from numpyro_diffusion.infer.model.sites import Model, dependent_priors, drop_prior, other_latent_sites, prior_sites
+from numpyro_diffusion.infer.model.handlers import Model, drop_prior
+from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.noise.noise_space import NoiseSpace
 from numpyro_diffusion.infer.reverse.pcn import DiffusionPCN
 
@@ -51,9 +54,10 @@ class DiffusionGibbs(DiffusionKernel):
 
     Args:
         model: NumPyro model with diffusion sites and other latent sites.
-        x_kernel: makes the kernel of the diffusion sites from a model; `DiffusionPCN`, `NoiseSpace` or a
-            `functools.partial` of one.
-        rest_kernel: makes the kernel of the other sites from a model; one that can be a block of NumPyro's `Gibbs`.
+        x_kernel: the kernel of the diffusion sites: a class such as `DiffusionPCN` or `NoiseSpace`, a
+            `functools.partial` of one, or a kernel, which is moved to this model. NumPyro's own kernels are given the
+            model with its priors' densities.
+        rest_kernel: the kernel of the other sites, in the same ways; one that can be a block of NumPyro's `Gibbs`.
 
     Raises:
         ValueError: when run, for a model without diffusion sites or with nothing else to sample, or for a kernel in
@@ -76,67 +80,69 @@ class DiffusionGibbs(DiffusionKernel):
     """
 
     statistics = ("accept_prob", "noise_level", "num_score_evals")
-    binds_on_start = True
 
     def __init__(
         self,
         model: Model,
-        x_kernel: Callable[[Model], MCMCKernel] = DiffusionPCN,
-        rest_kernel: Callable[[Model], MCMCKernel] = NUTS,
+        x_kernel: KernelLike = DiffusionPCN,
+        rest_kernel: KernelLike = NUTS,
     ) -> None:
         super().__init__(model)
-        self._x_kernel = x_kernel
-        self._rest_kernel = rest_kernel
+        self._given = x_kernel, rest_kernel
         self._gibbs = None
-        self._in_noise_space = isinstance(x_kernel(model), NoiseSpace)
+        self._x_kernel = build("x_kernel", x_kernel, model)
+        build("rest_kernel", rest_kernel, model)
 
     @property
-    def status(self) -> Status | None:
+    def status(self) -> Status:
         """That of the x-kernel; the rest-kernel is NumPyro's."""
-        return getattr(self._x_kernel(self._model), "status", None)
+        return status_of(self._x_kernel)
 
-    def _check_model(self, args: tuple, kwargs: dict) -> None:
-        sites = tuple(prior_sites(self._model, args, kwargs))
-        if not other_latent_sites(self._model, args, kwargs):
+    def _check_model(self, reading: Reading) -> None:
+        structure = reading.structure
+        check_has_prior(structure)
+        check_fixed("DiffusionGibbs", structure)
+        check_continuous("DiffusionGibbs", structure)
+        if not structure.others:
             raise ValueError("the model has no latent sites besides its diffusion sites; use its x_kernel alone")
-        dependent = dependent_priors(self._model, args, kwargs)
-        if dependent and self._in_noise_space:
+        if structure.dependent and isinstance(self._x_kernel, NoiseSpace):
             raise ValueError(
-                f"the priors of {sorted(dependent)} depend on other latent sites: moving those would move x behind its "
-                "noise. Use NoiseSpace(model) on all sites, or x_kernel=DiffusionPCN"
+                f"the priors of {structure.dependent} depend on other latent sites: moving those would move x behind "
+                "its noise. Use NoiseSpace(model) on all sites, or x_kernel=DiffusionPCN"
             )
-        if self._gibbs is None:
-            model = self._model if dependent else drop_prior(self._model)
-            self._gibbs = Gibbs([(self._x_kernel(model), sites), (self._rest_kernel(model), None)])
 
-    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> DiffusionGibbsState:
-        init_params = self._params_of_blocks(init_params, args, kwargs)
-        state = self._gibbs.init(key, self._num_warmup, init_params, model_args=args, model_kwargs=kwargs)
+    def _blocks(self, reading: Reading) -> Gibbs:
+        """NumPyro's kernel on the two blocks, with nothing bound."""
+        x_kernel, rest_kernel = self._given
+        alone = isinstance(self._x_kernel, DiffusionKernel) and not reading.structure.dependent
+        model = drop_prior(self._model) if alone else self._model  # other kernels evaluate the priors themselves
+        sites = tuple(reading.structure.diffusion)
+        return Gibbs([(build("x_kernel", x_kernel, model), sites), (build("rest_kernel", rest_kernel, model), None)])
+
+    def _bind(self, key: jax.Array, init_params: dict | None, reading: Reading) -> None:
+        self._gibbs = self._blocks(reading)
+        params = None if init_params is None else self._params_of_blocks(self._gibbs, init_params, reading)
+        bind(self._gibbs, key, self._num_warmup, params, reading.args, reading.kwargs)
+
+    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> DiffusionGibbsState:
+        gibbs = self._blocks(reading)
+        params = None if init_params is None else self._params_of_blocks(gibbs, init_params, reading)
+        state = gibbs.init(key, self._num_warmup, params, model_args=reading.args, model_kwargs=reading.kwargs)
         return self._report(state)
 
-    def _params_of_blocks(self, init_params: dict | None, args: tuple, kwargs: dict) -> dict | None:
-        """Initial values as NumPyro's `Gibbs` takes them: unconstrained for HMC, constrained for other kernels.
-
-        `MCMC` gives them unconstrained, and a composite kernel constrained.
-        """
-        if init_params is None:
-            return None
-        model = seed(conditioned(self._model), jax.random.key(0))
-        if GIBBS_SITES_KWARG in kwargs:
-            constrained = init_params
-            unconstrained = unconstrain_fn(model, args, kwargs, init_params)
-        else:
-            constrained, unconstrained = constrain_fn(model, args, kwargs, init_params), init_params
-        diffusion_sites = prior_sites(self._model, args, kwargs)
+    def _params_of_blocks(self, gibbs: Gibbs, init_params: dict, reading: Reading) -> dict:
+        """Initial values as NumPyro's `Gibbs` takes them: unconstrained for HMC, constrained for other kernels."""
+        unconstrained = start(jax.random.key(0), reading, init_params)
+        constrained = reading.constrain(unconstrained)
         values = {}
-        for (kernel, _), owns in zip(self._gibbs.blocks, (True, False), strict=True):
+        for (kernel, _), owns in zip(gibbs.blocks, (True, False), strict=True):
             given = unconstrained if isinstance(kernel, HMC) else constrained
-            values |= {name: given[name] for name in init_params if (name in diffusion_sites) == owns}
+            values |= {name: given[name] for name in init_params if (name in reading.structure.diffusion) == owns}
         return values
 
-    def _step(self, state: DiffusionGibbsState, args: tuple, kwargs: dict) -> DiffusionGibbsState:
+    def _step(self, state: DiffusionGibbsState, reading: Reading) -> DiffusionGibbsState:
         gibbs_state = state.gibbs_state._replace(rng_key=state.rng_key)
-        return self._report(self._gibbs.sample(gibbs_state, args, kwargs))
+        return self._report(self._gibbs.sample(gibbs_state, reading.args, reading.kwargs))
 
     def _report(self, gibbs_state: Any) -> DiffusionGibbsState:
         x_state, rest_state = gibbs_state.block_states
@@ -146,8 +152,8 @@ class DiffusionGibbs(DiffusionKernel):
             gibbs_state=gibbs_state,
             accept_prob=getattr(x_state, "accept_prob", missing),
             noise_level=getattr(x_state, "noise_level", missing),
-            num_score_evals=x_state.num_score_evals,
-            diverging=x_state.diverging | getattr(rest_state, "diverging", False),
+            num_score_evals=jnp.asarray(getattr(x_state, "num_score_evals", 0), jnp.int32),
+            diverging=jnp.asarray(getattr(x_state, "diverging", False)) | getattr(rest_state, "diverging", False),
             rng_key=gibbs_state.rng_key,
         )
 
@@ -160,6 +166,7 @@ class DiffusionGibbs(DiffusionKernel):
         """A copy of this kernel on a wrapped model, for composite kernels."""
         kernel = super().wrap_model(wrapper)
         kernel._gibbs = None
+        kernel._x_kernel = build("x_kernel", kernel._given[0], kernel._model)
         return kernel
 
     def refresh(self, state: DiffusionGibbsState, model_args: tuple, model_kwargs: dict | None) -> DiffusionGibbsState:

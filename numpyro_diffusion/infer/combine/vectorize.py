@@ -18,7 +18,9 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffusion.infer.combine.composed import status_of
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
+from numpyro_diffusion.infer.kernel.inner import bind
 from numpyro_diffusion.infer.model.density import Status
+from numpyro_diffusion.infer.model.record import Reading
 
 
 class Vectorize(DiffusionKernel):
@@ -58,7 +60,6 @@ class Vectorize(DiffusionKernel):
             raise ValueError(f"Vectorize needs a kernel that is built on a model; got {name} on a potential function")
         super().__init__(kernel.model)
         self._kernel = kernel
-        self.binds_on_start = getattr(kernel, "binds_on_start", True)
         self._binds_arguments = type(kernel).refresh is MCMCKernel.refresh
 
     @property
@@ -81,23 +82,27 @@ class Vectorize(DiffusionKernel):
         """The kernel's own."""
         return self._kernel.default_fields
 
-    def _check_model(self, args: tuple, kwargs: dict) -> None:
+    def _check_model(self, reading: Reading) -> None:
         if isinstance(self._kernel, DiffusionKernel):
-            self._kernel._check_model(args, kwargs)
+            self._kernel._check_model(reading)
 
     def _check_start(self, state: Any) -> None:
         if isinstance(self._kernel, DiffusionKernel):
             self._kernel._check_start(state)
 
-    def _start(self, key: jax.Array, init_params: Any, args: tuple, kwargs: dict) -> Any:
-        return self._kernel.init(key, self._num_warmup, init_params, model_args=args, model_kwargs=kwargs)
+    def _bind(self, key: jax.Array, init_params: Any, reading: Reading) -> None:
+        bind(self._kernel, key, self._num_warmup, init_params, reading.args, reading.kwargs)
 
-    def _step(self, state: Any, args: tuple, kwargs: dict) -> Any:
+    def _start(self, key: jax.Array, init_params: Any, reading: Reading) -> Any:
+        kernel = copy.copy(self._kernel) if self._binds_arguments else self._kernel.wrap_model(lambda model: model)
+        return kernel.init(key, self._num_warmup, init_params, model_args=reading.args, model_kwargs=reading.kwargs)
+
+    def _step(self, state: Any, reading: Reading) -> Any:
         kernel = self._kernel
         if self._binds_arguments:
             kernel = copy.copy(kernel)
-            kernel.init(state.rng_key, self._num_warmup, None, model_args=args, model_kwargs=kwargs)
-        return kernel.sample(state, args, kwargs)
+            kernel.init(state.rng_key, self._num_warmup, None, model_args=reading.args, model_kwargs=reading.kwargs)
+        return kernel.sample(state, reading.args, reading.kwargs)
 
     def wrap_model(self, wrapper: Callable) -> "Vectorize":
         """A copy of this kernel on a wrapped model."""

@@ -37,11 +37,13 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.infer.gradient.base import GradientKernel, flatten, proper, select
+from numpyro_diffusion.infer.gradient.base import GradientKernel, flatten
 from numpyro_diffusion.infer.gradient.langevin import log_reversal, propose
 from numpyro_diffusion.infer.kernel.adapt import Adaptation, Root, Shape, running_mean
+from numpyro_diffusion.infer.kernel.choose import Choice, metropolis
 from numpyro_diffusion.infer.model.density import Density, Provider
-from numpyro_diffusion.infer.model.sites import Model
+from numpyro_diffusion.infer.model.handlers import Model
+from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.model.target import Evaluation, Target
 
 
@@ -147,9 +149,9 @@ class DiffusiveGibbs(GradientKernel):
         self._levels, self._num_steps, self._num_sweeps = levels, num_steps, num_sweeps
         self._adaptation = Adaptation(preconditioner, step_size, target_accept_prob)
 
-    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> DiffusiveGibbsState:
+    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> DiffusiveGibbsState:
         key, key_first, key_adapt = jax.random.split(key, 3)
-        z, evaluation = self._first(key_first, init_params, args, kwargs)
+        z, evaluation = self._first(key_first, init_params, reading)
         q = flatten(z)
         step_size = self._adaptation.step_size or q.size ** (-1.0 / 3.0)
         by_rule = [replace(self._adaptation, step_size=step_size * v**2 / (1.0 + v**2)) for v in self._levels]
@@ -173,9 +175,9 @@ class DiffusiveGibbs(GradientKernel):
             rng_key=key,
         )
 
-    def _step(self, state: DiffusiveGibbsState, args: tuple, kwargs: dict) -> DiffusiveGibbsState:
+    def _step(self, state: DiffusiveGibbsState, reading: Reading) -> DiffusiveGibbsState:
         key, key_sweeps = jax.random.split(state.rng_key)
-        target, count = self._target(state.z, args, kwargs), len(self._levels)
+        target, count = self._target(state.z, reading), len(self._levels)
         root = self._adaptation.root(jax.tree.map(lambda levels: levels[0], state.adapt_state))
         levels = jnp.tile(jnp.asarray(self._levels, target.flat.dtype), self._num_sweeps)
         steps = jnp.tile(state.level_step_size, self._num_sweeps)
@@ -192,7 +194,7 @@ class DiffusiveGibbs(GradientKernel):
             return self._adaptation.update(adapt_state, state.i, self._num_warmup, accept_prob, q)
 
         adapt_state = jax.vmap(adapt)(state.adapt_state, accept)
-        evaluations = self._evaluations(args, kwargs) * len(levels) * (1 + self._num_steps)
+        evaluations = self._evaluations(reading, len(levels) * (1 + self._num_steps))
         return DiffusiveGibbsState(
             i=state.i + 1,
             z=target.unflatten(q),
@@ -219,9 +221,7 @@ class DiffusiveGibbs(GradientKernel):
 
         q_new = centre + level * root.push(jax.random.normal(key_restart, q.shape, q.dtype))
         there = target.evaluate(q_new)
-        point, restart_prob, diverged = _test(
-            key_accept, (q, here), (q_new, there), there.log_density - here.log_density
-        )
+        restart = _test(key_accept, (q, here), (q_new, there), there.log_density - here.log_density)
 
         def step(point: tuple, key: jax.Array) -> tuple:
             (q, here), (key_step, key_accept) = point, jax.random.split(key)
@@ -231,11 +231,12 @@ class DiffusiveGibbs(GradientKernel):
             given_new = _conditional(there, q_new, centre, root, level)
             log_ratio = given_new.log_density - given.log_density
             log_ratio += log_reversal(q, q_new, given.gradient, given_new.gradient, root, root, step_size)
-            point, *statistics = _test(key_accept, point, (q_new, there), log_ratio)
-            return point, tuple(statistics)
+            choice = _test(key_accept, point, (q_new, there), log_ratio)
+            return choice.point, (choice.accept_prob, choice.diverging)
 
-        point, (accept_prob, diverging) = jax.lax.scan(step, point, jax.random.split(key_steps, self._num_steps))
-        return point, (restart_prob, accept_prob.mean(), diverged | diverging.any())
+        keys = jax.random.split(key_steps, self._num_steps)
+        point, (accept_prob, diverging) = jax.lax.scan(step, restart.point, keys)
+        return point, (restart.accept_prob, accept_prob.mean(), restart.diverging | diverging.any())
 
     def get_diagnostics_str(self, state: DiffusiveGibbsState) -> str:
         """For the progress bar."""
@@ -250,12 +251,6 @@ def _conditional(at: Evaluation, q: jax.Array, centre: jax.Array, root: Root, le
     return Evaluation(at.log_density - 0.5 * jnp.sum(w**2), at.gradient - pulled_back)
 
 
-def _test(key: jax.Array, point: tuple, new: tuple, log_ratio: jax.Array) -> tuple:
-    """One of two points with their evaluations, by a Metropolis test; the probability, and whether there was none."""
-    at = new[1]
-    log_ratio = jnp.where(jnp.isneginf(at.log_density), -jnp.inf, log_ratio)  # no gradient is asked for there
-    fine = proper(log_ratio)
-    fine &= jnp.isneginf(log_ratio) | jnp.isfinite(at.gradient).all()
-    accept_prob = jnp.where(fine, jnp.exp(jnp.minimum(log_ratio, 0.0)), 0.0)
-    accepted = jax.random.uniform(key, dtype=accept_prob.dtype) < accept_prob
-    return select(accepted, new, point), accept_prob, ~fine
+def _test(key: jax.Array, point: tuple, new: tuple, log_ratio: jax.Array) -> Choice:
+    """One of two points with their evaluations, by a Metropolis test."""
+    return metropolis(key, log_ratio, new, point, new[1].log_density, new[1].gradient)

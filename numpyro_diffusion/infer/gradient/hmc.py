@@ -35,10 +35,12 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.infer.gradient.base import GradientKernel, flatten, proper, require_test, select
+from numpyro_diffusion.infer.gradient.base import GradientKernel, flatten, require_test
 from numpyro_diffusion.infer.kernel.adapt import Adaptation, Root, Shape, running_mean
+from numpyro_diffusion.infer.kernel.choose import metropolis
 from numpyro_diffusion.infer.model.density import Density, LineIntegral, Provider
-from numpyro_diffusion.infer.model.sites import Model
+from numpyro_diffusion.infer.model.handlers import Model
+from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.model.target import Evaluation, Target
 
 _JITTER = 0.2
@@ -107,7 +109,7 @@ class ScoreHMC(GradientKernel):
     Args:
         model: NumPyro model.
         num_steps: leapfrog steps of a trajectory.
-        refresh: share of the momentum that is drawn anew before a trajectory, in (0, 1]; 1 draws all of it.
+        momentum_refresh: share of the momentum that is drawn anew before a trajectory, in (0, 1]; 1 draws all of it.
         provider: what answers for diffusion sites: `Density()`, or `LineIntegral()`, approximate, for a prior with a
             score alone.
         step_size: where the step starts, in units of the preconditioner's root; None for D^(-1/3).
@@ -143,7 +145,7 @@ class ScoreHMC(GradientKernel):
         model: Model,
         *,
         num_steps: int = 8,
-        refresh: float = 1.0,
+        momentum_refresh: float = 1.0,
         provider: Provider = Density(),  # noqa: B008
         step_size: float | None = None,
         target_accept_prob: float | None = 0.8,
@@ -152,16 +154,16 @@ class ScoreHMC(GradientKernel):
         super().__init__(model, provider)
         require_test(provider, "ScoreHMC")
         _checks.at_least(1, num_steps=num_steps)
-        if not 0.0 < refresh <= 1.0:
-            raise ValueError(f"refresh must lie in (0, 1]; got {refresh}")
-        self._num_steps, self._refresh = num_steps, refresh
+        if not 0.0 < momentum_refresh <= 1.0:
+            raise ValueError(f"momentum_refresh must lie in (0, 1]; got {momentum_refresh}")
+        self._num_steps, self._momentum_refresh = num_steps, momentum_refresh
         self._adaptation = Adaptation(preconditioner, step_size, target_accept_prob)
         absent = "potential_energy" if isinstance(provider, LineIntegral) else "circulation"
         self.statistics = tuple(name for name in ScoreHMC.statistics if name != absent)
 
-    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> ScoreHMCState:
+    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> ScoreHMCState:
         key, key_first, key_momentum, key_adapt = jax.random.split(key, 4)
-        z, evaluation = self._first(key_first, init_params, args, kwargs)
+        z, evaluation = self._first(key_first, init_params, reading)
         q = flatten(z)
         adapt_state = self._adaptation.start(self._num_warmup, q, key_adapt)
         zero, count = jnp.zeros_like(evaluation.log_density), jnp.zeros((), jnp.int32)
@@ -181,23 +183,22 @@ class ScoreHMC(GradientKernel):
             rng_key=key,
         )
 
-    def _step(self, state: ScoreHMCState, args: tuple, kwargs: dict) -> ScoreHMCState:
+    def _step(self, state: ScoreHMCState, reading: Reading) -> ScoreHMCState:
         key, key_momentum, key_accept, key_length = jax.random.split(state.rng_key, 4)
-        target, here = self._target(state.z, args, kwargs), state.evaluation
+        target, here = self._target(state.z, reading), state.evaluation
         q, root = target.flat, self._adaptation.root(state.adapt_state)
         fresh = jax.random.normal(key_momentum, q.shape, q.dtype)
-        momentum = jnp.sqrt(1.0 - self._refresh) * state.momentum + jnp.sqrt(self._refresh) * fresh
+        momentum = jnp.sqrt(1.0 - self._momentum_refresh) * state.momentum + jnp.sqrt(self._momentum_refresh) * fresh
         jitter = jax.random.uniform(key_length, (), q.dtype, 1.0 - _JITTER, 1.0 + _JITTER)
         step_size = jitter * state.step_size
         q_new, momentum_new, there = leapfrog(target, q, momentum, here, root, step_size, self._num_steps)
         log_ratio = target.log_ratio(here, there, q, q_new)
         log_ratio += 0.5 * (jnp.sum(momentum**2) - jnp.sum(momentum_new**2))
-        fine = proper(log_ratio) & jnp.isfinite(there.gradient).all()
-        accept_prob = jnp.where(fine, jnp.exp(jnp.minimum(log_ratio, 0.0)), 0.0)
-        accepted = jax.random.uniform(key_accept, dtype=accept_prob.dtype) < accept_prob
         circulation = target.circulation(q, q_new, q + root.push(momentum))
-        q, momentum, evaluation = select(accepted, (q_new, momentum_new, there), (q, -momentum, here))
-        evaluations = self._num_steps * self._evaluations(args, kwargs)
+        new, old = (q_new, momentum_new, there), (q, -momentum, here)
+        choice = metropolis(key_accept, log_ratio, new, old, there.log_density, there.gradient)
+        (q, momentum, evaluation), accept_prob = choice.point, choice.accept_prob
+        evaluations = self._evaluations(reading, self._num_steps, tests=1)
         adapt_state = self._adaptation.update(state.adapt_state, state.i, self._num_warmup, accept_prob, q)
         return ScoreHMCState(
             i=state.i + 1,
@@ -211,7 +212,7 @@ class ScoreHMC(GradientKernel):
             step_size=adapt_state.step_size,
             circulation=circulation,
             num_score_evals=jnp.asarray(evaluations, jnp.int32),
-            diverging=~fine,
+            diverging=choice.diverging,
             rng_key=key,
         )
 

@@ -31,11 +31,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from numpyro_diffusion.infer.gradient.base import GradientKernel, flatten, proper, require_test, select
+from numpyro_diffusion.infer.gradient.base import GradientKernel, flatten, require_test
 from numpyro_diffusion.infer.gradient.tweedie import Tweedie
 from numpyro_diffusion.infer.kernel.adapt import Adaptation, Root, Shape, running_mean
+from numpyro_diffusion.infer.kernel.choose import all_finite, metropolis, select
 from numpyro_diffusion.infer.model.density import Density, LineIntegral, Provider, Score
-from numpyro_diffusion.infer.model.sites import Model
+from numpyro_diffusion.infer.model.handlers import Model
+from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.model.target import Evaluation
 from numpyro_diffusion.solve.langevin import langevin_step
 
@@ -169,23 +171,23 @@ class ULA(GradientKernel):
         super().__init__(model, Score())
         self._adaptation = Adaptation(preconditioner, step_size, None)
 
-    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> ULAState:
+    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> ULAState:
         key, key_first, key_adapt = jax.random.split(key, 3)
-        z, evaluation = self._first(key_first, init_params, args, kwargs)
+        z, evaluation = self._first(key_first, init_params, reading)
         adapt_state = self._adaptation.start(self._num_warmup, flatten(z), key_adapt)
         count = jnp.zeros((), jnp.int32)
         return ULAState(count, z, evaluation, adapt_state, adapt_state.step_size, count, jnp.array(False), key)
 
-    def _step(self, state: ULAState, args: tuple, kwargs: dict) -> ULAState:
+    def _step(self, state: ULAState, reading: Reading) -> ULAState:
         key, key_step = jax.random.split(state.rng_key)
-        target = self._target(state.z, args, kwargs)
+        target = self._target(state.z, reading)
         root = self._adaptation.root(state.adapt_state)
         step_size = jnp.asarray(self._adaptation.step_size, target.flat.dtype)
         if self._adaptation.preconditioner != "identity":
             step_size = jnp.where(state.i < self._num_warmup, jnp.minimum(step_size, _WARMUP_STEP), step_size)
         q_new = propose(key_step, target.flat, state.evaluation.gradient, root, step_size)
         there = target.evaluate(q_new)
-        fine = jnp.isfinite(q_new).all() & jnp.isfinite(there.gradient).all()
+        fine = all_finite((q_new, there.gradient))
         q, evaluation = select(fine, (q_new, there), (target.flat, state.evaluation))
         adapt_state = self._adaptation.update(state.adapt_state, state.i, self._num_warmup, jnp.ones((), q.dtype), q)
         return state._replace(
@@ -194,7 +196,7 @@ class ULA(GradientKernel):
             evaluation=evaluation,
             adapt_state=adapt_state,
             step_size=step_size,
-            num_score_evals=jnp.asarray(self._evaluations(args, kwargs), jnp.int32),
+            num_score_evals=jnp.asarray(self._evaluations(reading), jnp.int32),
             diverging=~fine,
             rng_key=key,
         )
@@ -254,25 +256,25 @@ class MALA(GradientKernel):
         absent = "potential_energy" if isinstance(provider, LineIntegral) else "circulation"
         self.statistics = tuple(name for name in MALA.statistics if name != absent)
 
-    def _root(self, z: dict[str, jax.Array], args: tuple, kwargs: dict) -> Root | None:
+    def _root(self, z: dict[str, jax.Array], reading: Reading) -> Root | None:
         """The root of the preconditioner at a point, None if it is the same everywhere."""
-        return None if self._tweedie is None else self._tweedie.root(self._model, args, kwargs, z)
+        return None if self._tweedie is None else self._tweedie.root(reading, z)
 
-    def _check_model(self, args: tuple, kwargs: dict) -> None:
-        super()._check_model(args, kwargs)
+    def _check_model(self, reading: Reading) -> None:
+        super()._check_model(reading)
         if self._tweedie is not None:
-            self._tweedie.check(self._model, args, kwargs)
+            self._tweedie.check(reading)
 
-    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> MALAState:
+    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> MALAState:
         key, key_first, key_adapt = jax.random.split(key, 3)
-        z, evaluation = self._first(key_first, init_params, args, kwargs)
+        z, evaluation = self._first(key_first, init_params, reading)
         adapt_state = self._adaptation.start(self._num_warmup, flatten(z), key_adapt)
         zero, count = jnp.zeros_like(evaluation.log_density), jnp.zeros((), jnp.int32)
         return MALAState(
             i=count,
             z=z,
             evaluation=evaluation,
-            root=self._root(z, args, kwargs),
+            root=self._root(z, reading),
             potential_energy=-evaluation.log_density,
             adapt_state=adapt_state,
             accept_prob=zero,
@@ -284,21 +286,20 @@ class MALA(GradientKernel):
             rng_key=key,
         )
 
-    def _step(self, state: MALAState, args: tuple, kwargs: dict) -> MALAState:
+    def _step(self, state: MALAState, reading: Reading) -> MALAState:
         key, key_step, key_accept = jax.random.split(state.rng_key, 3)
-        target, h = self._target(state.z, args, kwargs), state.step_size
+        target, h = self._target(state.z, reading), state.step_size
         q, here = target.flat, state.evaluation
         root = self._adaptation.root(state.adapt_state) if self._tweedie is None else state.root
         q_new = propose(key_step, q, here.gradient, root, h)
         there = target.evaluate(q_new)
-        root_new = root if self._tweedie is None else self._root(target.unflatten(q_new), args, kwargs)
+        root_new = root if self._tweedie is None else self._root(target.unflatten(q_new), reading)
         log_ratio = target.log_ratio(here, there, q, q_new)
         log_ratio += log_reversal(q, q_new, here.gradient, there.gradient, root, root_new, h)
-        fine = proper(log_ratio) & jnp.isfinite(there.gradient).all()
-        accept_prob = jnp.where(fine, jnp.exp(jnp.minimum(log_ratio, 0.0)), 0.0)
-        accepted = jax.random.uniform(key_accept, dtype=accept_prob.dtype) < accept_prob
         mean = q + h * root.push(root.pull(here.gradient))
-        q, evaluation, root = select(accepted, (q_new, there, root_new), (q, here, root))
+        new, old = (q_new, there, root_new), (q, here, root)
+        choice = metropolis(key_accept, log_ratio, new, old, there.log_density, there.gradient)
+        (q, evaluation, root), accept_prob = choice.point, choice.accept_prob
         adapt_state = self._adaptation.update(state.adapt_state, state.i, self._num_warmup, accept_prob, q)
         return MALAState(
             i=state.i + 1,
@@ -311,15 +312,15 @@ class MALA(GradientKernel):
             mean_accept_prob=running_mean(state.mean_accept_prob, accept_prob, state.i, self._num_warmup),
             step_size=adapt_state.step_size,
             circulation=target.circulation(target.flat, q_new, mean),
-            num_score_evals=jnp.asarray(self._evaluations(args, kwargs), jnp.int32),
-            diverging=~fine,
+            num_score_evals=jnp.asarray(self._evaluations(reading, tests=1), jnp.int32),
+            diverging=choice.diverging,
             rng_key=key,
         )
 
     def refresh(self, state: MALAState, model_args: tuple, model_kwargs: dict | None) -> MALAState:
         """Evaluates the target anew after a composite kernel has moved the point or what it is conditioned on."""
         state = super().refresh(state, model_args, model_kwargs)
-        return state._replace(root=self._root(state.z, model_args, model_kwargs or {}))
+        return state._replace(root=self._root(state.z, self.read(model_args, model_kwargs)))
 
     def get_diagnostics_str(self, state: MALAState) -> str:
         """For the progress bar."""

@@ -24,7 +24,8 @@ from jax.scipy.linalg import block_diag
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import covariance
 from numpyro_diffusion.infer.kernel.adapt import Root
-from numpyro_diffusion.infer.model.sites import Model, PriorSite, prior_sites
+from numpyro_diffusion.infer.model.record import Reading
+from numpyro_diffusion.infer.model.sites import PriorSite
 
 _FLOOR = 1e-4
 """Least eigenvalue, as a share of the squared level."""
@@ -49,9 +50,9 @@ class Tweedie:
     def __post_init__(self) -> None:
         _checks.positive(level=self.level)
 
-    def check(self, model: Model, args: tuple, kwargs: dict) -> None:
+    def check(self, reading: Reading) -> None:
         """Raises unless the covariance of every diffusion site is one in NumPyro's coordinates."""
-        for name, site in prior_sites(model, args, kwargs).items():
+        for name, site in reading.sites_in_the_abstract().items():
             if not site.same_coordinates:
                 raise ValueError(
                     f"Tweedie() needs site {name!r} in the denoiser's own coordinates; its transform is not NumPyro's "
@@ -67,9 +68,9 @@ class Tweedie:
         values, vectors = jnp.linalg.eigh(0.5 * (matrix + matrix.T))
         return jnp.maximum(values, _FLOOR * level**2), vectors
 
-    def root(self, model: Model, args: tuple, kwargs: dict, z: dict[str, jax.Array]) -> Root:
+    def root(self, reading: Reading, z: dict[str, jax.Array]) -> Root:
         """The root of the preconditioner at a point, in NumPyro's unconstrained coordinates."""
-        sites = prior_sites(model, args, kwargs)
+        sites = reading.sites(z)
         roots, inverses, log_det = [], [], 0.0
         for name in sorted(z):
             if name not in sites:

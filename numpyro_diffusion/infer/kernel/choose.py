@@ -1,6 +1,15 @@
-r"""Weights of particles: effective size, resampling, and the next temperature.
+r"""Choices: to accept or to reject, one of several candidates, which particles to copy. One policy for all.
 
-Particles with weights $w_i \propto e^{\ell_i}$ are worth an effective sample size of $(\sum w_i)^2 / \sum w_i^2$.
+A logarithm of a density that is NaN or plus infinity is not one: such a candidate is never taken, and the kernel counts
+it as diverging. Minus infinity is a density of zero, an ordinary rejection. A gradient that is not finite where the
+density is rejects and counts too, if the kernel uses gradients.
+
+**Metropolis.** A proposal is accepted with $a = \min(1, e^r)$, $r$ the log-ratio. **Metropolised Gibbs** chooses one of
+$M$ candidates by weight and accepts it over the current point, of weight $w_0$, with
+
+$$a = \min\left(1, \frac{\sum_{i \ge 1} w_i}{\sum_{i \ge 0, i \ne j} w_i}\right).$$
+
+**Particles** with weights $w_i \propto e^{\ell_i}$ are worth an effective sample size of $(\sum w_i)^2 / \sum w_i^2$.
 Resampling makes copies in proportion to the weights. The systematic scheme puts one uniform offset on a comb of $N$
 teeth,
 
@@ -11,11 +20,14 @@ conditional scheme is the same law given that the first copy is of the first par
 needs.
 
 References:
+    Liu, Peskun's theorem and a modified discrete-state Gibbs sampler, 1996, https://doi.org/10.1093/biomet/83.3.681.
     Douc, Cappé, Moulines, Comparison of resampling schemes for particle filtering, 2005,
     https://arxiv.org/abs/cs/0507025.
     Chopin and Singh, On particle Gibbs sampling, 2015 (conditional systematic resampling),
     https://arxiv.org/abs/1304.1887.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +36,85 @@ from jax.typing import ArrayLike
 _BISECTIONS = 60
 
 
-def proper(log_weights: jax.Array) -> jax.Array:
-    """NaN and plus infinity, which are no logarithms of a weight, read as minus infinity: never taken.
+class Choice(NamedTuple):
+    """What came of a proposal."""
+
+    point: Any  # the new one or the old one
+    accept_prob: jax.Array
+    accepted: jax.Array
+    diverging: jax.Array  # whether a density or a gradient was not one
+
+
+def metropolis(
+    key: jax.Array, log_ratio: jax.Array, new: Any, old: Any, log_density: ArrayLike = 0.0, gradient: Any = ()
+) -> Choice:
+    """Accepts a proposal or keeps the point.
+
+    Args:
+        key: random key.
+        log_ratio: logarithm of the acceptance ratio, a scalar.
+        new: the proposal, a pytree.
+        old: the current point, of the same structure.
+        log_density: of the proposal; where it is minus infinity, nothing else is asked.
+        gradient: what must be finite at the proposal elsewhere, a pytree.
+
+    Returns:
+        A `Choice`.
+    """
+    log_ratio = jnp.where(jnp.isneginf(log_density), -jnp.inf, log_ratio)
+    fine = jnp.isneginf(log_ratio) | (is_density(log_ratio) & all_finite(gradient))
+    accept_prob = jnp.where(fine, jnp.exp(jnp.minimum(log_ratio, 0.0)), 0.0)
+    accepted = jax.random.uniform(key, dtype=accept_prob.dtype) < accept_prob
+    return Choice(select(accepted, new, old), accept_prob, accepted, ~fine)
+
+
+def metropolised_gibbs(key: jax.Array, log_weights: jax.Array, current: jax.Array, new: Any, old: Any) -> Choice:
+    """Chooses one of several candidates by weight and accepts it over the current point.
+
+    Args:
+        key: random key.
+        log_weights: of the candidates as the model gives them, shape (M,).
+        current: that of the current point.
+        new: the candidates, a pytree with a leading axis of M.
+        old: the current point, of the same structure without it.
+
+    Returns:
+        A `Choice`; diverging if a weight was not one.
+    """
+    key_choice, key_accept = jax.random.split(key)
+    weights = without_improper(log_weights)
+    chosen = jax.random.categorical(key_choice, weights)
+    others = jnp.where(jnp.arange(weights.size) == chosen, -jnp.inf, weights)
+    log_ratio = jax.nn.logsumexp(weights) - jnp.logaddexp(jax.nn.logsumexp(others), current)
+    accept_prob = jnp.where(jnp.isnan(log_ratio), 0.0, jnp.exp(jnp.minimum(log_ratio, 0.0)))
+    accepted = jax.random.uniform(key_accept, dtype=accept_prob.dtype) < accept_prob
+    candidate = jax.tree.map(lambda leaf: leaf[chosen], new)
+    return Choice(select(accepted, candidate, old), accept_prob, accepted, ~is_density(log_weights).all())
+
+
+def keep_finite(new: Any, old: Any) -> tuple[Any, jax.Array]:
+    """The new point if all of it is finite, the old one if not; and whether it was not."""
+    fine = all_finite(new)
+    return select(fine, new, old), ~fine
+
+
+def select(condition: jax.Array, yes: Any, no: Any) -> Any:
+    """One of two pytrees of the same structure, by a scalar truth value; of the second one's dtypes."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b).astype(jnp.result_type(b)), yes, no)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every number of a pytree is finite, a scalar."""
+    return jnp.all(jnp.stack([jnp.array(True), *(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))]))
+
+
+def is_density(log_density: jax.Array) -> jax.Array:
+    """Whether numbers can be logarithms of a density or of a weight: neither NaN nor plus infinity."""
+    return ~(jnp.isnan(log_density) | jnp.isposinf(log_density))
+
+
+def without_improper(log_weights: jax.Array) -> jax.Array:
+    """Logarithms of weights, those that are none read as minus infinity: never taken.
 
     Args:
         log_weights: logarithms of weights or likelihoods, any shape.
@@ -33,7 +122,7 @@ def proper(log_weights: jax.Array) -> jax.Array:
     Returns:
         The same shape.
     """
-    return jnp.where(jnp.isnan(log_weights) | jnp.isposinf(log_weights), -jnp.inf, log_weights)
+    return jnp.where(is_density(log_weights), log_weights, -jnp.inf)
 
 
 def effective_size(log_weights: jax.Array) -> jax.Array:

@@ -1,8 +1,10 @@
 r"""The coat that every kernel wears: one chain's mathematics inside, NumPyro's contract outside.
 
-A kernel is two pure functions of one chain, `_start(key, ...) -> state` and `_step(state, ...) -> state`. This class
-gives them to `numpyro.infer.MCMC`: many chains at once (`chain_method="vectorized"`), conditioning by composite
-kernels, continuation from a state, pickling, and a start that is compiled once for all runs on data of one shape.
+A kernel is two pure functions of one chain, `_start(key, init_params, reading) -> state` and
+`_step(state, reading) -> state`, where a `Reading` is the model at its arguments, read once a run (`model.record`).
+This class gives them to `numpyro.infer.MCMC`: many chains at once (`chain_method="vectorized"`), conditioning by
+composite kernels, continuation from a state, pickling, and a start that is compiled once for all runs on data of one
+shape.
 
 Chains that run together may agree on a random number, by `shared`, so that a loop has one length for all of them: with
 each its own, every chain would wait for the longest. They may also pool a statistic that warm-up adapts to, by
@@ -18,7 +20,9 @@ import jax
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
-from numpyro_diffusion.infer.model.sites import Model
+from numpyro_diffusion.infer.kernel.start import Strategy
+from numpyro_diffusion.infer.model.handlers import Model
+from numpyro_diffusion.infer.model.record import Reading, Record
 
 _CHAINS = "numpyro_diffusion_chains"
 
@@ -49,44 +53,58 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
 
     Args:
         model: NumPyro model, a callable.
+        init_strategy: where chains start, as in NumPyro; None draws diffusion sites from their priors.
 
     Raises:
-        TypeError: if `model` is not callable.
+        TypeError: if `model` or `init_strategy` is not callable.
     """
 
     sample_field = "z"
     statistics: ClassVar[tuple[str, ...]] = ("accept_prob", "num_score_evals")
     """State fields collected on every draw, besides the sites and `diverging`."""
-    binds_on_start: ClassVar[bool] = False
-    """Whether `_start` leaves closures behind that must not come from inside a transformation."""
     takes_point: ClassVar[bool] = False
     """Whether a state with another `z`, refreshed, goes on from there: what `Cycle` and `Mixture` rely on."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, init_strategy: Strategy | None = None) -> None:
         if not callable(model):
             raise TypeError(f"model must be a NumPyro model, a callable; got {type(model).__name__}")
+        if not (init_strategy is None or callable(init_strategy)):
+            raise TypeError(
+                f"init_strategy must be one of NumPyro's, such as init_to_sample; got {type(init_strategy).__name__}"
+            )
         self._model = model
+        self._init_strategy = init_strategy
         self._forget()
 
     def _forget(self) -> None:
         self._sample_fn = None
         self._compiled_start = None
+        self._record = self._lent = None
         self._num_warmup = 0
         self._vectorized = False
 
     @abc.abstractmethod
-    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> NamedTuple:
+    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> NamedTuple:
         """The initial state of one chain."""
 
     @abc.abstractmethod
-    def _step(self, state: NamedTuple, args: tuple, kwargs: dict) -> NamedTuple:
+    def _step(self, state: NamedTuple, reading: Reading) -> NamedTuple:
         """The next state of one chain."""
 
-    def _check_model(self, args: tuple, kwargs: dict) -> None:
+    def _check_model(self, reading: Reading) -> None:
         """Raises if the model does not suit the kernel."""
 
     def _check_start(self, state: NamedTuple) -> None:
         """Raises if a concrete initial state, of one chain or of many, cannot be sampled from."""
+
+    def _bind(self, key: jax.Array, init_params: dict | None, reading: Reading) -> None:
+        """Prepares kernels that are held inside, at arguments that are no tracers of the start."""
+
+    def read(self, args: tuple, kwargs: dict | None) -> Reading:
+        """The model at its arguments."""
+        if self._record is None:
+            self._record = Record(self._model)
+        return self._record.at(args, {} if kwargs is None else kwargs)
 
     @property
     def model(self) -> Model:
@@ -101,39 +119,37 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
         self, rng_key: jax.Array, num_warmup: int, init_params: Any, model_args: tuple, model_kwargs: dict | None
     ) -> NamedTuple:
         """Called by `MCMC`: the initial state, batched over chains if `rng_key` is."""
-        kwargs = {} if model_kwargs is None else dict(model_kwargs)
         mode = num_warmup, not is_prng_key(rng_key)
         if self._compiled_start is None or mode != (self._num_warmup, self._vectorized):
             self._num_warmup, self._vectorized = mode
             self._compiled_start = jax.jit(self._start_all)
-        self._check_model(model_args, kwargs)
-        state = self._run_start(rng_key, init_params, model_args, kwargs)
+        self._record = self._lent  # anew for every run: what a model reads from elsewhere may have changed
+        reading = self.read(model_args, model_kwargs)
+        self._check_model(reading)
+        first = (lambda leaf: leaf[0]) if self._vectorized else (lambda leaf: leaf)
+        self._bind(first(rng_key), jax.tree.map(first, init_params), reading)
+        state = self._run_start(rng_key, init_params, reading)
         if not _any_traced(state):
             self._check_start(state)
         self._sample_fn = self._step  # MCMC starts afresh on every run where this is None
         return state
 
-    def _run_start(self, keys: jax.Array, init_params: Any, args: tuple, kwargs: dict) -> NamedTuple:
+    def _run_start(self, keys: jax.Array, init_params: Any, reading: Reading) -> NamedTuple:
         """Compiled if all arguments are arrays, so that a second run on new data finds it compiled."""
-        if _any_traced((keys, init_params, args, kwargs)):
-            return self._start_all(keys, init_params, args, kwargs)
-        self._just_traced = False
+        arguments = keys, init_params, reading.args, reading.kwargs
+        if _any_traced(arguments):
+            return self._start_all(*arguments)
         try:
-            state = self._compiled_start(keys, init_params, args, kwargs)
+            return self._compiled_start(*arguments)
         except (TypeError, jax.errors.JAXTypeError, jax.errors.JAXIndexError):
-            state = None  # the model needs concrete arguments, or has an error that shows again below
-        if state is None:
-            return self._start_all(keys, init_params, args, kwargs)
-        if self._just_traced and self.binds_on_start:
-            first = (lambda leaf: leaf[0]) if self._vectorized else (lambda leaf: leaf)
-            self._start(first(keys), jax.tree.map(first, init_params), args, kwargs)
-        return state
+            pass  # the model needs concrete arguments, or has an error that shows again below
+        return self._start_all(*arguments)
 
     def _start_all(self, keys: jax.Array, init_params: Any, args: tuple, kwargs: dict) -> NamedTuple:
-        self._just_traced = True
+        reading = self.read(args, kwargs)
 
         def start(key: jax.Array, init_params: Any) -> NamedTuple:
-            return self._start(key, init_params, args, kwargs)
+            return self._start(key, init_params, reading)
 
         if not self._vectorized:
             return start(keys, init_params)
@@ -142,12 +158,22 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
 
     def sample(self, state: NamedTuple, model_args: tuple, model_kwargs: dict | None) -> NamedTuple:
         """Called by `MCMC`: the next state."""
-        kwargs = {} if model_kwargs is None else dict(model_kwargs)
+        reading = self.read(model_args, model_kwargs)
 
         def step(state: NamedTuple) -> NamedTuple:
-            return self._step(state, model_args, kwargs)
+            return self._step(state, reading)
 
         return jax.vmap(step, axis_name=_CHAINS)(state) if self._vectorized else step(state)
+
+    def get_constrain_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
+        """Maps the state's `z` to values on the supports."""
+        reading = self.read(model_args, model_kwargs)
+        return lambda z: reading.constrain(z)
+
+    def postprocess_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
+        """Maps the state's `z` to values on the supports and the model's deterministic sites."""
+        reading = self.read(model_args, model_kwargs)
+        return lambda z: reading.constrain(z, deterministic=True)
 
     def wrap_model(self, wrapper: Callable[[Model], Model]) -> "DiffusionKernel":
         """A copy of this kernel on a wrapped model, for composite kernels."""
@@ -157,6 +183,4 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
         return kernel
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state["_sample_fn"] = state["_compiled_start"] = None
-        return state
+        return {**self.__dict__, "_sample_fn": None, "_compiled_start": None, "_record": None, "_lent": None}

@@ -16,9 +16,8 @@ by quadrature. A learned score need not be a gradient, and where it is none the 
 is no law that the test would leave in place. How far it is from one is measured: the work around a closed triangle, its
 *circulation*, is zero for a gradient, up to the quadrature.
 
-Providers act on a model as handlers (`provided`): the prior's `log_prob` becomes the provider's. With `Density` the
-result is an ordinary NumPyro model, for NumPyro's own kernels too (`with_density`). What the others put there is no
-density, and stays inside this package.
+`with_density` puts the value of `Density` in the place of the priors' own `log_prob`: an ordinary NumPyro model, for
+NumPyro's own kernels too. What the others answer is no density, and stays inside this package.
 
 References:
     Song et al., Score-based generative modeling through stochastic differential equations, 2021,
@@ -31,7 +30,7 @@ import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +43,7 @@ from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.denoise.composed import density_kind
 from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.infer.model.sites import Model, is_diffusion_site, undropped
+from numpyro_diffusion.infer.model.handlers import Model, as_written, is_diffusion_site
 
 _WITHOUT_DENSITY = (
     "AnnealedLangevin and ULA need the score alone (biased), NoiseSpace gradients through the flow, DiffusionPCN and "
@@ -70,6 +69,11 @@ class Provider(abc.ABC):
 
     status: ClassVar[Status]
     has_density: ClassVar[bool] = False
+
+    @property
+    def evaluations_of_test(self) -> int:
+        """Denoiser evaluations that a test takes beside those at its two ends, per point."""
+        return 0
 
     @abc.abstractmethod
     def log_density(self, prior: DiffusionPrior, u: jax.Array) -> jax.Array:
@@ -156,7 +160,9 @@ class Density(Provider):
             )
 
     def evaluations(self, prior: DiffusionPrior) -> int:
-        return 1 if self.source_of(prior) == "denoiser" else 2 * (prior.density_solver.num_steps - 1)
+        return (
+            1 if self.source_of(prior) == "denoiser" else 2 * (prior.density_solver.num_steps - 1) + 1
+        )  # and the score
 
 
 @dataclass(frozen=True)
@@ -208,17 +214,9 @@ class LineIntegral(Score):
         """The circulation of a vector field around the triangle a, b, c: zero for a gradient."""
         return sum(self.work(gradient, start, end) for start, end in ((a, b), (b, c), (c, a)))
 
-    def evaluations(self, prior: DiffusionPrior) -> int:
-        return 1 + self.num_points + (3 * self.num_points if self.circulation else 0)
-
-
-def provided(model: Model, provider: Provider) -> Model:
-    """A model whose latent diffusion sites answer through a provider."""
-
-    def config(site: dict) -> Callable | None:
-        return _Provide(provider, undropped(site)) if is_diffusion_site(site) else None
-
-    return reparam(model, config=config)
+    @property
+    def evaluations_of_test(self) -> int:
+        return self.num_points * (4 if self.circulation else 1)
 
 
 def with_density(model: Model, source: Literal["auto", "denoiser", "flow"] = "auto") -> Model:
@@ -249,7 +247,16 @@ def with_density(model: Model, source: Literal["auto", "denoiser", "flow"] = "au
         >>> bool(abs(mcmc.get_samples()["x"].mean() - 1.5) < 0.3)
         True
     """
-    return provided(model, Density(source))
+    return partial(_answered, model, Density(source))
+
+
+def _answered(model: Model, provider: Provider, *args: Any, **kwargs: Any) -> Any:
+    """Module-level, so that kernels on it can be pickled."""
+
+    def config(site: dict) -> Callable | None:
+        return _Provide(provider, as_written(site)) if is_diffusion_site(site) else None
+
+    return reparam(model, config=config)(*args, **kwargs)
 
 
 class _Provide(Reparam):

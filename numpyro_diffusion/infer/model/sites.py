@@ -17,81 +17,23 @@ This file only reads models; it moves nothing.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from numpyro.distributions import biject_to
+from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.util import is_identically_one
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.gibbs import conditioned
 from numpyro.infer.util import log_density
 from numpyro.ops.provenance import eval_provenance
-from numpyro.primitives import Messenger
 
 from numpyro_diffusion.denoise import Product
 from numpyro_diffusion.denoise.composed import inside
 from numpyro_diffusion.distributions import DiffusionPrior
-
-Model = Callable[..., Any]
-_DROPPED = "_diffusion_prior_dropped"
-
-
-class drop_prior(Messenger):  # noqa: N801
-    """Handler: the log-density of latent diffusion sites counts as zero and is never evaluated.
-
-    Args:
-        fn: the model.
-
-    Example:
-        >>> import jax.numpy as jnp, numpyro
-        >>> import numpyro.distributions as dist
-        >>> from numpyro.infer.util import log_density
-        >>> from numpyro_diffusion.denoise import Gaussian
-        >>> from numpyro_diffusion.distributions import DiffusionPrior
-        >>> from numpyro_diffusion.infer import drop_prior
-        >>> def model(y):
-        ...     x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0]), density="none"))
-        ...     numpyro.sample("y", dist.Normal(x[0], 1.0), obs=y)
-        >>> round(float(log_density(drop_prior(model), (1.0,), {}, {"x": jnp.ones(1)})[0]), 3)
-        -0.919
-    """
-
-    def process_message(self, msg: dict[str, Any]) -> None:
-        if is_diffusion_site(msg) and _DROPPED not in msg["infer"]:
-            msg["infer"] = {**msg["infer"], _DROPPED: True}
-            msg["fn"] = msg["fn"].mask(False)
-
-
-class only_prior(Messenger):  # noqa: N801
-    """Handler: the opposite of `drop_prior`; every term counts as zero but those of latent diffusion sites.
-
-    Args:
-        fn: the model.
-    """
-
-    def process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "sample" and not is_diffusion_site(msg):
-            msg["fn"] = msg["fn"].mask(False)
-
-
-def _prior_of(fn: Any, through_masks: bool = False) -> DiffusionPrior | None:
-    """The `DiffusionPrior` inside plates and, if asked, masks; None if there is none."""
-    wrappers = (dist.Independent, dist.ExpandedDistribution, *([dist.MaskedDistribution] if through_masks else []))
-    while isinstance(fn, wrappers):
-        fn = fn.base_dist
-    return fn if isinstance(fn, DiffusionPrior) else None
-
-
-def is_diffusion_site(site: Mapping[str, Any]) -> bool:
-    """Whether a message or trace entry is a latent site with a `DiffusionPrior`."""
-    return site["type"] == "sample" and not site["is_observed"] and _prior_of(site["fn"], True) is not None
-
-
-def undropped(site: Mapping[str, Any]) -> dist.Distribution:
-    """The distribution of a site without the mask of `drop_prior`."""
-    return site["fn"].base_dist if _DROPPED in site["infer"] else site["fn"]
+from numpyro_diffusion.infer.model.handlers import Model, as_written, drop_prior, is_diffusion_site, prior_inside
 
 
 @dataclass(frozen=True)
@@ -100,13 +42,26 @@ class PriorSite:
 
     Args:
         prior: the distribution of one point.
-        batch_shape: the plates around it.
-        support: of the whole site, as NumPyro sees it.
+        batch_shape: how many points the site holds, as a shape: of plates, `expand`, `to_event`, a batch of conditions.
     """
 
     prior: DiffusionPrior
     batch_shape: tuple[int, ...]
-    support: Any
+
+    @classmethod
+    def of(cls, prior: DiffusionPrior, shape: tuple[int, ...]) -> "PriorSite":
+        """The site of a prior whose values have a shape."""
+        return cls(prior, tuple(shape[: len(shape) - prior.event_dim]))
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Of the whole site, as NumPyro sees it."""
+        return constraints.independent(self.prior.support, len(self.batch_shape))
+
+    def draw(self, key: jax.Array) -> jax.Array:
+        """A draw of the prior at all points, in NumPyro's unconstrained coordinates."""
+        leading = self.batch_shape[: len(self.batch_shape) - len(self.prior.batch_shape)]
+        return self.unconstrain(self.prior.sample(key, leading))
 
     def constrain(self, z: jax.Array) -> jax.Array:
         """From NumPyro's unconstrained coordinates to the support."""
@@ -124,8 +79,31 @@ class PriorSite:
         """From the denoiser's own space to NumPyro's unconstrained coordinates."""
         return u if self.same_coordinates else self.unconstrain(self.prior.transform(u))
 
+    def log_det(self, u: jax.Array) -> jax.Array:
+        """The logarithm of the prior's transform's Jacobian at points of the denoiser's space, a scalar for all."""
+        transform = self.prior.transform
+        return jnp.zeros(()) if transform is None else jnp.sum(transform.log_abs_det_jacobian(u, transform(u)))
+
+    def over_points(self, function: Callable[..., Any], *arrays: jax.Array) -> Any:
+        """Maps a function of the prior of one point, and that point's part of each array, over all points.
+
+        Args:
+            function: of a `DiffusionPrior` and one point's values, to a pytree of arrays.
+            *arrays: values of all points, `batch_shape` first.
+
+        Returns:
+            Its values, `batch_shape` first.
+        """
+        if self.prior.batch_shape:
+            raise NotImplementedError("a batch of conditions")
+        one = partial(function, self.prior)
+        for _ in self.batch_shape:
+            one = jax.vmap(one)
+        return one(*arrays)
+
     @property
     def same_coordinates(self) -> bool:
+        """Whether the denoiser's own space is NumPyro's unconstrained one."""
         transform, numpyros = self.prior.transform, biject_to(self.support)
         while isinstance(numpyros, dist.transforms.IndependentTransform):
             numpyros = numpyros.base_transform
@@ -175,17 +153,17 @@ def prior_sites(
     """
     found, observed = {}, []
     for name, site in traced(model, args, kwargs, values or {}).items():
-        if site["type"] == "sample" and site["is_observed"] and _prior_of(site["fn"], True) is not None:
+        if site["type"] == "sample" and site["is_observed"] and prior_inside(site["fn"], True) is not None:
             observed.append(name)
         if not is_diffusion_site(site):
             continue
-        prior = _prior_of(undropped(site))
+        prior = prior_inside(as_written(site))
         if prior is None or not (site["scale"] is None or is_identically_one(site["scale"])):
             raise ValueError(
                 f"site {name!r} must carry its DiffusionPrior unmasked and unscaled; got a mask, a scale handler or a "
                 "subsampling plate around it"
             )
-        found[name] = PriorSite(prior, tuple(site["fn"].batch_shape), site["fn"].support)
+        found[name] = PriorSite.of(prior, jnp.shape(site["value"]))
     if not found and required:
         reason = f"the DiffusionPrior sites {observed} are observed" if observed else "it has no DiffusionPrior site"
         raise ValueError(f"the model needs a latent DiffusionPrior site; {reason}")

@@ -10,28 +10,17 @@ kernels on top serve ordinary models too. The same vector and the same law as in
 them can be mixed.
 """
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from numpyro.distributions import biject_to
-from numpyro.handlers import seed
-from numpyro.infer.gibbs import conditioned
-from numpyro.infer.initialization import init_to_sample, init_to_uniform
-from numpyro.infer.util import initialize_model, potential_energy
 
-from numpyro_diffusion.infer.model.density import LineIntegral, Provider, provided
-from numpyro_diffusion.infer.model.sites import (
-    Model,
-    dependent_priors,
-    drop_prior,
-    is_diffusion_site,
-    only_prior,
-    prior_sites,
-    traced,
-)
+from numpyro_diffusion.infer.model import checks
+from numpyro_diffusion.infer.model.density import LineIntegral, Provider
+from numpyro_diffusion.infer.model.record import Evaluation as Parts
+from numpyro_diffusion.infer.model.record import Reading
+from numpyro_diffusion.infer.model.sites import PriorSite
 
 
 class Evaluation(NamedTuple):
@@ -45,37 +34,53 @@ class Target:
     """The target of a model at given arguments, over vectors of shape (D,).
 
     Args:
-        model: NumPyro model.
+        reading: the model at its arguments.
         provider: what answers for its diffusion sites.
-        args: the model's arguments.
-        kwargs: its keyword arguments, with the values that a composite kernel conditions on.
         z: a point as NumPyro has it, unconstrained values by site; it gives the coordinates their order.
     """
 
-    def __init__(self, model: Model, provider: Provider, args: tuple, kwargs: dict, z: dict[str, jax.Array]) -> None:
-        self._provider = provider
-        self._model, self._args, self._kwargs = conditioned(model), args, kwargs
+    def __init__(self, reading: Reading, provider: Provider, z: dict[str, jax.Array]) -> None:
+        self._reading, self._provider = reading, provider
         self.flat, self.unflatten = ravel_pytree(z)
 
-    def _log_density(self, model: Model, q: jax.Array) -> jax.Array:
-        seeded = seed(model, jax.random.key(0))
-        return -jnp.asarray(potential_energy(seeded, self._args, self._kwargs, self.unflatten(q)), q.dtype)
+    def _log_priors(self, parts: Parts, z: dict[str, jax.Array]) -> jax.Array:
+        """The diffusion priors' part, in unconstrained coordinates."""
+        total = jnp.zeros(())
+        for name, prior in parts.priors.items():
+            site = PriorSite.of(prior, jnp.shape(parts.values[name]))
+            u = site.to_denoiser(z[name])
+            total += jnp.sum(site.over_points(self._provider.log_density, u))
+            if not site.same_coordinates:
+                total += parts.log_jacobian.get(name, 0.0) - jnp.sum(site.log_det(u))
+        return total
 
-    def _log_rest(self, q: jax.Array) -> jax.Array:
-        return self._log_density(drop_prior(self._model), q)
+    def _log_rest(self, parts: Parts) -> jax.Array:
+        others = [value for name, value in parts.log_jacobian.items() if name not in parts.priors]
+        return parts.log_rest + sum(others, start=jnp.zeros(()))
+
+    def _log_target(self, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+        z = self.unflatten(q)
+        parts = self._reading.evaluate(z)
+        rest, priors = self._log_rest(parts), self._log_priors(parts, z)
+        return (rest + priors).astype(q.dtype), rest.astype(q.dtype)
 
     def log_target(self, q: jax.Array) -> jax.Array:
         """A scalar whose gradient is that of the target's log-density, and which is it if the provider has one."""
-        return self._log_density(provided(self._model, self._provider), q)
+        return self._log_target(q)[0]
 
     def evaluate(self, q: jax.Array) -> Evaluation:
         """The gradient, and what there is of the value, at one point."""
-        value, gradient = jax.value_and_grad(self.log_target)(q)
-        return Evaluation(value if self._provider.has_density else self._log_rest(q), gradient)
+        (value, rest), gradient = jax.value_and_grad(self._log_target, has_aux=True)(q)
+        return Evaluation(value if self._provider.has_density else rest, gradient)
 
     def _prior_gradient(self, q: jax.Array) -> jax.Array:
         """The gradient of the diffusion priors alone."""
-        return jax.grad(partial(self._log_density, only_prior(provided(self._model, self._provider))))(q)
+
+        def log_priors(q: jax.Array) -> jax.Array:
+            z = self.unflatten(q)
+            return self._log_priors(self._reading.evaluate(z), z).astype(q.dtype)
+
+        return jax.grad(log_priors)(q)
 
     def log_ratio(self, here: Evaluation, there: Evaluation, q: jax.Array, q_new: jax.Array) -> jax.Array:
         """The log-density of the target at `q_new` minus that at `q`."""
@@ -91,53 +96,30 @@ class Target:
         return jnp.full((), jnp.nan, a.dtype)
 
 
-def check(model: Model, provider: Provider, args: tuple, kwargs: dict, kernel: str) -> None:
+def check(reading: Reading, provider: Provider, kernel: str) -> None:
     """Raises unless every latent site is continuous, differentiable, and answered for by the provider.
 
     Args:
-        model: NumPyro model.
+        reading: the model at its arguments.
         provider: what answers for its diffusion sites.
-        args: its arguments.
-        kwargs: its keyword arguments.
         kernel: name of the kernel that asks.
 
     Raises:
         ValueError: if there is no latent site, one is discrete, a diffusion prior lacks what the kernel needs, or the
             model cannot be differentiated.
     """
-    sites = traced(model, args, kwargs, {})
-    latent = {name: s for name, s in sites.items() if s["type"] == "sample" and not s["is_observed"]}
-    if not latent:
+    structure = reading.structure
+    if not structure.latent:
         raise ValueError(f"{kernel} needs a latent site; the model has none")
-    discrete = [name for name, site in latent.items() if site["fn"].support.is_discrete]
-    if discrete:
-        raise ValueError(
-            f"{kernel} moves continuous sites by gradients; sites {discrete} are discrete. Marginalise them, or give "
-            "them a block of numpyro.infer.Gibbs, such as DiscreteGibbs"
-        )
-    dependent = dependent_priors(model, args, kwargs)
-    for name, site in prior_sites(model, args, kwargs, required=False).items():
-        provider.check(name, site.prior, name in dependent, kernel)
-    shapes = {name: biject_to(s["fn"].support).inverse_shape(jnp.shape(s["value"])) for name, s in latent.items()}
+    checks.check_fixed(kernel, structure)
+    checks.check_continuous(kernel, structure)
+    for name, site in reading.sites_in_the_abstract().items():
+        provider.check(name, site.prior, name in structure.dependent, kernel)
     try:
-        target = Target(model, provider, args, kwargs, {name: jnp.zeros(shape) for name, shape in shapes.items()})
+        target = Target(reading, provider, reading.origin())
         jax.eval_shape(jax.grad(target.log_target), target.flat)
     except (ValueError, NotImplementedError) as error:
         raise ValueError(
             f"{kernel} needs a model that JAX can differentiate. Use DiffusionPCN or DiffusionGibbs for one that it "
             f"cannot: {error}"
         ) from error
-
-
-def _start_of(site: dict | None = None) -> Any:
-    """NumPyro's initialisation strategy: diffusion sites are drawn from their priors, others uniformly."""
-    if site is None:
-        return partial(_start_of)
-    return init_to_sample(site) if is_diffusion_site(site) else init_to_uniform(site)
-
-
-def initial_point(key: jax.Array, model: Model, provider: Provider, args: tuple, kwargs: dict) -> dict[str, jax.Array]:
-    """Unconstrained values of all latent sites with a finite log-density and gradient, if 100 tries find some."""
-    answered = provided(conditioned(model), provider)
-    options = {"init_strategy": _start_of, "dynamic_args": True}
-    return initialize_model(key, answered, model_args=args, model_kwargs=kwargs, **options).param_info.z

@@ -13,19 +13,26 @@ The state holds the original sites: the flow is solved once per draw, in the ste
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from numpyro.handlers import reparam
+from numpyro.handlers import reparam, seed
 from numpyro.infer import NUTS
-from numpyro.infer.gibbs import GIBBS_SITES_KWARG, conditioned
+from numpyro.infer.gibbs import conditioned
 from numpyro.infer.mcmc import MCMCKernel
+from numpyro.infer.util import constrain_fn
 
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
+from numpyro_diffusion.infer.kernel.inner import KernelLike, bind, build, started
+from numpyro_diffusion.infer.kernel.start import Strategy, is_block, start
+from numpyro_diffusion.infer.model.checks import check_fixed, check_has_prior, check_names, check_walkable
 from numpyro_diffusion.infer.model.density import Status
-from numpyro_diffusion.infer.model.sites import Model, check_walkable, is_diffusion_site, prior_sites, undropped
-from numpyro_diffusion.reparam import NoiseReparam
+from numpyro_diffusion.infer.model.handlers import Model, as_written, is_diffusion_site
+from numpyro_diffusion.infer.model.record import Reading
+from numpyro_diffusion.infer.noise.encode import noise_behind
+from numpyro_diffusion.reparam import NoiseReparam, noise_name
 
 
 class NoiseSpaceState(NamedTuple):
@@ -52,11 +59,17 @@ class NoiseSpaceState(NamedTuple):
     rng_key: jax.Array
 
 
-def _to_noise(site: dict[str, Any]) -> Callable | None:
-    """Configuration of `numpyro.handlers.reparam`: every latent diffusion site, its prior dropped or not."""
-    if not is_diffusion_site(site):
-        return None
-    return lambda name, fn, obs: NoiseReparam()(name, undropped(site), obs)
+def _in_noise_space(model: Model, *args: Any, **kwargs: Any) -> Any:
+    """The model with the noise of its diffusion sites for sites; module-level, so that kernels on it can be pickled."""
+
+    def config(site: dict[str, Any]) -> Callable | None:
+        """Every latent diffusion site, its prior dropped or not."""
+        if not is_diffusion_site(site):
+            return None
+        return lambda name, fn, obs: NoiseReparam()(name, as_written(site), obs)
+
+    with jax.default_matmul_precision("highest"):  # the networks have a precision of their own
+        return reparam(model, config=config)(*args, **kwargs)
 
 
 class NoiseSpace(DiffusionKernel):
@@ -64,9 +77,11 @@ class NoiseSpace(DiffusionKernel):
 
     Args:
         model: NumPyro model with at least one latent `DiffusionPrior` site.
-        inner: makes the inner kernel from a model: a kernel class such as `numpyro.infer.NUTS` or a
-            `functools.partial` of one.
-        **inner_options: passed on to `inner`.
+        inner: the inner kernel: a kernel class such as `numpyro.infer.NUTS`, a `functools.partial` of one, or a kernel
+            on any model, which is moved to this one.
+        init_strategy: where chains start, as in NumPyro: values of a diffusion site are encoded by the inverse flow.
+            None leaves the start to the inner kernel.
+        **inner_options: passed on to a class.
 
     Raises:
         TypeError: if `inner` does not make an `MCMCKernel`.
@@ -89,50 +104,71 @@ class NoiseSpace(DiffusionKernel):
 
     statistics = ("accept_prob", "step_size", "num_score_evals")
     status = Status("flow", True, "exact for the prior that the deterministic solver pushes forward, in its steps")
-    binds_on_start = True
 
-    def __init__(self, model: Model, inner: Callable[..., MCMCKernel] = NUTS, **inner_options: Any) -> None:
-        super().__init__(model)
-        self._make_inner = inner
-        self._inner_options = inner_options
+    def __init__(
+        self,
+        model: Model,
+        inner: KernelLike = NUTS,
+        *,
+        init_strategy: Strategy | None = None,
+        **inner_options: Any,
+    ) -> None:
+        super().__init__(model, init_strategy)
+        self._inner_given = inner, inner_options
         self._inner = self._build_inner()
 
     def _build_inner(self) -> MCMCKernel:
-        inner = self._make_inner(reparam(conditioned(self._model), config=_to_noise), **self._inner_options)
-        if not isinstance(inner, MCMCKernel):
-            raise TypeError(f"inner must make an MCMCKernel from a model; got {type(inner).__name__}")
-        return inner
+        inner, options = self._inner_given
+        return build("inner", inner, partial(_in_noise_space, conditioned(self._model)), **options)
 
     @property
     def inner(self) -> MCMCKernel:
         """The inner kernel, on the model in noise space."""
         return self._inner
 
-    def _check_model(self, args: tuple, kwargs: dict) -> None:
-        check_walkable("NoiseSpace", prior_sites(self._model, args, kwargs))
+    def _check_model(self, reading: Reading) -> None:
+        check_has_prior(reading.structure)
+        check_fixed("NoiseSpace", reading.structure)
+        check_names("NoiseSpace", reading.structure, map(noise_name, reading.structure.diffusion))
+        check_walkable("NoiseSpace", reading.sites_in_the_abstract())
 
-    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> NoiseSpaceState:
-        if GIBBS_SITES_KWARG in kwargs:
-            init_params = None  # a composite kernel gives points; the noise behind them is not known
-        inner_state = self._inner.init(key, self._num_warmup, init_params, model_args=args, model_kwargs=kwargs)
-        return self._report(inner_state, args, kwargs)
+    def _bind(self, key: jax.Array, init_params: dict | None, reading: Reading) -> None:
+        inner_params = None if init_params is None else jax.eval_shape(partial(self._behind, reading), init_params)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inner_params)
+        bind(self._inner, key, self._num_warmup, zeros, reading.args, reading.kwargs)
 
-    def _step(self, state: NoiseSpaceState, args: tuple, kwargs: dict) -> NoiseSpaceState:
+    def _behind(self, reading: Reading, z: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The noise behind diffusion sites, and the other sites, all unconstrained."""
+        if set(z) == {noise_name(name) if name in reading.structure.diffusion else name for name in z}:
+            return dict(z)  # given in the inner kernel's own coordinates
+        sites = reading.sites(z)
+        noise = {noise_name(name): noise_behind(site, site.to_denoiser(z[name])) for name, site in sites.items()}
+        return {**{name: value for name, value in z.items() if name not in sites}, **noise}
+
+    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> NoiseSpaceState:
+        if is_block(reading) and init_params is not None:
+            init_params = start(key, reading, init_params)
+        elif init_params is None and self._init_strategy is not None:
+            init_params = start(key, reading, None, self._init_strategy)
+        inner_params = None if init_params is None else self._behind(reading, init_params)
+        inner_state = started(self._inner, key, self._num_warmup, inner_params, reading.args, reading.kwargs)
+        return self._report(inner_state, reading)
+
+    def _step(self, state: NoiseSpaceState, reading: Reading) -> NoiseSpaceState:
         inner_state = state.inner_state._replace(rng_key=state.rng_key)
-        return self._report(self._inner.sample(inner_state, args, kwargs), args, kwargs)
+        return self._report(self._inner.sample(inner_state, reading.args, reading.kwargs), reading)
 
-    def _report(self, inner_state: Any, args: tuple, kwargs: dict) -> NoiseSpaceState:
+    def _report(self, inner_state: Any, reading: Reading) -> NoiseSpaceState:
         """Solves the flow for the current noise and gathers the statistics."""
-        sites = prior_sites(self._model, args, kwargs)
-        values = self._inner.postprocess_fn(args, kwargs)(getattr(inner_state, self._inner.sample_field))
+        noise = getattr(inner_state, self._inner.sample_field)
+        model = seed(self._inner.model, jax.random.key(0))
+        values = constrain_fn(model, reading.args, reading.kwargs, noise, return_deterministic=True)
+        sites = reading.sites_in_the_abstract()
+        shown = {*reading.structure.latent, *reading.structure.deterministic}
         solves = getattr(inner_state, "num_steps", 1) + 1
         evaluations = sum(site.prior.flow_solver.evaluations() for site in sites.values())
         return NoiseSpaceState(
-            z={
-                name: value
-                for name, value in values.items()
-                if name.removesuffix("_noise") not in sites or name in sites
-            },
+            z={name: value for name, value in values.items() if name in shown},
             inner_state=inner_state,
             potential_energy=jnp.asarray(getattr(inner_state, "potential_energy", jnp.nan)),
             accept_prob=jnp.asarray(getattr(inner_state, "accept_prob", jnp.nan)),
@@ -144,8 +180,7 @@ class NoiseSpace(DiffusionKernel):
 
     def refresh(self, state: NoiseSpaceState, model_args: tuple, model_kwargs: dict | None) -> NoiseSpaceState:
         """Refreshes the inner kernel after a composite kernel has moved what it is conditioned on."""
-        kwargs = {} if model_kwargs is None else model_kwargs
-        inner_state = self._inner.refresh(state.inner_state, model_args, kwargs)
+        inner_state = self._inner.refresh(state.inner_state, model_args, {} if model_kwargs is None else model_kwargs)
         return state._replace(inner_state=inner_state)
 
     def wrap_model(self, wrapper: Callable[[Model], Model]) -> "NoiseSpace":

@@ -47,7 +47,7 @@ from tqdm.auto import tqdm
 from numpyro_diffusion import _checks
 from numpyro_diffusion.infer.combine.gibbs import DiffusionGibbs
 from numpyro_diffusion.infer.gradient.langevin import MALA
-from numpyro_diffusion.infer.kernel.choose import effective_size, next_temperature, proper, systematic
+from numpyro_diffusion.infer.kernel.choose import effective_size, next_temperature, systematic, without_improper
 from numpyro_diffusion.infer.model.sites import Model, other_latent_sites, prior_sites
 from numpyro_diffusion.infer.model.tempering import TEMPERATURE, draw_prior, log_likelihood, temper
 from numpyro_diffusion.infer.particles.evidence import ParticleSampler, evidence_of, pool_islands
@@ -235,7 +235,7 @@ class TemperedSMC(ParticleSampler):
     ) -> tuple[Population, Temperature]:
         """Reweights to a given temperature or to the next one that the particles allow, resamples and moves."""
         key_resample, key_move = jax.random.split(key)
-        values, old = proper(population.log_likelihood), population.temperature
+        values, old = without_improper(population.log_likelihood), population.temperature
         new = next_temperature(values.reshape(-1), old, self._ess_threshold) if given is None else given
         log_weights = jnp.where(jnp.isfinite(values), (new - old) * values, -jnp.inf)
         ancestors = self._ancestors(key_resample, log_weights)

@@ -37,7 +37,7 @@ from jax.scipy.special import logsumexp
 
 from numpyro_diffusion.guidance import Likelihood, Observation
 from numpyro_diffusion.guidance.guided import LOG_FLOOR
-from numpyro_diffusion.infer.kernel.choose import effective_size, proper, systematic
+from numpyro_diffusion.infer.kernel.choose import effective_size, systematic, without_improper
 from numpyro_diffusion.infer.model.observation import check_moment, guided_site
 from numpyro_diffusion.infer.model.sites import Model, PriorSite, log_rest, other_latent_sites, with_deterministic
 from numpyro_diffusion.infer.particles.evidence import ParticleSampler, evidence_of
@@ -201,7 +201,7 @@ class TwistedSMC(ParticleSampler):
     def _resample(self, key: jax.Array, cloud: _Cloud, log_twist: jax.Array) -> tuple[_Cloud, jax.Array, Level]:
         """Weighs by what lies ahead, and copies where the weights have become uneven."""
         islands, n = self._shape
-        log_weights = proper(cloud.log_weights + log_twist.reshape(self._shape))
+        log_weights = without_improper(cloud.log_weights + log_twist.reshape(self._shape))
         worth = jax.vmap(effective_size)(log_weights)
         now = worth < self._ess_threshold * n
         chosen = jax.vmap(systematic)(jax.random.split(key, islands), log_weights)
@@ -223,7 +223,7 @@ class TwistedSMC(ParticleSampler):
         """Weighs clean points by the model: draws by island in proportion to its evidence, and the evidence of each."""
         values = jax.vmap(lambda u: {name: site.constrain(site.from_denoiser(u))})(clean)
         log_likelihoods = jax.vmap(lambda x: log_rest(self._model, args, kwargs, x))(values)
-        log_weights = proper(cloud.log_weights + log_likelihoods.reshape(self._shape))
+        log_weights = without_improper(cloud.log_weights + log_likelihoods.reshape(self._shape))
         log_evidence = cloud.log_evidence + logsumexp(log_weights, axis=1) - jnp.log(self._shape[1])
         ancestors = systematic(key, (cloud.log_evidence[:, None] + log_weights).reshape(-1))
         values = jax.tree.map(lambda leaf: leaf[ancestors], values)

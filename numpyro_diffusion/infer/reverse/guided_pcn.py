@@ -28,8 +28,10 @@ from typing import Any
 import jax
 
 from numpyro_diffusion.guidance import Likelihood, Observation
+from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.observation import check_moment, guided_site
-from numpyro_diffusion.infer.model.sites import Model, PriorSite
+from numpyro_diffusion.infer.model.record import Reading
+from numpyro_diffusion.infer.model.sites import PriorSite
 from numpyro_diffusion.infer.reverse.pcn import DiffusionPCN
 from numpyro_diffusion.infer.reverse.walk import check_solver, guided_walks
 from numpyro_diffusion.solve import Solver
@@ -83,9 +85,9 @@ class GuidedPCN(DiffusionPCN):
         check_moment(moment)
         self._guidance = moment, observation
 
-    def _check_model(self, args: tuple, kwargs: dict) -> None:
-        super()._check_model(args, kwargs)
-        guided_site(self._model, args, kwargs, *self._guidance)
+    def _check_model(self, reading: Reading) -> None:
+        super()._check_model(reading)
+        guided_site(self._model, reading.args, reading.kwargs, *self._guidance)
 
     def _solver_of(self, sites: dict[str, PriorSite]) -> Solver:
         return check_solver(super()._solver_of(sites))
@@ -100,11 +102,10 @@ class GuidedPCN(DiffusionPCN):
         solver: Solver,
         sites: dict[str, PriorSite],
         z: dict[str, jax.Array],
-        start: jax.Array,
-        args: tuple,
-        kwargs: dict,
+        first: jax.Array,
+        reading: Reading,
     ) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
-        name, site, guided = guided_site(self._model, args, kwargs, *self._guidance)
+        name, site, guided = guided_site(self._model, reading.args, reading.kwargs, *self._guidance)
         u = site.to_denoiser(z[name])
-        clean, worth, worth_now = guided_walks(key, solver, guided, u, start, self._num_proposals)
+        clean, worth, worth_now = guided_walks(key, solver, guided, u, first, self._num_proposals)
         return {name: jax.vmap(site.from_denoiser)(clean)}, worth, worth_now

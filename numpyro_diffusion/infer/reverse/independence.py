@@ -27,27 +27,28 @@ References:
     Liu, Peskun's theorem and a modified discrete-state Gibbs sampler, 1996, https://doi.org/10.1093/biomet/83.3.681.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from numpyro.distributions.util import is_identically_one
+from numpyro.distributions import biject_to
 from numpyro.handlers import seed, substitute, trace
-from numpyro.infer.gibbs import GIBBS_SITES_KWARG, conditioned, subsample_plate_sizes
-from numpyro.infer.util import constrain_fn, log_density, unconstrain_fn
+from numpyro.infer.gibbs import conditioned
+from numpyro.infer.util import log_density
 from numpyro.primitives import Messenger
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer.kernel.adapt import running_mean
+from numpyro_diffusion.infer.kernel.choose import metropolised_gibbs
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
+from numpyro_diffusion.infer.kernel.start import MAX_TRIES, Strategy, start
+from numpyro_diffusion.infer.model.checks import check_continuous, check_fixed
 from numpyro_diffusion.infer.model.density import Status
-from numpyro_diffusion.infer.model.sites import Model, prior_sites, traced, undropped
-from numpyro_diffusion.infer.reverse.pcn import metropolised_gibbs
-
-_MAX_STARTS = 100
+from numpyro_diffusion.infer.model.handlers import Model, as_written
+from numpyro_diffusion.infer.model.record import Reading
 
 
 class IndependenceState(NamedTuple):
@@ -82,6 +83,7 @@ class Independence(DiffusionKernel):
         proposal: None for the priors; or a distribution for each site named, with the shape of the site, all others
             being drawn from their priors; or one distribution for the model's only latent site.
         num_proposals: candidates per step, in one batch.
+        init_strategy: where chains start, as in NumPyro; None draws the proposal.
 
     Raises:
         TypeError: if `model` is not callable or a proposal no distribution.
@@ -115,8 +117,9 @@ class Independence(DiffusionKernel):
         proposal: dist.Distribution | Mapping[str, dist.Distribution] | None = None,
         *,
         num_proposals: int = 1,
+        init_strategy: Strategy | None = None,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, init_strategy)
         _checks.at_least(1, num_proposals=num_proposals)
         self._num_proposals = num_proposals
         self._only = isinstance(proposal, dist.Distribution)
@@ -132,135 +135,107 @@ class Independence(DiffusionKernel):
                     'Give it density="ode"; or leave it out where it is the prior of its site, which then cancels'
                 )
 
-    def _latent(self, args: tuple, kwargs: dict) -> dict[str, dict]:
-        sites = traced(self._model, args, kwargs, {})
-        return {name: site for name, site in sites.items() if site["type"] == "sample" and not site["is_observed"]}
-
-    def _proposals(self, args: tuple, kwargs: dict) -> dict[str, dist.Distribution]:
+    def _proposals(self, reading: Reading) -> dict[str, dist.Distribution]:
         """The given proposals by site."""
-        return {next(iter(self._latent(args, kwargs))): self._proposal[""]} if self._only else self._proposal
+        return {next(iter(reading.structure.latent)): self._proposal[""]} if self._only else self._proposal
 
-    def _check_model(self, args: tuple, kwargs: dict) -> None:
-        try:
-            latent, sites = self._latent(args, kwargs), traced(self._model, args, kwargs, {})
-        except NotImplementedError as error:
-            raise ValueError(f"Independence draws sites from their priors, and one cannot be drawn: {error}") from error
-        if not latent or self._only and len(latent) > 1:
-            need = "exactly one latent site for one proposal: give a dict of them" if latent else "a latent site"
-            raise ValueError(f"Independence needs {need}; got {sorted(latent) or 'none'}")
-        if subsample_plate_sizes(sites):
-            raise ValueError("Independence cannot move a model that subsamples a plate: two points see different data")
-        discrete = [name for name, site in latent.items() if site["fn"].support.is_discrete]
-        if discrete:
-            raise ValueError(
-                f"Independence moves continuous sites; {discrete} are discrete. Use DiscreteGibbs for them"
+    def _check_model(self, reading: Reading) -> None:
+        structure = reading.structure
+        if not structure.latent or self._only and len(structure.latent) > 1:
+            need = (
+                "exactly one latent site for one proposal: give a dict of them" if structure.latent else "a latent site"
             )
-        proposals = self._proposals(args, kwargs)
-        unknown = sorted(set(proposals) - set(latent))
+            raise ValueError(f"Independence needs {need}; got {sorted(structure.latent) or 'none'}")
+        check_fixed("Independence", structure, but_altered=tuple(self._proposals(reading)))
+        check_continuous("Independence", structure)
+        proposals = self._proposals(reading)
+        unknown = sorted(set(proposals) - set(structure.latent))
         if unknown:
-            raise ValueError(f"there is no latent site for the proposals of {unknown}; the sites are {sorted(latent)}")
-        for name, site in latent.items():
+            raise ValueError(
+                f"there is no latent site for the proposals of {unknown}; the sites are {sorted(structure.latent)}"
+            )
+        for name, site in structure.latent.items():
             if name in proposals:
-                _check_shape(name, proposals[name], site)
-            elif not _unaltered(site):
+                _check_shape(name, proposals[name], site.shape)
+            elif site.is_altered:
                 raise ValueError(
                     f"site {name!r} is masked or scaled, so that its prior does not cancel; give it a proposal"
                 )
+        try:
+            jax.eval_shape(lambda key: self._draw(key, reading), jax.random.key(0))
+        except NotImplementedError as error:
+            raise ValueError(f"Independence draws sites from their priors, and one cannot be drawn: {error}") from error
 
     def _check_start(self, state: IndependenceState) -> None:
         bad = int(jnp.sum(jnp.isneginf(state.log_weight)))
         if bad:
             raise ValueError(
-                f"no weight is finite among {_MAX_STARTS} draws of the proposal, in {bad} of {state.log_weight.size} "
+                f"no weight is finite among {MAX_TRIES} draws of the proposal, in {bad} of {state.log_weight.size} "
                 "chains: the data contradict it, or the model returns NaN. Pass init_params where it is finite"
             )
 
-    def _draw(self, key: jax.Array, args: tuple, kwargs: dict) -> dict[str, jax.Array]:
-        """One candidate: constrained values of all latent sites."""
+    def _draw(self, key: jax.Array, reading: Reading) -> tuple[dict, dict]:
+        """One candidate: constrained and unconstrained values of all latent sites."""
         key, *keys = jax.random.split(key, len(self._proposal) + 1)
-        proposals = self._proposals(args, kwargs)
+        proposals = self._proposals(reading)
         values = {name: fn.sample(key) for key, (name, fn) in zip(keys, proposals.items(), strict=True)}
-        sites = trace(seed(substitute(conditioned(self._model), values), key)).get_trace(*args, **kwargs)
-        return {n: s["value"] for n, s in sites.items() if s["type"] == "sample" and not s["is_observed"]}
+        model = seed(substitute(conditioned(reading.model), values), key)
+        sites = trace(model).get_trace(*reading.args, **reading.kwargs)
+        latent = {name: sites[name] for name in reading.structure.latent}
+        z = {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in latent.items()}
+        return {name: site["value"] for name, site in latent.items()}, z
 
-    def _log_weight(self, values: dict[str, jax.Array], args: tuple, kwargs: dict) -> tuple[jax.Array, jax.Array]:
-        """The log-weight of a point given by constrained values, and whether the model has a log-density there."""
-        proposals = self._proposals(args, kwargs)
-        priors_cancel = _Uncancelled(conditioned(self._model), proposals)
-        log_target, _ = log_density(seed(priors_cancel, jax.random.key(0)), args, kwargs, values)
-        log_target = jnp.asarray(log_target, jnp.result_type(float))
-        log_proposal = jnp.zeros_like(log_target)
+    def _log_weight(self, values: dict[str, jax.Array], reading: Reading) -> jax.Array:
+        """The log-weight of a point given by constrained values, as the model gives it."""
+        proposals = self._proposals(reading)
+        model = seed(_Uncancelled(conditioned(reading.model), proposals), jax.random.key(0))
+        with jax.default_matmul_precision("highest"):
+            log_target, _ = log_density(model, reading.args, reading.kwargs, values)
+        log_weight = jnp.asarray(log_target, jnp.result_type(float))
         for name, fn in proposals.items():
-            log_proposal += jnp.sum(fn.log_prob(values[name]))  # like the model's, minus infinity outside the support
-        fine = ~(jnp.isnan(log_target) | jnp.isposinf(log_target))
-        log_weight = jnp.where(fine, log_target, -jnp.inf) - log_proposal
-        return jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight), fine
+            log_weight -= jnp.sum(fn.log_prob(values[name]))  # like the model's, minus infinity outside the support
+        return log_weight
 
-    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> IndependenceState:
-        model, (key, key_start) = conditioned(self._model), jax.random.split(key)
-        is_block = GIBBS_SITES_KWARG in kwargs  # then a composite kernel gives constrained values
+    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> IndependenceState:
+        key, key_start = jax.random.split(key)
 
-        def weighed(values: dict) -> tuple:
-            return values, self._log_weight(values, args, kwargs)[0]
+        def weigh(z: dict[str, jax.Array]) -> jax.Array:
+            log_weight = self._log_weight(reading.constrain(z), reading)
+            return jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight)
 
-        def redraw(carry: tuple) -> tuple:
-            tries, key, _, _ = carry
-            key, key_draw = jax.random.split(key)
-            return tries + 1, key, *weighed(self._draw(key_draw, args, kwargs))
+        def draw(key: jax.Array) -> dict[str, jax.Array]:
+            return self._draw(key, reading)[1]
 
-        if init_params is None:
-            tried = redraw((0, key_start, None, None))
-        else:
-            values = init_params if is_block else constrain_fn(model, args, kwargs, init_params)
-            tried = _MAX_STARTS, key_start, *weighed({name: jnp.asarray(v) for name, v in values.items()})
-        going = lambda carry: (carry[0] < _MAX_STARTS) & jnp.isneginf(carry[3])  # noqa: E731
-        _, _, values, log_weight = jax.lax.while_loop(going, redraw, tried)
-        z = init_params if init_params is not None and not is_block else unconstrain_fn(model, args, kwargs, values)
-        z = {name: jnp.asarray(z[name]) for name in values}
-        zero, count = jnp.zeros_like(log_weight), jnp.zeros((), jnp.int32)
-        return IndependenceState(count, z, log_weight, zero, zero, count, jnp.array(False), key)
+        z = start(key_start, reading, init_params, self._init_strategy, lambda z: jnp.isfinite(weigh(z)), draw)
+        zero, count = jnp.zeros((), jnp.result_type(float)), jnp.zeros((), jnp.int32)
+        return IndependenceState(count, z, weigh(z), zero, zero, count, jnp.array(False), key)
 
-    def _step(self, state: IndependenceState, args: tuple, kwargs: dict) -> IndependenceState:
-        key, key_draw, key_choice, key_accept = jax.random.split(state.rng_key, 4)
-        candidates = jax.vmap(lambda key: self._draw(key, args, kwargs))(
-            jax.random.split(key_draw, self._num_proposals)
-        )
-        log_weights, fine = jax.vmap(lambda values: self._log_weight(values, args, kwargs))(candidates)
-        chosen, accept_prob = metropolised_gibbs(key_choice, log_weights, state.log_weight)
-        accepted = jax.random.uniform(key_accept, dtype=accept_prob.dtype) < accept_prob
-        values = {name: value[chosen] for name, value in candidates.items()}
-        there = unconstrain_fn(conditioned(self._model), args, kwargs, values)
-        sites = prior_sites(self._model, args, kwargs, required=False)
-        drawn = set(sites) - set(self._proposals(args, kwargs))
-        evaluations = sum(sites[name].prior.sampler.evaluations() for name in drawn)
+    def _step(self, state: IndependenceState, reading: Reading) -> IndependenceState:
+        key, key_draw, key_choice = jax.random.split(state.rng_key, 3)
+        keys = jax.random.split(key_draw, self._num_proposals)
+        values, candidates = jax.vmap(lambda key: self._draw(key, reading))(keys)
+        log_weights = jax.vmap(lambda values: self._log_weight(values, reading))(values)
+        new, old = (candidates, log_weights), (state.z, state.log_weight)
+        choice = metropolised_gibbs(key_choice, log_weights, state.log_weight, new, old)
+        z, log_weight = choice.point
+        drawn = {n: site for n, site in reading.sites_in_the_abstract().items() if n not in self._proposals(reading)}
+        evaluations = sum(site.prior.sampler.evaluations() for site in drawn.values())
         return IndependenceState(
             i=state.i + 1,
-            z={name: jnp.where(accepted, there[name], here).astype(here.dtype) for name, here in state.z.items()},
-            log_weight=jnp.where(accepted, log_weights[chosen], state.log_weight),
-            accept_prob=accept_prob,
-            mean_accept_prob=running_mean(state.mean_accept_prob, accept_prob, state.i, self._num_warmup),
+            z=z,
+            log_weight=log_weight,
+            accept_prob=choice.accept_prob,
+            mean_accept_prob=running_mean(state.mean_accept_prob, choice.accept_prob, state.i, self._num_warmup),
             num_score_evals=jnp.asarray(self._num_proposals * evaluations, jnp.int32),
-            diverging=~fine.all(),
+            diverging=choice.diverging,
             rng_key=key,
         )
 
     def refresh(self, state: IndependenceState, model_args: tuple, model_kwargs: dict | None) -> IndependenceState:
         """Weighs the point anew after a composite kernel has moved it or what it is conditioned on."""
-        kwargs = {} if model_kwargs is None else model_kwargs
-        values = constrain_fn(conditioned(self._model), model_args, kwargs, state.z)
-        return state._replace(log_weight=self._log_weight(values, model_args, kwargs)[0])
-
-    def get_constrain_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
-        """Maps the state's `z` to values on the supports."""
-        return self._constrain(model_args, model_kwargs, return_deterministic=False)
-
-    def postprocess_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
-        """Maps the state's `z` to values on the supports and the model's deterministic sites."""
-        return self._constrain(model_args, model_kwargs, return_deterministic=True)
-
-    def _constrain(self, args: tuple, kwargs: dict | None, **options: Any) -> Callable[[dict], dict]:
-        model = seed(conditioned(self._model), jax.random.key(0))  # Gibbs asks before it knows the other blocks' values
-        return lambda z: constrain_fn(model, args, kwargs or {}, z, **options)
+        reading = self.read(model_args, model_kwargs)
+        log_weight = self._log_weight(reading.constrain(state.z), reading)
+        return state._replace(log_weight=jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight))
 
     def get_diagnostics_str(self, state: IndependenceState) -> str:
         """For the progress bar."""
@@ -276,21 +251,12 @@ class _Uncancelled(Messenger):
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample" and not msg["is_observed"]:
-            msg["fn"] = undropped(msg) if msg["name"] in self._names else msg["fn"].mask(False)
+            msg["fn"] = as_written(msg) if msg["name"] in self._names else msg["fn"].mask(False)
 
 
-def _unaltered(site: Mapping[str, Any]) -> bool:
-    """Whether the term of a site in the model is the density that it is drawn from."""
-    fn = undropped(site)
-    while isinstance(fn, dist.Independent | dist.ExpandedDistribution):
-        fn = fn.base_dist
-    scaled = not (site["scale"] is None or is_identically_one(site["scale"]))
-    return not (isinstance(fn, dist.MaskedDistribution) or scaled)
-
-
-def _check_shape(name: str, proposal: dist.Distribution, site: Mapping[str, Any]) -> None:
-    if tuple(proposal.shape()) != jnp.shape(site["value"]):
+def _check_shape(name: str, proposal: dist.Distribution, shape: tuple[int, ...]) -> None:
+    if tuple(proposal.shape()) != shape:
         raise ValueError(
-            f"the proposal of site {name!r} must have its shape {jnp.shape(site['value'])}; got "
+            f"the proposal of site {name!r} must have its shape {shape}; got "
             f"{tuple(proposal.shape())}. Use .expand(...) and .to_event(...)"
         )

@@ -38,12 +38,16 @@ import jax.numpy as jnp
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.guidance import Guided, Likelihood, Observation
-from numpyro_diffusion.infer.anneal.base import TrajectoryKernel, given_or_drawn
-from numpyro_diffusion.infer.kernel.choose import conditional_systematic, effective_size, proper
+from numpyro_diffusion.infer.kernel.choose import conditional_systematic, effective_size, metropolised_gibbs
+from numpyro_diffusion.infer.kernel.choose import without_improper as proper
+from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
+from numpyro_diffusion.infer.kernel.start import Strategy, start
+from numpyro_diffusion.infer.model.checks import check_walk
 from numpyro_diffusion.infer.model.density import Status
+from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.observation import check_moment, guided_site
-from numpyro_diffusion.infer.model.sites import Model, PriorSite, log_rest
-from numpyro_diffusion.infer.reverse.pcn import metropolised_gibbs
+from numpyro_diffusion.infer.model.record import Reading
+from numpyro_diffusion.infer.model.sites import PriorSite
 from numpyro_diffusion.infer.reverse.walk import Transition, check_solver, log_worth, outlooks, transition
 from numpyro_diffusion.solve import ExponentialEuler, Solver, terminal_point
 
@@ -82,7 +86,7 @@ class _Cloud(NamedTuple):
     log_ratio: jax.Array  # (N,), of the walks so far, the prior's density over the guidance's
 
 
-class ParticleGibbs(TrajectoryKernel):
+class ParticleGibbs(DiffusionKernel):
     """Draws the diffusion site of a model by conditional SMC with ancestor sampling over the reverse process.
 
     Leaves the posterior under the solver's walk in place for any number of particles.
@@ -117,7 +121,7 @@ class ParticleGibbs(TrajectoryKernel):
     """
 
     statistics = ("renewed", "num_score_evals")
-    status = Status("reverse process", False, "exact for the law of the solver's walk, which is the prior to its order")
+    status = Status("reverse process", True, "exact for the law of the solver's walk, which is the prior to its order")
 
     def __init__(
         self,
@@ -127,42 +131,47 @@ class ParticleGibbs(TrajectoryKernel):
         moment: str | None = None,
         observation: Observation | Likelihood | None = None,
         solver: Solver | None = None,
+        init_strategy: Strategy | None = None,
     ) -> None:
-        super().__init__(model, None)
+        super().__init__(model, init_strategy)
         _checks.at_least(2, num_particles=num_particles)
         check_moment(moment)
         self._num_particles = num_particles
         self._look_ahead = moment, observation
         self._solver = None if solver is None else check_solver(solver)
 
-    def _check_model(self, args: tuple, kwargs: dict) -> None:
-        super()._check_model(args, kwargs)
-        self._parts(args, kwargs)
+    def _check_model(self, reading: Reading) -> None:
+        check_walk(type(self).__name__, reading)
+        self._parts(reading)
 
-    def _parts(self, args: tuple, kwargs: dict) -> tuple[str, PriorSite, Guided, ExponentialEuler]:
-        name, site, guided = guided_site(self._model, args, kwargs, *self._look_ahead)
+    def _parts(self, reading: Reading) -> tuple[str, PriorSite, Guided, ExponentialEuler]:
+        name, site, guided = guided_site(self._model, reading.args, reading.kwargs, *self._look_ahead)
         return name, site, guided, check_solver(site.prior.sampler if self._solver is None else self._solver)
 
-    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> ParticleGibbsState:
+    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> ParticleGibbsState:
         """The noising process of where the chain begins."""
-        name, site, guided, solver = self._parts(args, kwargs)
+        name, site, guided, solver = self._parts(reading)
         key, key_point, key_noise = jax.random.split(key, 3)
-        z = given_or_drawn(key_point, {name: site}, init_params, kwargs)
+        z = start(key_point, reading, init_params, self._init_strategy)
         walk = _noised(key_noise, guided, site.to_denoiser(z[name]), solver.times(guided))
         zero, count = jnp.zeros((), walk.dtype), jnp.zeros((), jnp.int32)
         return ParticleGibbsState(count, z, walk, zero, count, jnp.array(False), key)
 
-    def _step(self, state: ParticleGibbsState, args: tuple, kwargs: dict) -> ParticleGibbsState:
-        name, site, guided, solver = self._parts(args, kwargs)
-        key, key_walk, key_choice, key_accept = jax.random.split(state.rng_key, 4)
+    def refresh(self, state: ParticleGibbsState, model_args: tuple, model_kwargs: dict | None) -> ParticleGibbsState:
+        """The identity: nothing that depends on the conditioning is kept between draws."""
+        return state
+
+    def _step(self, state: ParticleGibbsState, reading: Reading) -> ParticleGibbsState:
+        name, site, guided, solver = self._parts(reading)
+        key, key_walk, key_choice = jax.random.split(state.rng_key, 3)
         points, ancestors, log_weights = _conditional_walks(key_walk, solver, guided, state.walk, self._num_particles)
         times = solver.times(guided)
         clean = jax.vmap(lambda x_t: guided.base(x_t, times[-1]).x0)(points[-1])
         z = jax.vmap(site.from_denoiser)(clean)
-        raw = jax.vmap(lambda z: log_rest(self._model, args, kwargs, {name: site.constrain(z)}))(z)
-        weights = proper(log_weights + proper(raw))
-        other, accept_prob = metropolised_gibbs(key_choice, weights[1:], weights[0])
-        chosen = jnp.where(jax.random.uniform(key_accept) < accept_prob, other + 1, 0)
+        weights = log_weights + jax.vmap(lambda z: reading.log_rest({name: z}))(z)
+        others = jnp.arange(1, self._num_particles)
+        choice = metropolised_gibbs(key_choice, weights[1:], proper(weights[0]), others, jnp.zeros_like(others[0]))
+        chosen = choice.point
         indices = _lineage(ancestors, chosen)
         walk = jax.vmap(lambda points, index: points[index])(points, indices)
         return ParticleGibbsState(
@@ -171,7 +180,7 @@ class ParticleGibbs(TrajectoryKernel):
             walk=walk,
             renewed=jnp.mean(indices != 0, dtype=walk.dtype),
             num_score_evals=jnp.asarray((self._num_particles + 1) * len(times), jnp.int32),
-            diverging=(jnp.isnan(raw) | jnp.isposinf(raw)).any(),
+            diverging=choice.diverging,
             rng_key=key,
         )
 

@@ -28,34 +28,25 @@ References:
     Liu, Peskun's theorem and a modified discrete-state Gibbs sampler, 1996, https://doi.org/10.1093/biomet/83.3.681.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.denoise import Denoiser
-from numpyro_diffusion.infer.kernel.choose import proper
+from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.infer.kernel.adapt import running_mean
+from numpyro_diffusion.infer.kernel.choose import metropolised_gibbs, without_improper
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel, pooled, shared
+from numpyro_diffusion.infer.kernel.start import MAX_TRIES, Strategy, start
+from numpyro_diffusion.infer.model.checks import check_walk, check_walkable
 from numpyro_diffusion.infer.model.density import Status
-from numpyro_diffusion.infer.model.sites import (
-    Model,
-    PriorSite,
-    check_walkable,
-    dependent_priors,
-    log_rest,
-    other_latent_sites,
-    prior_draw,
-    prior_sites,
-    with_deterministic,
-)
-from numpyro_diffusion.noise import perturb
+from numpyro_diffusion.infer.model.handlers import Model
+from numpyro_diffusion.infer.model.record import Reading
+from numpyro_diffusion.infer.model.sites import PriorSite
 from numpyro_diffusion.solve import Solver, solve
 
-_MAX_STARTS = 100
 _MIN_STEPS = 4
 """Steps that the smallest move leaves to the solver."""
 _LEVEL_WIDTH = 0.7
@@ -104,6 +95,7 @@ class DiffusionPCN(DiffusionKernel):
         global_fraction: share of steps with a log-uniform level, in [0, 1]; 1 means no adaptation.
         target_accept_prob: acceptance to which the centre of the levels adapts, in (0, 1).
         solver: stochastic solver; None takes each prior's own `sampler`.
+        init_strategy: where chains start, as in NumPyro; None draws the priors.
 
     Raises:
         ValueError: for a number out of its range; when run, for a model without a latent `DiffusionPrior` site, with
@@ -141,8 +133,9 @@ class DiffusionPCN(DiffusionKernel):
         global_fraction: float = 0.5,
         target_accept_prob: float = 0.4,
         solver: Solver | None = None,
+        init_strategy: Strategy | None = None,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, init_strategy)
         _checks.at_least(1, num_proposals=num_proposals)
         _checks.fraction(global_fraction=global_fraction, target_accept_prob=target_accept_prob)
         if not (solver is None or (isinstance(solver, Solver) and solver.stochastic)):
@@ -152,101 +145,72 @@ class DiffusionPCN(DiffusionKernel):
         self._target_accept_prob = target_accept_prob
         self._solver = solver
 
-    def _check_model(self, args: tuple, kwargs: dict) -> None:
-        sites = prior_sites(self._model, args, kwargs)
-        check_walkable(type(self).__name__, sites)
+    def _check_model(self, reading: Reading) -> None:
+        kernel = type(self).__name__
+        check_walk(kernel, reading)
+        sites = reading.sites_in_the_abstract()
+        check_walkable(kernel, sites)
         self._solver_of(sites)
-        dependent = dependent_priors(self._model, args, kwargs) if len(sites) > 1 else set()
-        if dependent:
-            raise ValueError(
-                f"the priors of diffusion sites {sorted(dependent)} depend on other diffusion sites that "
-                "DiffusionPCN moves together with them; use NoiseSpace(model)"
-            )
-        others = other_latent_sites(self._model, args, kwargs)
-        if others:
-            raise ValueError(
-                f"DiffusionPCN moves DiffusionPrior sites only; the model also has latent sites {others}. Use "
-                "DiffusionGibbs(model), which moves these by NUTS"
-            )
 
     def _check_start(self, state: PCNState) -> None:
         bad = int(jnp.sum(~jnp.isfinite(state.log_likelihood)))
         if bad:
             raise ValueError(
-                f"the log-density of the model without its diffusion priors is not finite at {_MAX_STARTS} draws of "
+                f"the log-density of the model without its diffusion priors is not finite at {MAX_TRIES} draws of "
                 f"the prior, in {bad} of {state.log_likelihood.size} chains: the data contradict the prior, or the "
                 "model returns NaN. Pass init_params where it is finite"
             )
 
     def _solver_of(self, sites: dict[str, PriorSite]) -> Solver:
+        kernel = type(self).__name__
         solvers = {site.prior.sampler for site in sites.values()} if self._solver is None else {self._solver}
         if len(solvers) > 1:
-            raise ValueError("diffusion sites have different samplers; give one for all by DiffusionPCN(solver=...)")
+            raise ValueError(f"diffusion sites have different samplers; give one for all by {kernel}(solver=...)")
         solver = solvers.pop()
         if solver.num_steps < _MIN_STEPS + 2:
-            raise ValueError(f"DiffusionPCN needs a solver with num_steps >= {_MIN_STEPS + 2}; got {solver.num_steps}")
+            raise ValueError(f"{kernel} needs a solver with num_steps >= {_MIN_STEPS + 2}; got {solver.num_steps}")
         return solver
 
-    def _log_likelihood(self, sites: dict[str, PriorSite], z: dict, args: tuple, kwargs: dict) -> jax.Array:
-        x = {name: site.constrain(z[name]) for name, site in sites.items()}
-        return log_rest(self._model, args, kwargs, x).astype(jnp.result_type(float))
-
-    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> PCNState:
-        sites = prior_sites(self._model, args, kwargs)
+    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> PCNState:
         key, key_start = jax.random.split(key)
-        is_block = GIBBS_SITES_KWARG in kwargs  # then a composite kernel gives constrained values, drawn from the prior
 
-        def with_likelihood(z: dict) -> tuple[dict, jax.Array]:
-            return z, proper(self._log_likelihood(sites, z, args, kwargs))
+        def valid(z: dict[str, jax.Array]) -> jax.Array:
+            return jnp.isfinite(reading.log_rest(z))
 
-        def redraw(carry: tuple) -> tuple:
-            tries, key, _, _ = carry
-            key, key_draw = jax.random.split(key)
-            return tries + 1, key, *with_likelihood(prior_draw(key_draw, sites))
-
-        if init_params is None:
-            tried = redraw((0, key_start, None, None))
-        else:
-            values = {name: jnp.asarray(init_params[name]) for name in sites}
-            z = {name: site.unconstrain(values[name]) for name, site in sites.items()} if is_block else values
-            tried = 0 if is_block else _MAX_STARTS, key_start, *with_likelihood(z)
-        going = lambda carry: (carry[0] < _MAX_STARTS) & ~jnp.isfinite(carry[3])  # noqa: E731
-        _, _, z, log_likelihood = jax.lax.while_loop(going, redraw, tried)
+        z = start(key_start, reading, init_params, self._init_strategy, valid)
+        log_likelihood = without_improper(reading.log_rest(z))
         zero = jnp.zeros_like(log_likelihood)
+        sites = reading.sites(z)
         centre = jnp.mean(jnp.log(_ladder(self._solver_of(sites), sites))).astype(zero.dtype)
         count = jnp.zeros((), jnp.int32)
         return PCNState(count, z, log_likelihood, zero, zero, zero, centre, count, jnp.array(False), key)
 
-    def _step(self, state: PCNState, args: tuple, kwargs: dict) -> PCNState:
-        sites = prior_sites(self._model, args, kwargs)
+    def _step(self, state: PCNState, reading: Reading) -> PCNState:
+        sites = reading.sites(state.z)
         solver = self._solver_of(sites)
-        key, key_level, key_move, key_choice, key_accept = jax.random.split(state.rng_key, 5)
+        key, key_level, key_move, key_choice = jax.random.split(state.rng_key, 4)
         levels = _ladder(solver, sites)
-        start, is_global = self._draw_level(key_level, levels, state.log_level)
-        candidates, worth, worth_now = self._propose(key_move, solver, sites, state.z, start, args, kwargs)
-        raw = jax.vmap(lambda z: self._log_likelihood(sites, z, args, kwargs))(candidates)
-        log_likelihoods = proper(raw)
-        weights = proper(log_likelihoods + worth)
-        chosen, accept_prob = metropolised_gibbs(key_choice, weights, state.log_likelihood + worth_now)
-        accepted = jax.random.uniform(key_accept) < accept_prob
-
-        z = jax.tree.map(lambda new, old: jnp.where(accepted, new[chosen], old), candidates, state.z)
-        log_likelihood = jnp.where(accepted, log_likelihoods[chosen], state.log_likelihood)
+        first, is_global = self._draw_level(key_level, levels, state.log_level)
+        candidates, log_walks, log_walk_now = self._propose(key_move, solver, sites, state.z, first, reading)
+        log_likelihoods = jax.vmap(reading.log_rest)(candidates)
+        new, old = (candidates, log_likelihoods), (state.z, state.log_likelihood)
+        log_weights = log_likelihoods + log_walks
+        choice = metropolised_gibbs(key_choice, log_weights, state.log_likelihood + log_walk_now, new, old)
+        (z, log_likelihood), accept_prob = choice.point, choice.accept_prob
         i = state.i + 1
         warming = i <= self._num_warmup
         gain = jnp.where(warming & ~is_global, 2.0 / (1.0 + i) ** 0.6, 0.0)
         log_level = state.log_level + gain * (pooled(accept_prob) - self._target_accept_prob)
-        count = jnp.where(warming, i, i - self._num_warmup)
         return PCNState(
             i=i,
             z=z,
             log_likelihood=log_likelihood,
             accept_prob=accept_prob,
-            mean_accept_prob=state.mean_accept_prob + (accept_prob - state.mean_accept_prob) / count,
-            noise_level=levels[start].astype(accept_prob.dtype),
+            mean_accept_prob=running_mean(state.mean_accept_prob, accept_prob, state.i, self._num_warmup),
+            noise_level=levels[first].astype(accept_prob.dtype),
             log_level=jnp.clip(log_level, jnp.log(levels[-1]), jnp.log(levels[0])).astype(accept_prob.dtype),
-            num_score_evals=jnp.asarray(self._num_walks * solver.evaluations(start), jnp.int32),
-            diverging=(jnp.isnan(raw) | jnp.isposinf(raw)).any(),
+            num_score_evals=jnp.asarray(self._num_walks * solver.evaluations(first), jnp.int32),
+            diverging=choice.diverging,
             rng_key=key,
         )
 
@@ -261,12 +225,11 @@ class DiffusionPCN(DiffusionKernel):
         solver: Solver,
         sites: dict[str, PriorSite],
         z: dict[str, jax.Array],
-        start: jax.Array,
-        args: tuple,
-        kwargs: dict,
+        first: jax.Array,
+        reading: Reading,
     ) -> tuple[dict[str, jax.Array], ArrayLike, ArrayLike]:
-        """Candidates, and logarithms of what they and the current point are worth besides their likelihood."""
-        return _candidates(key, solver, sites, z, start, self._num_proposals), 0.0, 0.0
+        """Candidates, and the logarithms of weights of their walks and of the current point's."""
+        return _candidates(key, solver, sites, z, first, self._num_proposals), 0.0, 0.0
 
     def _draw_level(self, key: jax.Array, levels: jax.Array, centre: jax.Array) -> tuple[jax.Array, jax.Array]:
         """An index into the ladder, and whether it was drawn from the whole of it; the same for chains run together."""
@@ -275,25 +238,13 @@ class DiffusionPCN(DiffusionKernel):
         log_uniform = jnp.log(-jnp.gradient(log_levels))
         around = log_uniform - 0.5 * ((log_levels - centre) / _LEVEL_WIDTH) ** 2
         is_global = jax.random.uniform(key_kind) < self._global_fraction
-        start = jax.random.categorical(key_level, jnp.where(is_global, log_uniform, around))
-        return shared(start), shared(is_global)
+        first = jax.random.categorical(key_level, jnp.where(is_global, log_uniform, around))
+        return shared(first), shared(is_global)
 
     def refresh(self, state: PCNState, model_args: tuple, model_kwargs: dict | None) -> PCNState:
         """Recomputes the likelihood after a composite kernel has moved what it is conditioned on."""
-        kwargs = {} if model_kwargs is None else model_kwargs
-        sites = prior_sites(self._model, model_args, kwargs)
-        log_likelihood = self._log_likelihood(sites, state.z, model_args, kwargs)
-        return state._replace(log_likelihood=proper(log_likelihood))
-
-    def get_constrain_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
-        """Maps the state's `z` to values on the support."""
-        sites = prior_sites(self._model, model_args, {} if model_kwargs is None else model_kwargs)
-        return lambda z: {name: site.constrain(z[name]) for name, site in sites.items()}
-
-    def postprocess_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
-        """Maps the state's `z` to values on the support and the model's deterministic sites."""
-        constrain = self.get_constrain_fn(model_args, model_kwargs)
-        return lambda z: with_deterministic(self._model, model_args, model_kwargs or {}, constrain(z))
+        log_likelihood = self.read(model_args, model_kwargs).log_rest(state.z)
+        return state._replace(log_likelihood=without_improper(log_likelihood))
 
     def get_diagnostics_str(self, state: PCNState) -> str:
         """For the progress bar."""
@@ -308,28 +259,22 @@ def _ladder(solver: Solver, sites: dict[str, PriorSite]) -> jax.Array:
 
 
 def _candidates(
-    key: jax.Array, solver: Solver, sites: dict[str, PriorSite], z: dict[str, jax.Array], start: jax.Array, count: int
+    key: jax.Array, solver: Solver, sites: dict[str, PriorSite], z: dict[str, jax.Array], first: jax.Array, count: int
 ) -> dict[str, jax.Array]:
     """Noises every site once and denoises it `count` times, all points in one batch."""
     moved = {}
     for key_site, (name, site) in zip(jax.random.split(key, len(sites)), sites.items(), strict=True):
-        denoiser = site.prior.denoiser
         key_noise, key_solve = jax.random.split(key_site)
         u = site.to_denoiser(z[name])
-        x_t = perturb(key_noise, denoiser.schedule, u, solver.times(denoiser)[start]).astype(u.dtype)
-        points = jnp.broadcast_to(x_t, (count, *x_t.shape)).reshape(-1, *denoiser.event_shape)
+        noise = jax.random.normal(key_noise, u.shape, u.dtype)
+        keys = jax.random.split(key_solve, (*site.batch_shape, count))
 
-        def denoise(x_t: jax.Array, key: jax.Array, denoiser: Denoiser = denoiser) -> jax.Array:
-            return solve(solver, denoiser, x_t, key, start)
+        def denoise(prior: DiffusionPrior, u: jax.Array, noise: jax.Array, keys: jax.Array) -> jax.Array:
+            t = solver.times(prior.denoiser)[first]
+            schedule = prior.denoiser.schedule
+            x_t = (schedule.alpha(t) * u + schedule.sigma(t) * noise).astype(u.dtype)
+            return jax.vmap(lambda key: solve(solver, prior.denoiser, x_t, key, first))(keys)
 
-        u = jax.vmap(denoise)(points, jax.random.split(key_solve, len(points))).reshape(count, *x_t.shape)
-        moved[name] = jax.vmap(site.from_denoiser)(u)
+        clean = jnp.moveaxis(site.over_points(denoise, u, noise, keys), len(site.batch_shape), 0)
+        moved[name] = jax.vmap(site.from_denoiser)(clean.astype(u.dtype))
     return moved
-
-
-def metropolised_gibbs(key: jax.Array, log_weights: jax.Array, current: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Chooses a candidate by weight; returns its index and the probability of accepting it over the current point."""
-    chosen = jax.random.categorical(key, log_weights)
-    others = jnp.where(jnp.arange(log_weights.size) == chosen, -jnp.inf, log_weights)
-    log_ratio = jax.nn.logsumexp(log_weights) - jnp.logaddexp(jax.nn.logsumexp(others), current)
-    return chosen, jnp.where(jnp.isnan(log_ratio), 0.0, jnp.exp(jnp.minimum(log_ratio, 0.0)))

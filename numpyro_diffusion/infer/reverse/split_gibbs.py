@@ -26,7 +26,7 @@ step), 4 % for `EulerMaruyama` and 0.1 % for the default, `DPMSolverPP` with noi
 Other sites belong to the likelihood side. As the x-kernel of `DiffusionGibbs`, where they would see the prior side, the
 two conditionals belong to no common law: give them to `SplitGibbs`.
 
-`schedule` lets every draw pass through decreasing couplings before that at $\rho$ itself: decoupled annealing (DAPS,
+`couplings` let every draw pass through decreasing couplings before that at $\rho$ itself: decoupled annealing (DAPS,
 whose inner Langevin steps are NUTS here and whose flow is the reverse process). A draw then forgets the last one and
 can change mode, at the price of a second bias: the sweep at $\rho$ starts from the law of the coupling above it, and
 forgets that only in part.
@@ -41,29 +41,32 @@ References:
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from numpyro.infer import NUTS
-from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.infer.anneal.base import given_or_drawn, kept_if_finite
+from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.infer.kernel.choose import keep_finite
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
-from numpyro_diffusion.infer.model.density import Status
-from numpyro_diffusion.infer.model.levels import check_within, decreasing, grid_from, times_of
-from numpyro_diffusion.infer.model.sites import (
-    Model,
-    PriorSite,
+from numpyro_diffusion.infer.kernel.inner import KernelLike, build
+from numpyro_diffusion.infer.kernel.start import Strategy, start
+from numpyro_diffusion.infer.model.checks import (
+    check_continuous,
+    check_fixed,
+    check_has_prior,
+    check_names,
     check_walkable,
-    dependent_priors,
-    prior_sites,
-    with_deterministic,
 )
+from numpyro_diffusion.infer.model.density import Status
+from numpyro_diffusion.infer.model.handlers import Model
+from numpyro_diffusion.infer.model.levels import check_within, decreasing, grid_from, time_of
+from numpyro_diffusion.infer.model.record import Reading
+from numpyro_diffusion.infer.model.sites import PriorSite
 from numpyro_diffusion.infer.reverse.split_model import coupled, offset_name, with_coupling
 from numpyro_diffusion.noise import Karras
 from numpyro_diffusion.solve import DPMSolverPP, Solver, solve
@@ -106,16 +109,18 @@ class SplitGibbs(DiffusionKernel):
         rho: the coupling $\rho$, in the units of the data; on each prior's own schedule.
         rho_start: the coupling at the start of warm-up, which falls to `rho` in geometric progression over its first
             half; None takes the largest scale among the priors, if that exceeds `rho`.
-        schedule: decreasing couplings above `rho` that every draw passes through first (DAPS); warm-up has no
+        couplings: decreasing couplings above `rho` that every draw passes through first (DAPS); warm-up has no
             annealing then.
         solver: stochastic solver, whose `num_steps` times all lie at level `rho` and below. What counts is the law of
             its clean point given the noisy one, not that of its draws: see the module.
         num_inner: draws of the rest-kernel for each denoising.
-        rest_kernel: makes the kernel of the likelihood side from a model; one that can be a block of NumPyro's `Gibbs`.
+        rest_kernel: the kernel of the likelihood side: a class, a factory or a kernel that can be a block of NumPyro's
+            `Gibbs`.
+        init_strategy: where chains start, as in NumPyro; None draws the priors.
 
     Raises:
-        ValueError: for a number out of its range, a schedule that does not decrease to `rho`, or both `rho_start` and
-            `schedule`; when run, for a coupling outside of a prior's schedule, a model without a latent
+        ValueError: for a number out of its range, couplings that do not decrease to `rho`, or both `rho_start` and
+            `couplings`; when run, for a coupling outside of a prior's schedule, a model without a latent
             `DiffusionPrior` site or whose priors depend on other latent sites.
         TypeError: for a model that is not callable, a solver that is not stochastic, or a `rest_kernel` that does not
             make an `MCMCKernel`.
@@ -137,10 +142,11 @@ class SplitGibbs(DiffusionKernel):
     """
 
     status = Status(
-        "reverse process", False, "targets the posterior smoothed by rho, up to the solver; with a schedule, about that"
+        "reverse process",
+        False,
+        "targets the posterior smoothed by rho, up to the solver; with more couplings, about that",
     )
     statistics = ("accept_prob", "noise_level", "num_score_evals")
-    binds_on_start = True
 
     def __init__(
         self,
@@ -148,48 +154,50 @@ class SplitGibbs(DiffusionKernel):
         *,
         rho: float,
         rho_start: float | None = None,
-        schedule: Sequence[float] | None = None,
+        couplings: Sequence[float] | None = None,
         solver: Solver = DPMSolverPP(24, eta=1.0, grid=Karras()),  # noqa: B008
         num_inner: int = 2,
-        rest_kernel: Callable[[Model], MCMCKernel] = NUTS,
+        rest_kernel: KernelLike = NUTS,
+        init_strategy: Strategy | None = None,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, init_strategy)
         _checks.positive(rho=rho)
         _checks.at_least(1, num_inner=num_inner)
         if rho_start is not None:
             _checks.positive(rho_start=rho_start)
             if rho_start < rho:
                 raise ValueError(f"rho_start must not lie below rho={rho}; got {rho_start}")
-            if schedule is not None:
-                raise ValueError("schedule anneals every draw and rho_start warm-up alone; give one of them")
+            if couplings is not None:
+                raise ValueError("couplings anneal every draw and rho_start warm-up alone; give one of them")
         if not (isinstance(solver, Solver) and solver.stochastic):
             raise TypeError(f"solver must be a stochastic solver such as solve.EulerMaruyama(); got {solver!r}")
-        self._couplings = (rho,) if schedule is None else decreasing("schedule, then rho,", (*schedule, rho))
+        self._couplings = (rho,) if couplings is None else decreasing("couplings, then rho,", (*couplings, rho))
         self._rho_start = rho_start
-        self._anneals_warmup = schedule is None
+        self._anneals_warmup = couplings is None
         self._solver = solver
         self._num_inner = num_inner
-        self._make_rest = rest_kernel
+        self._rest_given = rest_kernel
         self._rest = self._build_rest()
 
     def _build_rest(self) -> MCMCKernel:
-        rest = self._make_rest(coupled(self._model))
-        if not isinstance(rest, MCMCKernel):
-            raise TypeError(f"rest_kernel must make an MCMCKernel from a model; got {type(rest).__name__}")
-        return rest
+        return build("rest_kernel", self._rest_given, coupled(self._model))
 
-    def _check_model(self, args: tuple, kwargs: dict) -> None:
-        sites = prior_sites(self._model, args, kwargs)
+    def _check_model(self, reading: Reading) -> None:
+        structure = reading.structure
+        check_has_prior(structure)
+        check_fixed("SplitGibbs", structure)
+        check_continuous("SplitGibbs", structure)
+        check_names("SplitGibbs", structure, map(offset_name, structure.diffusion))
+        sites = reading.sites()
         check_walkable("SplitGibbs", sites)
-        dependent = dependent_priors(self._model, args, kwargs)
-        if dependent:
+        if structure.dependent:
             raise ValueError(
-                f"the priors of {sorted(dependent)} depend on other latent sites, whose law given x needs the prior's "
-                "density. Use NoiseSpace(model) on all sites, or DiffusionGibbs(model)"
+                f"the priors of {structure.dependent} depend on other latent sites, whose law given x needs the "
+                "prior's density. Use NoiseSpace(model) on all sites, or DiffusionGibbs(model)"
             )
         for name, site in sites.items():
             check_within("rho", [self._couplings[-1]], name, site)
-            check_within("schedule", self._couplings[:-1], name, site)
+            check_within("couplings", self._couplings[:-1], name, site)
             check_within("rho_start", [] if self._rho_start is None else [self._rho_start], name, site)
 
     def _coupling_at(self, i: jax.Array, sites: dict[str, PriorSite]) -> jax.Array:
@@ -204,21 +212,29 @@ class SplitGibbs(DiffusionKernel):
         left = jnp.clip(1.0 - 2.0 * i / max(self._num_warmup, 1), 0.0, 1.0) if self._num_warmup > 0 else 0.0
         return (couplings * ratio**left).astype(couplings.dtype)
 
-    def _start(self, key: jax.Array, init_params: dict | None, args: tuple, kwargs: dict) -> SplitGibbsState:
-        sites = prior_sites(self._model, args, kwargs)
+    def _bind(self, key: jax.Array, init_params: dict | None, reading: Reading) -> None:
+        jax.eval_shape(lambda key: self._start_with(self._rest, key, init_params, reading), key)
+
+    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> SplitGibbsState:
+        return self._start_with(self._rest.wrap_model(lambda model: model), key, init_params, reading)
+
+    def _start_with(
+        self, rest: MCMCKernel, key: jax.Array, init_params: dict | None, reading: Reading
+    ) -> SplitGibbsState:
+        sites = reading.sites()
         key, key_x, key_rest = jax.random.split(key, 3)
-        x = given_or_drawn(key_x, sites, init_params, kwargs)
+        point = start(key_x, reading, init_params, self._init_strategy)
+        x = {name: point[name] for name in sites}
         u = {name: site.to_denoiser(x[name]) for name, site in sites.items()}
         i = jnp.zeros((), jnp.int32)
         rho = self._coupling_at(i, sites)[0]
-        rest_params = None  # a composite kernel gives the other sites constrained: these begin where NUTS begins
-        if init_params is not None and GIBBS_SITES_KWARG not in kwargs:
-            others = {name: value for name, value in init_params.items() if name not in sites}
+        rest_params = None  # where nothing is given, the other sites begin where their kernel begins
+        if init_params is not None or self._init_strategy is not None:
+            others = {name: value for name, value in point.items() if name not in sites}
             rest_params = {**others, **{offset_name(name): jnp.zeros_like(value) for name, value in u.items()}}
+        kwargs = with_coupling(reading.kwargs, u, rho)
         steps = self._num_warmup * self._num_inner
-        rest_state = self._rest.init(
-            key_rest, steps, rest_params, model_args=args, model_kwargs=with_coupling(kwargs, u, rho)
-        )
+        rest_state = rest.init(key_rest, steps, rest_params, model_args=reading.args, model_kwargs=kwargs)
         missing = jnp.full((), jnp.nan)
         side = self._likelihood_side(u, rho, rest_state)
         z = {**self._other_values(rest_state, u), **x}
@@ -234,8 +250,8 @@ class SplitGibbs(DiffusionKernel):
         offsets = {offset_name(name) for name in sites}
         return {n: value for n, value in getattr(rest_state, self._rest.sample_field).items() if n not in offsets}
 
-    def _step(self, state: SplitGibbsState, args: tuple, kwargs: dict) -> SplitGibbsState:
-        sites = prior_sites(self._model, args, kwargs)
+    def _step(self, state: SplitGibbsState, reading: Reading) -> SplitGibbsState:
+        sites = reading.sites()
         key, key_sweeps = jax.random.split(state.rng_key)
         couplings = self._coupling_at(state.i, sites)
 
@@ -247,9 +263,9 @@ class SplitGibbs(DiffusionKernel):
             others = {name: value for name, value in z.items() if name not in sites}
             offsets = {offset_name(name): (side[name] - u[name]) / rho for name in u}
             rest_state = rest_state._replace(rng_key=key_rest, **{self._rest.sample_field: {**others, **offsets}})
-            rest_state, statistics = self._move_rest(rest_state, args, with_coupling(kwargs, u, rho))
+            rest_state, statistics = self._move_rest(rest_state, reading.args, with_coupling(reading.kwargs, u, rho))
             side = self._likelihood_side(u, rho, rest_state)
-            x, bad = kept_if_finite(self._denoise(key_denoise, sites, side, rho), {name: z[name] for name in sites})
+            x, bad = keep_finite(self._denoise(key_denoise, sites, side, rho), {name: z[name] for name in sites})
             return ({**self._other_values(rest_state, sites), **x}, side), (rest_state, *statistics, bad)
 
         inputs = couplings, state.rest_state, jax.random.split(key_sweeps, len(self._couplings))
@@ -283,14 +299,15 @@ class SplitGibbs(DiffusionKernel):
         """Draws the prior side given the likelihood side, in NumPyro's unconstrained coordinates."""
         denoised = {}
         for key_site, (name, site) in zip(jax.random.split(key, len(sites)), sites.items(), strict=True):
-            denoiser = site.prior.denoiser
-            times = grid_from(self._solver, denoiser.schedule, times_of(rho, site), self._solver.num_steps)
-            x_t = (denoiser.schedule.alpha(times[0]) * side[name]).astype(side[name].dtype)
-            points = x_t.reshape(-1, *denoiser.event_shape)
 
-            one = partial(solve, self._solver, denoiser, times=times)
-            u = jax.vmap(one)(points, jax.random.split(key_site, len(points))).reshape(x_t.shape)
-            denoised[name] = site.from_denoiser(u)
+            def denoise(prior: DiffusionPrior, centre: jax.Array, key: jax.Array) -> jax.Array:
+                schedule = prior.denoiser.schedule
+                times = grid_from(self._solver, schedule, time_of(rho, schedule), self._solver.num_steps)
+                x_t = (schedule.alpha(times[0]) * centre).astype(centre.dtype)
+                return solve(self._solver, prior.denoiser, x_t, key, times=times)
+
+            keys = jax.random.split(key_site, site.batch_shape)
+            denoised[name] = site.from_denoiser(site.over_points(denoise, side[name], keys))
         return denoised
 
     def wrap_model(self, wrapper: Callable[[Model], Model]) -> "SplitGibbs":
@@ -302,26 +319,6 @@ class SplitGibbs(DiffusionKernel):
     def refresh(self, state: SplitGibbsState, model_args: tuple, model_kwargs: dict | None) -> SplitGibbsState:
         """The identity: the rest-kernel is refreshed in every sweep."""
         return state
-
-    def get_constrain_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
-        """Maps the state's `z` to values on the supports."""
-        kwargs = {} if model_kwargs is None else model_kwargs
-        sites = prior_sites(self._model, model_args, kwargs)
-
-        def constrain(z: dict) -> dict:
-            u = {name: site.to_denoiser(z[name]) for name, site in sites.items()}
-            others = {name: value for name, value in z.items() if name not in sites}
-            offsets = {offset_name(name): jnp.zeros_like(value) for name, value in u.items()}
-            to_support = self._rest.get_constrain_fn(model_args, with_coupling(kwargs, u, self._couplings[-1]))
-            values = to_support({**others, **offsets})
-            return {**{n: values[n] for n in others}, **{n: site.constrain(z[n]) for n, site in sites.items()}}
-
-        return constrain
-
-    def postprocess_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
-        """Maps the state's `z` to values on the supports and the model's deterministic sites."""
-        constrain = self.get_constrain_fn(model_args, model_kwargs)
-        return lambda z: with_deterministic(self._model, model_args, model_kwargs or {}, constrain(z))
 
     def get_diagnostics_str(self, state: SplitGibbsState) -> str:
         """For the progress bar."""

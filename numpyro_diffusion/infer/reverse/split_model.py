@@ -21,7 +21,7 @@ from numpyro.handlers import reparam
 from numpyro.infer.gibbs import conditioned
 from numpyro.infer.reparam import Reparam
 
-from numpyro_diffusion.infer.model.sites import Model, is_diffusion_site, undropped
+from numpyro_diffusion.infer.model.handlers import Model, as_written, is_diffusion_site
 
 _COUPLING_KWARG = "_split_gibbs_coupling"
 
@@ -57,7 +57,7 @@ def _coupled_model(model: Model, *args: Any, **kwargs: Any) -> Any:
     def config(site: Mapping[str, Any]) -> Callable | None:
         if not is_diffusion_site(site):
             return None
-        return lambda name, fn, obs: _Coupled(centre[name], rho)(name, undropped(site), obs)
+        return lambda name, fn, obs: _Coupled(centre[name], rho)(name, as_written(site), obs)
 
     return reparam(model, config=config)(*args, **kwargs)
 

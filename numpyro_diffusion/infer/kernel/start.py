@@ -1,0 +1,127 @@
+r"""Where a chain starts: where it is told to, or at a draw that the kernel can go on from.
+
+Diffusion sites start at a draw of their prior, since anywhere else is far from all that a denoiser has seen; other
+latent sites start as NumPyro starts them, uniformly on (-2, 2) in unconstrained coordinates. An `init_strategy` of
+NumPyro's takes the place of both where it has a value of its own: `init_to_value` for the sites that it names, others
+for all but diffusion sites. Starts are drawn until one is valid for the kernel, at most a hundred times.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from numpyro.distributions import biject_to
+from numpyro.handlers import seed, substitute, trace
+from numpyro.infer.gibbs import GIBBS_SITES_KWARG, conditioned
+from numpyro.infer.initialization import init_to_value
+from numpyro.infer.util import unconstrain_fn
+
+from numpyro_diffusion.infer.model.handlers import is_diffusion_site
+from numpyro_diffusion.infer.model.record import Reading
+from numpyro_diffusion.infer.model.sites import PriorSite
+
+MAX_TRIES = 100
+_RADIUS = 2.0
+Point = dict[str, jax.Array]  # unconstrained values by site
+Strategy = Callable[..., Any]
+
+
+def start(
+    key: jax.Array,
+    reading: Reading,
+    init_params: Mapping[str, Any] | None,
+    init_strategy: Strategy | None = None,
+    valid: Callable[[Point], jax.Array] | None = None,
+    draw: Callable[[jax.Array], Point] | None = None,
+) -> Point:
+    """Unconstrained values of all latent sites to start a chain at.
+
+    Args:
+        key: random key.
+        reading: the model.
+        init_params: values to start at, unconstrained; or those that a composite kernel gives, constrained, which are
+            drawn again where they are not valid. None draws.
+        init_strategy: as in NumPyro; None leaves it to `draw`.
+        valid: whether a kernel can go on from a point; draws are repeated until it can.
+        draw: the kernel's own way to draw a start from a random key; None draws diffusion sites from their priors and
+            others uniformly.
+
+    Returns:
+        A point; whether it is valid remains to be seen.
+
+    Raises:
+        ValueError: if `init_params` lacks a site or has one too many.
+    """
+    if init_strategy is not None:
+        strategy = init_strategy if isinstance(init_strategy, partial) else init_strategy()
+        draw = partial(_by_strategy, reading=reading, strategy=strategy)
+    draw = draw or partial(_draw, reading=reading)
+    if init_params is not None:
+        z = _given(reading, init_params)
+        if valid is None or not is_block(reading):
+            return z
+        first = z, valid(z)
+    elif valid is None:
+        return draw(key)
+    else:
+        first = reading.origin(), jnp.array(False)
+
+    def redraw(carry: tuple) -> tuple:
+        tries, key, _, _ = carry
+        key, key_draw = jax.random.split(key)
+        z = draw(key_draw)
+        return tries + 1, key, z, valid(z)
+
+    going = lambda carry: (carry[0] < MAX_TRIES) & ~carry[3]  # noqa: E731
+    return jax.lax.while_loop(going, redraw, (0, key, *first))[2]
+
+
+def prior_draw(key: jax.Array, sites: Mapping[str, PriorSite]) -> Point:
+    """A draw of each site's prior, in NumPyro's unconstrained coordinates."""
+    keys = jax.random.split(key, len(sites))
+    return {name: site.draw(key) for key, (name, site) in zip(keys, sites.items(), strict=True)}
+
+
+def is_block(reading: Reading) -> bool:
+    """Whether a composite kernel conditions the model, and gives constrained values to start at."""
+    return GIBBS_SITES_KWARG in reading.kwargs
+
+
+def _given(reading: Reading, init_params: Mapping[str, Any]) -> Point:
+    names = list(reading.structure.latent)
+    if set(init_params) != set(names):
+        raise ValueError(f"init_params must have the latent sites {sorted(names)}; got {sorted(init_params)}")
+    values = {name: jnp.asarray(init_params[name], jnp.result_type(init_params[name], float)) for name in names}
+    if not is_block(reading):
+        return values
+    model = seed(conditioned(reading.model), jax.random.key(0))
+    unconstrained = unconstrain_fn(model, reading.args, reading.kwargs, values)
+    return {name: unconstrained[name] for name in names}
+
+
+def _draw(key: jax.Array, *, reading: Reading) -> Point:
+    structure, z = reading.structure, reading.origin()
+    for index, name in enumerate([*structure.others, *structure.diffusion]):
+        key_site = jax.random.fold_in(key, index)
+        if name in structure.others:
+            z[name] = jax.random.uniform(key_site, z[name].shape, minval=-_RADIUS, maxval=_RADIUS)
+        else:
+            z[name] = reading.sites(z)[name].draw(key_site).astype(z[name].dtype)
+    return z
+
+
+def _by_strategy(key: jax.Array, *, reading: Reading, strategy: partial) -> Point:
+    own = strategy.keywords.get("values", {}) if strategy.func is init_to_value else {}
+
+    def value(site: dict[str, Any]) -> jax.Array | None:
+        if site["type"] != "sample" or site["is_observed"] or site["name"] in own or not is_diffusion_site(site):
+            return strategy(site)
+        return None  # drawn from its prior by `seed`
+
+    model = substitute(seed(conditioned(reading.model), key), substitute_fn=value)
+    sites = trace(model).get_trace(*reading.args, **reading.kwargs)
+    latent = {name: sites[name] for name in reading.structure.latent}
+    z = {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in latent.items()}
+    return {name: jnp.asarray(value, jnp.result_type(value, float)) for name, value in z.items()}

@@ -1,0 +1,110 @@
+"""What a model must be like for a kernel, checked before the run: a refusal names the sites, the rule and the cure."""
+
+from collections.abc import Iterable, Mapping
+
+from numpyro_diffusion.denoise import Product
+from numpyro_diffusion.denoise.composed import inside
+from numpyro_diffusion.infer.model.record import Reading, Structure
+from numpyro_diffusion.infer.model.sites import PriorSite
+
+
+def check_fixed(kernel: str, structure: Structure, but_altered: Iterable[str] = ()) -> None:
+    """Raises `ValueError` unless the model is one and the same function of its sites whenever it runs.
+
+    Args:
+        kernel: who asks, for the message.
+        structure: of the model.
+        but_altered: diffusion sites whose term in the model may be masked or scaled.
+    """
+    if structure.subsampled:
+        raise ValueError(
+            f"{kernel} needs all data at every step; the plates {list(structure.subsampled)} show a random part of "
+            "them. Drop subsample_size"
+        )
+    if structure.draws_elsewhere:
+        raise ValueError(
+            f"{kernel} needs a likelihood that is a fixed function of its sites; the model draws random numbers by "
+            "numpyro.prng_key() outside of a sample site. Make them a sample site, or draw them once and pass them as "
+            "an argument"
+        )
+    if structure.in_loop:
+        raise ValueError(
+            f"{kernel} cannot read the diffusion sites {list(structure.in_loop)} inside numpyro's scan. Put them in a "
+            "plate before it, or write a Python loop with a name for each"
+        )
+    altered = [name for name in structure.diffusion if structure.latent[name].is_altered]
+    altered = sorted(set(altered) - set(but_altered))
+    if altered:
+        raise ValueError(
+            f"sites {altered} must carry their DiffusionPrior unmasked and unscaled; got a mask, a scale handler or a "
+            "subsampling plate around them"
+        )
+
+
+def check_has_prior(structure: Structure) -> None:
+    """Raises `ValueError` unless the model has a latent diffusion site."""
+    if not structure.diffusion:
+        observed = list(structure.observed_priors)
+        reason = f"the DiffusionPrior sites {observed} are observed" if observed else "it has no DiffusionPrior site"
+        raise ValueError(f"the model needs a latent DiffusionPrior site; {reason}")
+
+
+def check_continuous(kernel: str, structure: Structure) -> None:
+    """Raises `ValueError` if a latent site is discrete."""
+    if structure.discrete:
+        raise ValueError(
+            f"{kernel} moves continuous sites; sites {structure.discrete} are discrete. Marginalise them, or give them "
+            "a block of numpyro.infer.Gibbs, such as DiscreteGibbs"
+        )
+
+
+def check_diffusion_only(kernel: str, structure: Structure) -> None:
+    """Raises `ValueError` if there is a latent site that is no diffusion site, or a prior that moves with another."""
+    check_continuous(kernel, structure)
+    if structure.others:
+        hidden = [name for name in structure.others if name.endswith("_unobserved")]
+        if hidden == structure.others:
+            raise ValueError(
+                f"{kernel} moves DiffusionPrior sites only; obs_mask= has made latent copies {hidden} of missing data. "
+                "Leave missing data out by numpyro.handlers.mask instead"
+            )
+        x_kernel = "" if kernel == "DiffusionPCN" else f", x_kernel={kernel}"
+        raise ValueError(
+            f"{kernel} moves DiffusionPrior sites only; the model also has latent sites {structure.others}. Use "
+            f"DiffusionGibbs(model{x_kernel}), which moves these by NUTS"
+        )
+    if structure.dependent:
+        raise ValueError(
+            f"the priors of diffusion sites {structure.dependent} depend on other diffusion sites that {kernel} moves "
+            "together with them; use NoiseSpace(model)"
+        )
+
+
+def check_walk(kernel: str, reading: Reading) -> None:
+    """Raises unless a kernel can draw all latent sites of a model by the reverse process of their priors."""
+    check_fixed(kernel, reading.structure)
+    check_has_prior(reading.structure)
+    check_diffusion_only(kernel, reading.structure)
+
+
+def check_walkable(kernel: str, sites: Mapping[str, PriorSite]) -> None:
+    """Raises `ValueError` for a prior whose reverse process and flow end at another law than its own.
+
+    Args:
+        kernel: the kernel that walks it, for the message.
+        sites: the diffusion sites.
+    """
+    products = [name for name, site in sites.items() if isinstance(inside(site.prior.denoiser), Product)]
+    if products:
+        raise ValueError(
+            f"the priors of sites {products} are a Product, whose reverse process and flow do not end at the product: "
+            f"{kernel} would sample another law. Make one factor the prior and the others numpyro.factor, or use "
+            "MALA(model), or AnnealedLangevin(model, metropolis=True)"
+        )
+
+
+def check_names(kernel: str, structure: Structure, names: Iterable[str]) -> None:
+    """Raises `ValueError` if the model has a site with a name that a kernel needs for itself."""
+    taken = sorted(set(names) & set(structure.latent))
+    if taken:
+        raise ValueError(f"{kernel} needs the site names {taken} for itself. Rename these sites of the model")
