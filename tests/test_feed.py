@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from numpyro_diffusion.denoise import NetworkDenoiser
 from numpyro_diffusion.nn.condition import Condition
 from numpyro_diffusion.noise import VE
-from numpyro_diffusion.train import Adaptive, Objective, feed, fit, levels, weighting
+from numpyro_diffusion.train import Adaptive, Objective, fit, levels, weighting
+from numpyro_diffusion.train.data import Stream
 
 fit_module = importlib.import_module("numpyro_diffusion.train.fit")  # the package's `fit` is the function
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -183,7 +184,7 @@ def test_two_devices_have_the_losses_of_one(law):
 def test_batches_are_shared_out_between_two_devices(streamed):
     mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
     np.testing.assert_allclose(run(batches(), mesh=mesh).losses, streamed.losses, rtol=1e-4)
-    source = feed.Stream(batches(), NetworkDenoiser(backbone()), False, 16, 8, mesh)
+    source = Stream(batches(), NetworkDenoiser(backbone()), False, 16, 8, mesh)
     rows, _ = source.take(8)
     seen = sorted(shard.data.shape for shard in rows[0].addressable_shards)
     assert seen == [(8, 8, 2), (8, 8, 2)]

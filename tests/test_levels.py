@@ -1,5 +1,6 @@
 """Laws of the noise level: density and draws agree, the weighted loss keeps its value, and the adaptive one learns."""
 
+import functools
 import math
 
 import jax
@@ -11,14 +12,16 @@ from flax import nnx
 from numpyro_diffusion import noise
 from numpyro_diffusion.denoise import NetworkDenoiser
 from numpyro_diffusion.train import Objective, weighting
-from numpyro_diffusion.train.adaptive import Adaptive, AdaptiveState
 from numpyro_diffusion.train.levels import (
+    Adaptive,
+    AdaptiveState,
     LogitNormal,
     LogNormal,
     LowDiscrepancy,
     Uniform,
     check_noise_law,
     log_snr_range,
+    suited_to,
 )
 
 SCHEDULE, COUNT = noise.VP(), 20_000
@@ -59,16 +62,34 @@ def integral(values, grid):
     return float(np.trapezoid(np.asarray(values, np.float64), np.asarray(grid, np.float64)))
 
 
-@each_law
-def test_density_is_that_of_the_quantiles(name):
-    law, state = LAWS[name]
-    # a share u of the law lies between the first quantile and this one
-    u = jnp.linspace(0.02, 0.98, 25)
-    found = np.asarray(law.quantile(u, SCHEDULE, state))
-    for i in (0, 8, 16):
-        grid = jnp.linspace(found[i], found[i + 8], 20_001)
-        mass = integral(jnp.exp(law.log_density(grid, SCHEDULE, state)), grid)
-        assert abs(mass) == pytest.approx(float(u[i + 8] - u[i]), rel=2e-3)  # grid spacing at the edges of bins
+# a schedule that leaves out 2 % of the default law at its noisy end and 5 % at its clean end, and half of others
+NARROW = noise.VE(0.05, 20.0)
+PLACED = {name: (law, SCHEDULE, state) for name, (law, state) in LAWS.items()} | {
+    "narrow LogNormal": (LogNormal(), NARROW, ()),
+    "narrow LogitNormal": (LogitNormal(-2.5, 1.0), NARROW, ()),
+    "narrow Uniform": (Uniform(), NARROW, ()),
+    "narrow even LogNormal": (LowDiscrepancy(LogNormal(0.0, 3.0)), NARROW, ()),
+    "lower tail": (LogNormal(9.0, 1.5), NARROW, ()),
+    "upper tail": (LogNormal(-9.0, 1.5), NARROW, ()),
+}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def shares(law, schedule, state):
+    """The share of a law below each of 25 quantiles by its density, in the order of the log-SNR, and its range."""
+    low, high = log_snr_range(schedule)
+    u = jnp.linspace(0.0, 1.0, 25)
+    ends = jnp.sort(law.quantile(u, schedule, state))
+    grid = ends[:-1, None] + jnp.diff(ends)[:, None] * jnp.linspace(0.0, 1.0, 2001)
+    masses = jnp.trapezoid(jnp.exp(law.log_density(grid, schedule, state)), grid)
+    return jnp.cumsum(masses), u[1:], ends[jnp.array([0, -1])], jnp.stack([low, high])
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_density_is_that_of_the_quantiles_and_normalised_over_the_range(name):
+    found, expected, ends, whole = (np.asarray(values, np.float64) for values in shares(*PLACED[name]))
+    np.testing.assert_allclose(found, expected, atol=2e-3)  # the grid at the edges of bins, and float32
+    np.testing.assert_allclose(ends, whole, atol=2e-3)
 
 
 @each_law
@@ -89,8 +110,7 @@ def test_importance_weights_keep_the_value_of_the_integral(name):
     draws = law.sample(jax.random.key(1), COUNT, SCHEDULE, state)
     values = np.asarray(bumpy(draws) * jnp.exp(-law.log_density(draws, SCHEDULE, state)))
     grid = jnp.linspace(LOW, HIGH, 4001)
-    # log-normal draws beyond the range of VP, 1e-4 of them, are moved to its ends
-    assert abs(values.mean() - integral(bumpy(grid), grid)) < 4.0 * values.std() / math.sqrt(COUNT) + 2e-4
+    assert abs(values.mean() - integral(bumpy(grid), grid)) < 4.0 * values.std() / math.sqrt(COUNT)
 
 
 def test_log_normal_levels_in_units_of_the_data():
@@ -102,11 +122,35 @@ def test_log_normal_levels_in_units_of_the_data():
     assert abs(log_level.std() - 0.9) < 4.0 * 0.9 / math.sqrt(2 * COUNT)
 
 
-def test_log_normal_levels_are_clipped():
-    narrow = noise.VE(sigma_min=0.5, sigma_max=2.0)
-    draws = LogNormal(0.0, 3.0).sample(jax.random.key(0), 500, narrow)
-    low, high = log_snr_range(narrow)
-    assert draws.min() == low and draws.max() == high
+def test_log_normal_levels_are_the_normal_ones_in_the_range():
+    """Kolmogorov-Smirnov against draws from the whole normal law of which those outside the range are left out."""
+    z = -0.5 + 1.5 * np.random.default_rng(0).normal(size=2 * COUNT)
+    kept = np.sort(z[(z > math.log(NARROW.sigma_min)) & (z < math.log(NARROW.sigma_max))])
+    draws = np.sort(-0.5 * np.asarray(LogNormal().sample(jax.random.key(0), COUNT, NARROW), np.float64))
+    points = np.concatenate([kept, draws])
+    below = [np.searchsorted(values, points, side="right") / len(values) for values in (kept, draws)]
+    assert np.abs(below[0] - below[1]).max() < 1.95 * math.sqrt(1 / COUNT + 1 / len(kept))  # one in a thousand
+
+
+@pytest.mark.parametrize(
+    ("weight", "law"),
+    [
+        (weighting.EDM(), LogNormal()),
+        (weighting.EDM(-1.2 - math.log(0.5), 1.2), LogNormal(-1.2 - math.log(0.5), 1.2)),
+        (weighting.LogitNormal(0.3, 0.8), LogitNormal(0.3, 0.8)),
+        (weighting.Sigmoid(), LogNormal()),
+    ],
+)
+def test_a_weighting_without_levels_gets_those_that_belong_to_it(weight, law):
+    assert Objective(weighting=weight).noise_levels == law
+    assert Objective(weighting=weight, noise_levels=Uniform()).noise_levels == Uniform()
+
+
+def test_edm_examples_count_alike_at_its_own_levels():
+    """The weight over the density is 1 + 1 / SNR times the mass in the range, for any numbers."""
+    weight, log_snr = weighting.EDM(-1.0, 0.7), jnp.linspace(LOW, HIGH, 50)
+    ratio = weight.log_weight(log_snr) - suited_to(weight).log_density(log_snr, SCHEDULE)
+    np.testing.assert_allclose(ratio - jax.nn.softplus(-log_snr), 0.0, atol=1e-4)
 
 
 def test_logit_normal_levels_are_logit_normal_times_of_the_straight_path():

@@ -16,7 +16,8 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from numpyro_diffusion.train import Adaptive, fit, levels, loop, losses, resume, weighting
+from numpyro_diffusion.train import Adaptive, fit, levels, losses, weighting
+from numpyro_diffusion.train import run as run_module
 from numpyro_diffusion.train.steps import train_steps
 
 fit_module = importlib.import_module("numpyro_diffusion.train.fit")  # the package's `fit` is the function
@@ -108,17 +109,17 @@ def test_interrupted_and_resumed_is_uninterrupted(whole, tmp_path, monkeypatch):
     assert partial.interrupted and partial.num_steps == 12  # kept at Ctrl-C, not only at the measurement before
     monkeypatch.setattr(fit_module, "train_steps", train_steps)
     made = []
-    monkeypatch.setattr(loop, "_call", lambda *args: made.append(None) or loop_call(*args))
+    monkeypatch.setattr(run_module, "_call", lambda *args: made.append(None) or loop_call(*args))
     assert_same(run(path), whole)
     assert len(made) == 3
 
 
-loop_call = loop._call
+loop_call = run_module._call
 
 
 def test_a_long_run_is_kept_each_minute_too(whole, tmp_path, monkeypatch):
     path = tmp_path / "run.safetensors"
-    monkeypatch.setattr(loop, "SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(run_module, "SECONDS_BETWEEN_SAVES", -1.0)
     killed_at(2, monkeypatch, path)
     assert path.exists()
     assert_same(run(path), whole)
@@ -196,7 +197,7 @@ def test_name_of_an_own_loss_is_compared(tmp_path):
 def test_damaged_files_are_named(saved, tmp_path):
     path = tmp_path / "run.safetensors"
     path.write_bytes(b"not a run")
-    with pytest.raises(ValueError, match="cannot resume from .*: it is damaged or no safetensors file"):
+    with pytest.raises(ValueError, match="cannot resume from .*: it is truncated, corrupt or not a safetensors file"):
         run(path)
     path.write_bytes(saved.read_bytes()[:-1] + bytes([saved.read_bytes()[-1] ^ 1]))
     with pytest.raises(
@@ -215,9 +216,9 @@ def test_precisions_that_the_format_does_not_know_come_back_bit_for_bit(tmp_path
         "key": jax.random.key(3),
         "scalar": jnp.zeros((), jnp.int32),
     }
-    progress = loop.begin(loop.TrainState({}, {}, state, jnp.int32(0)))
-    resume.save(path, progress, {"a": "b"})
-    back = resume.load(path, progress, {"a": "b"}).state.opt_state
+    progress = run_module.begin(run_module.TrainState({}, {}, state, jnp.int32(0)))
+    run_module.save(path, progress, {"a": "b"})
+    back = run_module.load(path, progress, {"a": "b"}).state.opt_state
     assert back["small"].dtype == jnp.bfloat16 and back["scalar"].shape == ()
     np.testing.assert_array_equal(back["small"], state["small"])
     assert (jax.random.normal(back["key"]) == jax.random.normal(state["key"])).all()
@@ -227,7 +228,7 @@ SCRIPT = """
 import sys; sys.path.insert(0, {folder!r})
 import jax; jax.config.update("jax_disable_most_optimizations", True)  # the same program as here
 import test_resume
-test_resume.loop.SECONDS_BETWEEN_SAVES = -1.0
+test_resume.run_module.SECONDS_BETWEEN_SAVES = -1.0
 test_resume.run({path!r}, num_steps=4000)
 """
 
@@ -243,5 +244,5 @@ def test_a_process_that_is_killed(tmp_path):
     assert process.wait() == -signal.SIGKILL
     with safetensors.safe_open(path, framework="numpy") as file:
         assert 0 < len(file.get_tensor(".losses")) < 4000
-        assert json.loads(file.metadata()[resume._KEY])["configuration"]["num_steps"] == "4000"
+        assert json.loads(file.metadata()[run_module._KEY])["configuration"]["num_steps"] == "4000"
     assert_same(run(path, num_steps=4000), run(num_steps=4000))

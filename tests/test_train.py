@@ -13,8 +13,9 @@ from flax import nnx
 from numpyro_diffusion import noise
 from numpyro_diffusion.denoise import Gaussian, GaussianMixture, NetworkDenoiser
 from numpyro_diffusion.nn import MLP
-from numpyro_diffusion.train import Objective, denoising_loss, ema, feed, fit, loop
-from numpyro_diffusion.train.steps import init, train_steps
+from numpyro_diffusion.train import Objective, denoising_loss, fit, run
+from numpyro_diffusion.train import data as train_data
+from numpyro_diffusion.train.steps import average_decay, init, move_average, train_steps
 
 fit_module = importlib.import_module("numpyro_diffusion.train.fit")  # the package's `fit` is the function
 
@@ -74,7 +75,7 @@ def test_loss_of_isotropic_gaussian_is_one_in_any_units(schedule):
 def test_moving_average_follows_its_recursion():
     weights, average, expected = [3.0, -1.0, 2.0], {"w": jnp.array(5.0)}, 5.0
     for n, w in enumerate(weights):
-        average = ema.update(average, {"w": jnp.array(w)}, n, 0.15)
+        average = move_average(average, {"w": jnp.array(w)}, n, 0.15)
         beta = min(0.15, (1 + n) / (10 + n))
         expected = beta * expected + (1.0 - beta) * w
     np.testing.assert_allclose(average["w"], expected, rtol=1e-6)
@@ -82,7 +83,7 @@ def test_moving_average_follows_its_recursion():
 
 def test_moving_average_forgets_its_start():
     np.testing.assert_allclose(
-        jax.vmap(lambda n: ema.decay_at(n, 0.999))(jnp.array([0, 10, 10**6])), [0.1, 0.55, 0.999]
+        jax.vmap(lambda n: average_decay(n, 0.999))(jnp.array([0, 10, 10**6])), [0.1, 0.55, 0.999]
     )
 
 
@@ -210,7 +211,7 @@ def test_steps_are_those_of_a_loop_written_by_hand(data):
 
 @pytest.mark.parametrize(("rows", "fraction", "held_out"), [(2, 0.01, 1), (2, 0.99, 1), (20, 0.25, 5), (9, 0.0, 0)])
 def test_held_out_rows_are_not_trained_on(rows, fraction, held_out):
-    (train, _), rest = feed.split_rows(jax.random.key(0), (jnp.arange(rows), None), fraction)
+    (train, _), rest = train_data.split_rows(jax.random.key(0), (jnp.arange(rows), None), fraction)
     rest = [] if rest is None else rest[0].tolist()
     assert len(rest) == held_out
     assert sorted([*train.tolist(), *rest]) == list(range(rows))
@@ -262,7 +263,7 @@ def test_averaged_weights_are_kept(result, data, monkeypatch):
 
 
 def test_bar_shows_the_running_losses(result, data, monkeypatch):
-    monkeypatch.setattr(loop, "tqdm", Bar)
+    monkeypatch.setattr(run, "tqdm", Bar)
     fit(jax.random.key(1), backbone(), data, **SETTINGS | {"progress_bar": True})
     assert (Bar.last.total, Bar.last.disable, sum(Bar.last.updates)) == (STEPS, False, STEPS)
     expected = f"loss {result.losses[-PER_CALL:].mean():.4f}, held out {result.held_out_losses[-1]:.4f}"
@@ -270,7 +271,7 @@ def test_bar_shows_the_running_losses(result, data, monkeypatch):
 
 
 def test_interruption_between_calls_returns_what_was_trained(result, data, monkeypatch):
-    monkeypatch.setattr(loop, "tqdm", Bar)
+    monkeypatch.setattr(run, "tqdm", Bar)
     monkeypatch.setattr(Bar, "interrupt_at", 3)
     partial = fit(jax.random.key(1), backbone(), data, **SETTINGS)
     assert partial.interrupted and partial.num_steps == 3 * PER_CALL

@@ -1,27 +1,37 @@
-r"""What the host does between compiled calls: it watches, measures, keeps, and knows when to stop.
+r"""A run on the host, between compiled calls: it watches, measures, stops, and is kept on disk.
 
-Training is in calls of `steps_per_call` steps. After each the host looks at the losses, and about `num_evaluations`
-times in a run at the held-out loss: always under the same noises, it falls while the fit generalises and turns where it
-starts to memorise. With patience, training ends when it has not fallen for that many evaluations, and what is kept is
-the average where it was least. Ctrl-C ends it at the last finished call.
+Training is in calls of `steps_per_call` steps (`steps`). After each the host looks at the losses, and about
+`num_evaluations` times in a run at the held-out loss: always under the same noises, it falls while the fit generalises
+and rises once it memorises. With patience, training ends when it has not fallen for that many evaluations, and the
+average where it was least is kept. Ctrl-C ends training at the last finished call.
 
-What a call computes is in `steps`, how it is kept on disk in `resume`.
+On disk a run is its `Progress` and its configuration: arrays under the paths that they have in the tree, and a table of
+names and values with which the run that goes on is compared. Each step draws from `fold_in(key, step)`, so that
+
+$$\text{state}_{k} \;\to\; \text{file} \;\to\; \text{state}_{k} \;\to\; \text{state}_n$$
+
+is, on one machine, bit for bit the run that was never stopped. To save a model for use, see `checkpoint`.
 """
 
+import hashlib
+import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm.auto import tqdm
 
-from numpyro_diffusion import _checks
+from numpyro_diffusion import _checks, _files
 from numpyro_diffusion.train.steps import TrainState
 
 SECONDS_BETWEEN_SAVES = 60.0
+_KEY = "numpyro_diffusion_training"
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,7 @@ def begin(state: TrainState) -> Progress:
     return Progress(state, state.average, np.zeros(0, np.float32), np.zeros(0, int), np.zeros(0, float))
 
 
-def run(
+def train(
     plan: Plan,
     progress: Progress,
     advance: Callable[[TrainState, int], tuple[TrainState, jax.Array, int]],
@@ -164,3 +174,91 @@ def _check_finite(name: str, values: np.ndarray, first_step: int) -> None:
     if len(bad):
         step = first_step + (bad[0] if name == "loss" else 0)
         raise FloatingPointError(f"{name} not finite at step {step}. Lower the learning rate of the optimizer")
+
+
+def save(path: str | os.PathLike, progress: Progress, configuration: dict[str, str]) -> None:
+    """Writes a run to a file, replacing what was there in one move.
+
+    Args:
+        path: file to write, in a folder that exists.
+        progress: the run.
+        configuration: what the run is of, by name.
+    """
+    arrays = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in _named(progress).items()}
+    _files.write(path, _KEY, {"configuration": configuration}, arrays)
+
+
+def load(path: str | os.PathLike, template: Progress, configuration: dict[str, str]) -> Progress:
+    """Reads a run that `save` wrote.
+
+    Args:
+        path: file to read.
+        template: a run of the same structure, such as one before its first step.
+        configuration: what the run must be of.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: if the file is damaged, not a run's, or a run's with another configuration; the message says what
+            differs.
+    """
+    try:
+        description, arrays = _files.read(path, _KEY)
+        if description is None:
+            raise ValueError("it is a safetensors file, but not of a run of train.fit")
+        _check_configuration(description.get("configuration", {}), configuration)
+        try:
+            _files.check(description, arrays)
+        except ValueError as error:
+            raise ValueError(f"{error}. Delete it to start anew") from error
+    except ValueError as error:
+        raise ValueError(f"cannot resume from {os.fspath(path)}: {error}") from error
+    leaves = [_as_was(arrays[name], leaf) for name, leaf in _named(template).items()]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _check_configuration(saved: dict[str, str], now: dict[str, str]) -> None:
+    """Raises unless both runs have the same configuration."""
+    names = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
+    if names:
+        each = "; ".join(f"{name} was {saved.get(name)}, is {now.get(name)}" for name in names)
+        raise ValueError(f"it is of a run with another configuration: {each}. Give the same, or another path")
+
+
+def fingerprint(function: Callable, *args: Any) -> str:
+    """A hash of the program that a function of arrays is, constants such as a learning rate included."""
+    return fingerprint_of_text(str(jax.make_jaxpr(function)(*args)))
+
+
+def fingerprint_of_text(text: str) -> str:
+    """A hash of a text without the addresses in it, which change from process to process."""
+    return hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", text).encode()).hexdigest()[:16]
+
+
+def name_of(value: Any) -> str:
+    """A setting in words: the representation of a dataclass, the name of a function."""
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return value if isinstance(value, str) else repr(value)
+
+
+def _named(progress: Progress) -> dict[str, Any]:
+    """Every array of a run under its path."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(progress)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _as_was(value: np.ndarray, like: Any) -> Any:
+    """A stored array as the kind that it was: on the host, a random key, or on the device."""
+    if isinstance(like, np.ndarray):
+        return value
+    return (
+        jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(like))
+        if _is_key(like)
+        else jnp.asarray(value)
+    )
