@@ -152,19 +152,26 @@ def fit(
     _check_uses(opened, patience, cond_dropout)
     _check_layers(opened.denoiser)
     denoiser = opened.denoiser.with_units(0.0, 1.0).unfreeze()
-    settings = {"batch_size": batch_size, "objective": objective, "mesh": mesh}
+    settings = {"batch_size": batch_size, "mesh": mesh}
 
     def advance(state: TrainState, count: int) -> tuple[TrainState, jax.Array, int]:
         rows, count = opened.source.take(count)
         if not count:
             return state, np.zeros(0, np.float32), 0
-        options = {"max_count": steps_per_call, "optimizer": optimizer, "ema_decay": ema_decay, **settings}
+        options = {
+            "objective": objective,
+            "max_count": steps_per_call,
+            "optimizer": optimizer,
+            "ema_decay": ema_decay,
+            **settings,
+        }
         in_order = opened.source.in_order
         return *train_steps(state, denoiser, key_steps, rows, count, in_order=in_order, **options), count
 
     def evaluate(state: TrainState) -> float:
         average = denoiser.with_params(state.average)
-        return float(held_out_loss(average, key_held_out, opened.held_out, **settings))
+        measured = objective.held_out()
+        return float(held_out_loss(average, key_held_out, opened.held_out, objective=measured, **settings))
 
     progress, save = run.begin(init(denoiser, optimizer, objective)), None
     if checkpoint is not None:

@@ -155,7 +155,10 @@ class Objective:
         return jax.vmap(one)(jax.random.split(key_layers, len(x)), keys, x, t, cond), log_snr
 
     def held_out(self) -> "Objective":
-        """The same objective at levels that no training moves, spread evenly, with all conditions present."""
+        """The same loss and weighting with all conditions present, at levels drawn as if the data were Gaussian.
+
+        So they are the same whatever law the training uses and has learned.
+        """
         return Objective(self.loss, self.weighting, Adaptive(floor=1.0))
 
     def _withhold(self, key: jax.Array, cond: ArrayLike | None) -> ArrayLike | Condition | None:

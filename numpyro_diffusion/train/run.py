@@ -31,6 +31,7 @@ from numpyro_diffusion import _checks, _files
 from numpyro_diffusion.train.steps import TrainState
 
 SECONDS_BETWEEN_SAVES = 60.0
+_CURE = "Lower the learning rate of the optimizer"
 _KEY = "numpyro_diffusion_training"
 
 
@@ -125,6 +126,7 @@ def train(
                 due = moved.step % plan.steps_per_evaluation == 0 or time.monotonic() - saved_at > SECONDS_BETWEEN_SAVES
                 progress = moved
                 if save and due:
+                    _check_weights(progress)
                     save(progress)
                     saved_at = time.monotonic()
                 if made:
@@ -134,8 +136,7 @@ def train(
                     break
         except KeyboardInterrupt:
             interrupted = True
-    for leaf in jax.tree.leaves(progress.state.params):
-        _check_finite("weights", np.asarray(leaf), progress.step)
+    _check_weights(progress)
     if save:
         save(progress)
     return progress, interrupted
@@ -147,7 +148,9 @@ def _call(
     """One compiled call and what follows from it, and the steps that it made."""
     state, new, made = jax.block_until_ready(advance(progress.state, wanted))
     new = np.asarray(new)[:made]
-    _check_finite("loss", new, progress.step)
+    if not np.isfinite(new).all():
+        step = progress.step + int(np.flatnonzero(~np.isfinite(new))[0])
+        raise FloatingPointError(f"the loss is not finite at step {step}. {_CURE}")
     moved = progress._replace(state=state, best=state.average, losses=np.concatenate([progress.losses, new]))
     last = moved.step == plan.num_steps or made < wanted
     if evaluate is None or not made or not (last or moved.step % plan.steps_per_evaluation == 0):
@@ -169,11 +172,13 @@ def _describe(progress: Progress, made: int) -> str:
     return f"loss {progress.losses[-made:].mean():.4f}{held_out}"
 
 
-def _check_finite(name: str, values: np.ndarray, first_step: int) -> None:
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        step = first_step + (bad[0] if name == "loss" else 0)
-        raise FloatingPointError(f"{name} not finite at step {step}. Lower the learning rate of the optimizer")
+def _check_weights(progress: Progress) -> None:
+    """Raises `FloatingPointError` unless all weights are finite: the last step of a call may spoil them unseen."""
+    for path, leaf in nnx.to_flat_state(progress.state.params):
+        count = int((~np.isfinite(np.asarray(leaf[...]))).sum())
+        if count:
+            name = "/".join(map(str, path))
+            raise FloatingPointError(f"{name} has {count} weights that are not finite at step {progress.step}. {_CURE}")
 
 
 def save(path: str | os.PathLike, progress: Progress, configuration: dict[str, str]) -> None:
@@ -212,6 +217,8 @@ def load(path: str | os.PathLike, template: Progress, configuration: dict[str, s
             _files.check(description, arrays)
         except ValueError as error:
             raise ValueError(f"{error}. Delete it to start anew") from error
+        if _named(template).keys() != arrays.keys():
+            raise ValueError("its arrays are not those of this run. Delete it to start anew")
     except ValueError as error:
         raise ValueError(f"cannot resume from {os.fspath(path)}: {error}") from error
     leaves = [_as_was(arrays[name], leaf) for name, leaf in _named(template).items()]

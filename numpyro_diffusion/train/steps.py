@@ -141,15 +141,14 @@ def held_out_loss(
 ) -> jax.Array:
     """The mean loss on held-out rows, under levels and noises that depend on the key alone.
 
-    The levels are drawn as if the data were Gaussian, whatever law the training uses and has learned, so that held-out
-    losses of one loss and weighting compare.
+    Random layers do not act. With `Objective.held_out` held-out losses of one loss and weighting compare.
 
     Args:
         denoiser: the denoiser, in the units of the rows.
         key: random key; the same key gives the same noises.
         rows: held-out points, shape (rows, *event_shape), and their conditions; all are used equally often, within one.
         batch_size: rows evaluated at once.
-        objective: what is measured.
+        objective: what is measured, at levels whose law learns nothing.
         mesh: devices over whose first axis a batch is shared out.
 
     Returns:
@@ -158,7 +157,6 @@ def held_out_loss(
     count = len(rows[0])
     num_batches = -(-max(HELD_OUT_NOISES, count) // batch_size)
     index = (jnp.arange(num_batches * batch_size) % count).reshape(num_batches, batch_size)
-    objective = objective.held_out()
     levels = objective.start(denoiser)
 
     def loss(keyed: tuple[jax.Array, jax.Array]) -> jax.Array:
