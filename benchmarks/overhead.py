@@ -33,7 +33,7 @@ from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import DiffusionGibbs, DiffusionPCN, NoiseSpace
 from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.solve import Ancestral, DPMSolverPP, Heun, Solver, StochasticHeun, solve, terminal_point
-from numpyro_diffusion.train import NoiseLevels, denoising_loss, fit
+from numpyro_diffusion.train import denoising_loss, fit
 
 EVENT = (64,)
 
@@ -89,7 +89,7 @@ def fit_over_scan(num_steps: int, features: int, repeats: int) -> float:
             x = rows[jax.random.randint(key_rows, (batch_size,), 0, len(rows))]
             keys = jax.random.split(key_noise, batch_size)
             trained = denoiser.with_params(params)
-            return jnp.mean(jax.vmap(lambda k, x: denoising_loss(trained, k, x, NoiseLevels()))(keys, x))
+            return jnp.mean(jax.vmap(lambda k, x: denoising_loss(trained, k, x))(keys, x))
 
         def step(carry: tuple, key: jax.Array) -> tuple:
             params, state = carry

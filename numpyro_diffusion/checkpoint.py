@@ -8,40 +8,37 @@ $$\text{file} = \{\text{weights}, m, c\} \;+\; \mathrm{JSON}\{\text{schedule and
 
 and loading rebuilds the network from the JSON, checks the name, shape and precision of every tensor against it, and
 the digest against all that was read. What loads is what was saved, bit for bit, and saving it again gives the same
-bytes.
+bytes. Weights that are not finite are refused both ways: a kernel that met them later would blame the data.
 
 Files come from strangers: nothing is unpickled, and no class is imported by a name from a file. Names of networks and
 schedules are looked up among this library's own; a user's network is given by its class. States of optimisers are not
-saved, nor are exact denoisers: those are a line of code.
+saved (see `fit(checkpoint=)` for a run that goes on), nor are exact denoisers: those are a line of code.
 
 References:
     The safetensors format, https://huggingface.co/docs/safetensors.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from flax import nnx
 
 import numpyro_diffusion
-from numpyro_diffusion import nn, noise
+from numpyro_diffusion import _checks, _files, nn, noise
 from numpyro_diffusion.denoise import NetworkDenoiser
 
 FORMAT = 1
-_KEY = "numpyro_diffusion"  # one metadata key only: with more, their order in the file would be random
+_KEY = "numpyro_diffusion"
 _SCHEDULES = {
     cls.__name__: cls for cls in (noise.VP, noise.SubVP, noise.VE, noise.Cosine, noise.Rectified, noise.Tabulated)
 }
 _BACKBONES = {cls.__name__: cls for cls in (nn.MLP, nn.UNet)}
-_PRECISIONS = ("float16", "float32", "float64")
+_PRECISIONS = ("bfloat16", "float16", "float32", "float64")
 
 
 def save(path: str | os.PathLike, denoiser: NetworkDenoiser) -> None:
@@ -54,8 +51,8 @@ def save(path: str | os.PathLike, denoiser: NetworkDenoiser) -> None:
 
     Raises:
         TypeError: if `denoiser` is not a `NetworkDenoiser`, or its backbone has no `config`.
-        ValueError: if the schedule is not one of `noise`, the weights are not of one precision, or the backbone's
-            `config` does not rebuild it.
+        ValueError: if a weight is not finite or of an unknown precision, the schedule is not one of `noise`, or the
+            backbone's `config` does not rebuild it.
 
     Example:
         >>> import pathlib, tempfile
@@ -72,20 +69,17 @@ def save(path: str | os.PathLike, denoiser: NetworkDenoiser) -> None:
     """
     if not isinstance(denoiser, NetworkDenoiser):
         raise TypeError(f"denoiser must be a NetworkDenoiser to be saved; got {type(denoiser).__name__}")
-    description = _describe(denoiser)
-    tensors = {name: np.asarray(leaf, order="C") for name, leaf in _named_leaves(denoiser).items()}
+    tensors = {name: np.asarray(leaf) for name, leaf in _named_leaves(denoiser).items()}
+    for name, tensor in tensors.items():
+        if str(tensor.dtype) not in _PRECISIONS:
+            raise ValueError(f"{name} must be one of {', '.join(_PRECISIONS)} to be saved; got {tensor.dtype}")
+        _checks.finite(name, tensor, "The training diverged: train again with a lower learning rate")
+    description = _describe(denoiser, tensors)
     try:
         _check_tensors(tensors, _rebuild(description, type(denoiser.backbone)), description["dtype"])
     except ValueError as error:
         raise ValueError(f"denoiser could not be loaded again: {error}") from error
-    metadata = {_KEY: _canonical(description | {"sha256": _digest(description, tensors)})}
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(safetensors.numpy.save(tensors, metadata))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    _files.write(path, _KEY, description, tensors)
 
 
 def load(path: str | os.PathLike, *, backbone_class: type[nnx.Module] | None = None) -> NetworkDenoiser:
@@ -100,22 +94,25 @@ def load(path: str | os.PathLike, *, backbone_class: type[nnx.Module] | None = N
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, not one of this library's, of a newer format, or does not agree with the
-            network that it describes; the message says which.
+        ValueError: if the file is damaged, not one of this library's, of a newer format, does not agree with the
+            network that it describes, or has a weight that is not finite; the message says which.
     """
     try:
         description, tensors = _read(path)
-        digest = description.pop("sha256", None)
         template = _rebuild(description, backbone_class or _look_up("network", description, _BACKBONES))
         _check_tensors(tensors, template, description["dtype"])
-        if digest != _digest(description, tensors):
-            raise ValueError("the content is not what was saved: the file is corrupt. Copy or save it again")
+        try:
+            _files.check(description, tensors)
+        except ValueError as error:
+            raise ValueError(f"{error}. Copy or save it again") from error
+        for name, tensor in tensors.items():
+            _checks.finite(name, tensor, "The training diverged before it was saved")
     except ValueError as error:
         raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
     return _fill(template, tensors)
 
 
-def _describe(denoiser: NetworkDenoiser) -> dict[str, Any]:
+def _describe(denoiser: NetworkDenoiser, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     """Everything but the tensors, as plain JSON values."""
     backbone, schedule = denoiser.backbone, denoiser.schedule.base
     name = type(schedule).__name__
@@ -123,9 +120,7 @@ def _describe(denoiser: NetworkDenoiser) -> dict[str, Any]:
         raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)} to be saved; got {name}")
     if not isinstance(getattr(backbone, "config", None), dict):
         raise TypeError(f"backbone must have a dict `config` to be saved; {type(backbone).__name__} has none")
-    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(denoiser)}
-    if len(dtypes) != 1 or not dtypes <= set(_PRECISIONS):
-        raise ValueError(f"weights must all be one of {', '.join(_PRECISIONS)} to be saved; got {sorted(dtypes)}")
+    dtypes = {name: str(tensor.dtype) for name, tensor in tensors.items()}
     description = {
         "format": FORMAT,
         "version": numpyro_diffusion.__version__,
@@ -136,45 +131,25 @@ def _describe(denoiser: NetworkDenoiser) -> dict[str, Any]:
         },
         "target": denoiser.target,
         "event_shape": list(denoiser.event_shape),
-        "dtype": dtypes.pop(),
+        "dtype": next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else dtypes,
     }
-    return json.loads(_canonical(description))
-
-
-def _canonical(description: dict[str, Any]) -> str:
-    return json.dumps(description, sort_keys=True, separators=(",", ":"))
-
-
-def _digest(description: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
-    """A hash of all that the file says."""
-    digest = hashlib.sha256(_canonical(description).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
-        digest.update(tensors[name].tobytes())
-    return digest.hexdigest()
+    return json.loads(_files.canonical(description))
 
 
 def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Description and tensors of a file of this library, of a format that this version knows."""
-    with open(path, "rb"):  # a missing file is Python's own FileNotFoundError
-        pass
+    description, tensors = _files.read(path, _KEY)
+    if description is None:
+        raise ValueError("it is a safetensors file, but numpyro_diffusion did not write it")
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if _KEY not in metadata:
-                raise ValueError("it is a safetensors file, but numpyro_diffusion did not write it")
-            description = json.loads(metadata[_KEY])
-            newest = description["format"]
-            if newest > FORMAT:
-                raise ValueError(
-                    f"it has format {newest}; this version reads up to {FORMAT}. Upgrade numpyro_diffusion"
-                )
-            _check_fields(description)
-            return description, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"it is truncated, corrupt or not a safetensors file ({error})") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        if description["format"] > FORMAT:
+            raise ValueError(
+                f"it has format {description['format']}; this version reads up to {FORMAT}. Upgrade numpyro_diffusion"
+            )
+        _check_fields(description)
+    except (KeyError, TypeError) as error:
         raise ValueError(f"its description is damaged ({error!r})") from error
+    return description, tensors
 
 
 def _check_fields(description: dict[str, Any]) -> None:
@@ -183,7 +158,7 @@ def _check_fields(description: dict[str, Any]) -> None:
         f"{kind}.{part}": description[kind][part] for kind in ("network", "schedule") for part in ("class", "config")
     }
     expected = {"network.class": str, "network.config": dict, "schedule.class": str, "schedule.config": dict}
-    for name, kind in (expected | {"target": str, "event_shape": list, "dtype": str}).items():
+    for name, kind in (expected | {"target": str, "event_shape": list, "dtype": str | dict}).items():
         value = (named | description)[name]
         if not isinstance(value, kind):
             raise TypeError(f"{name} is {value!r}")
@@ -203,7 +178,7 @@ def _rebuild(description: dict[str, Any], backbone_class: type[nnx.Module]) -> N
     network = description["network"]
     if backbone_class.__name__ != network["class"]:
         raise ValueError(f"its network is a {network['class']}; backbone_class is {backbone_class.__name__}")
-    if description["dtype"] == "float64" and not jax.config.jax_enable_x64:
+    if "float64" in _dtypes(description["dtype"]) and not jax.config.jax_enable_x64:
         raise ValueError("its weights are float64, which JAX would round. Set jax_enable_x64")
 
     def build() -> NetworkDenoiser:
@@ -227,16 +202,21 @@ def _named_leaves(denoiser: NetworkDenoiser) -> dict[str, Any]:
     return named | {"location": denoiser.location, "scale": denoiser.scale}
 
 
-def _check_tensors(tensors: dict[str, np.ndarray], template: NetworkDenoiser, dtype: str) -> None:
+def _dtypes(dtype: str | dict[str, str]) -> set[str]:
+    """The precisions that a file has: one for all tensors, or one for each by name."""
+    return {dtype} if isinstance(dtype, str) else set(dtype.values())
+
+
+def _check_tensors(tensors: dict[str, np.ndarray], template: NetworkDenoiser, dtype: str | dict[str, str]) -> None:
     """Raises unless names, shapes and precision are those of the network described."""
     expected = _named_leaves(template)
     if different := expected.keys() ^ tensors.keys():
         missing, unknown = sorted(expected.keys() & different), sorted(tensors.keys() & different)
         raise ValueError(f"its tensors are not those of its network: missing {missing[:5]}, unknown {unknown[:5]}")
     for name, leaf in expected.items():
-        got = tensors[name]
-        if got.shape != leaf.shape or str(got.dtype) != dtype:
-            raise ValueError(f"{name} must be {dtype} of shape {leaf.shape}; got {got.dtype} of shape {got.shape}")
+        got, said = tensors[name], dtype if isinstance(dtype, str) else dtype.get(name)
+        if got.shape != leaf.shape or str(got.dtype) != said:
+            raise ValueError(f"{name} must be {said} of shape {leaf.shape}; got {got.dtype} of shape {got.shape}")
 
 
 def _fill(template: NetworkDenoiser, tensors: dict[str, np.ndarray]) -> NetworkDenoiser:
@@ -244,6 +224,5 @@ def _fill(template: NetworkDenoiser, tensors: dict[str, np.ndarray]) -> NetworkD
     names = iter(_named_leaves(template))
     weights = jax.tree.map(lambda _: jnp.asarray(tensors[next(names)]), nnx.to_pure_dict(template.weights))
     nnx.replace_by_pure_dict(template.weights, weights)
-    (state, _, _), static = template.tree_flatten()
-    units = jnp.asarray(tensors["location"]), jnp.asarray(tensors["scale"])
-    return NetworkDenoiser.tree_unflatten(static, (state, *units))
+    units = {"_location": jnp.asarray(tensors["location"]), "_scale": jnp.asarray(tensors["scale"])}
+    return template._replace(**units)

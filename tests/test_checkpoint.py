@@ -67,6 +67,14 @@ class Silent(nnx.Module):
         self.event_shape = (2,)
 
 
+def diverged(denoiser):
+    """The denoiser with one weight that is NaN, not in the first array."""
+    denoiser = jax.tree.map(jnp.array, denoiser)
+    kernel = denoiser.weights["input_layer"]["kernel"]
+    kernel[...] = kernel[...].at[2, 3].set(jnp.nan)
+    return denoiser
+
+
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "denoiser.safetensors"
@@ -120,7 +128,7 @@ def test_failed_save_leaves_the_old_file(saved, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(checkpoint.os, "replace", full)
+    monkeypatch.setattr(checkpoint._files.os, "replace", full)
     with pytest.raises(OSError, match="no space left"):
         checkpoint.save(saved, make(target="v"))
     assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
@@ -166,6 +174,27 @@ def test_float64_weights_need_double_precision(path):
         jax.tree.map(np.testing.assert_array_equal, checkpoint.load(path), denoiser)
     with pytest.raises(ValueError, match="its weights are float64, which JAX would round. Set jax_enable_x64"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize("narrow", ["all", "weights"])
+def test_bfloat16_weights_come_back_and_can_be_read_by_others(path, narrow):
+    """All of a denoiser in bfloat16, or its weights and not its units: stored as float32, which holds them exactly."""
+    denoiser = make()
+    if narrow == "all":
+        denoiser = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), denoiser)
+    else:
+        weights = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), denoiser.weights)
+        denoiser = denoiser._replace(weights=weights)
+    checkpoint.save(path, denoiser)
+    loaded = checkpoint.load(path)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), loaded, denoiser)
+    assert loaded.dtype == jnp.bfloat16 and loaded.scale.dtype == (jnp.bfloat16 if narrow == "all" else jnp.float32)
+    before = path.read_bytes()
+    checkpoint.save(path, loaded)
+    assert path.read_bytes() == before
+    stored = safetensors.numpy.load_file(path)["weights/input_layer/kernel"]
+    assert stored.dtype == np.float32
+    np.testing.assert_array_equal(stored, denoiser.weights["input_layer"]["kernel"][...].astype(np.float32))
 
 
 # Damage
@@ -282,6 +311,16 @@ def test_file_that_disagrees_with_itself(saved, edit, message):
         checkpoint.load(saved)
 
 
+def test_a_file_with_a_weight_that_is_not_finite_is_refused(path, monkeypatch):
+    monkeypatch.setattr(checkpoint._checks, "finite", lambda *_: None)  # a writer that does not look
+    checkpoint.save(path, diverged(make()))
+    monkeypatch.undo()
+    with pytest.raises(
+        ValueError, match=r"cannot load .*: weights/input_layer/kernel must be finite; got 1 non-finite"
+    ):
+        checkpoint.load(path)
+
+
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
 def test_foreign_safetensors_file(path, metadata):
     path.write_bytes(safetensors.numpy.save({"kernel": np.ones(3)}, metadata))
@@ -338,9 +377,15 @@ class Steps(noise.Rectified):
         ),
         (
             ValueError,
-            r"weights must all be one of float16, float32, float64 to be saved; got \['bfloat16'\]",
-            lambda: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), make()),
+            "weights/blocks/0/first/bias must be one of bfloat16, float16, float32, float64 to be saved; got int32",
+            lambda: jax.tree.map(lambda leaf: leaf.astype(jnp.int32), make()),
         ),
+        (
+            ValueError,
+            r"weights/input_layer/kernel must be finite; got 1 non-finite values, the first at index \(2, 3\)",
+            lambda: diverged(make()),
+        ),
+        (ValueError, "scale must be finite; got 1 non-finite", lambda: make()._replace(_scale=jnp.float32(np.inf))),
     ],
 )
 def test_what_cannot_be_saved_is_refused_before_writing(path, error, message, build):

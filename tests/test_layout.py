@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "numpyro_diffusion"
 FLOORS = {
-    "_checks": -1,  # the ground: argument errors, which every floor stands on
+    **dict.fromkeys(["_checks", "_files"], -1),  # the ground: argument errors and files, which every floor stands on
     **dict.fromkeys(["noise", "nn"], 0),
     **dict.fromkeys(["denoise", "diagnostics", "data"], 1),
     **dict.fromkeys(["solve", "checkpoint"], 2),

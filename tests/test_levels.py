@@ -1,5 +1,6 @@
 """Laws of the noise level: density and draws agree, the weighted loss keeps its value, and the adaptive one learns."""
 
+import functools
 import math
 
 import jax
@@ -11,14 +12,16 @@ from flax import nnx
 from numpyro_diffusion import noise
 from numpyro_diffusion.denoise import NetworkDenoiser
 from numpyro_diffusion.train import Objective, weighting
-from numpyro_diffusion.train.adaptive import Adaptive, AdaptiveState
 from numpyro_diffusion.train.levels import (
+    Adaptive,
+    AdaptiveState,
     LogitNormal,
     LogNormal,
     LowDiscrepancy,
     Uniform,
     check_noise_law,
     log_snr_range,
+    suited_to,
 )
 
 SCHEDULE, COUNT = noise.VP(), 20_000
@@ -44,6 +47,10 @@ def taught(law, steps=200):
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
+WEIGHTED = jax.jit(lambda log_snr, log_density: bumpy(log_snr) * jnp.exp(-log_density))
+GRID = np.linspace(LOW, HIGH, 4001)
+INTEGRAL = np.trapezoid(np.asarray(jax.jit(bumpy)(GRID), np.float64), GRID)
+
 LAWS = {
     "LogNormal": (LogNormal(), ()),
     "LogitNormal": (LogitNormal(), ()),
@@ -55,29 +62,53 @@ LAWS = {
 each_law = pytest.mark.parametrize("name", LAWS)
 
 
-def integral(values, grid):
-    return float(np.trapezoid(np.asarray(values, np.float64), np.asarray(grid, np.float64)))
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def draw(law, key, num, schedule, state=()):
+    """Levels and the log-density there."""
+    log_snr = law.sample(key, num, schedule, state)
+    return log_snr, law.log_density(log_snr, schedule, state)
 
 
-@each_law
-def test_density_is_that_of_the_quantiles(name):
-    law, state = LAWS[name]
-    # a share u of the law lies between the first quantile and this one
-    u = jnp.linspace(0.02, 0.98, 25)
-    found = np.asarray(law.quantile(u, SCHEDULE, state))
-    for i in (0, 8, 16):
-        grid = jnp.linspace(found[i], found[i + 8], 20_001)
-        mass = integral(jnp.exp(law.log_density(grid, SCHEDULE, state)), grid)
-        assert abs(mass) == pytest.approx(float(u[i + 8] - u[i]), rel=2e-3)  # grid spacing at the edges of bins
+QUANTILE = jax.jit(lambda law, u, schedule, state: law.quantile(u, schedule, state), static_argnums=0)
+
+
+# a schedule that leaves out 2 % of the default law at its noisy end and 5 % at its clean end, and half of others
+NARROW = noise.VE(0.05, 20.0)
+PLACED = {name: (law, SCHEDULE, state) for name, (law, state) in LAWS.items()} | {
+    "narrow LogNormal": (LogNormal(), NARROW, ()),
+    "narrow LogitNormal": (LogitNormal(-2.5, 1.0), NARROW, ()),
+    "narrow Uniform": (Uniform(), NARROW, ()),
+    "narrow even LogNormal": (LowDiscrepancy(LogNormal(0.0, 3.0)), NARROW, ()),
+    "lower tail": (LogNormal(9.0, 1.5), NARROW, ()),
+    "upper tail": (LogNormal(-9.0, 1.5), NARROW, ()),
+}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def shares(law, schedule, state):
+    """The share of a law below each of 25 quantiles by its density, in the order of the log-SNR, and its range."""
+    low, high = log_snr_range(schedule)
+    u = jnp.linspace(0.0, 1.0, 25)
+    ends = jnp.sort(law.quantile(u, schedule, state))
+    grid = ends[:-1, None] + jnp.diff(ends)[:, None] * jnp.linspace(0.0, 1.0, 2001)
+    masses = jnp.trapezoid(jnp.exp(law.log_density(grid, schedule, state)), grid)
+    return jnp.cumsum(masses), u[1:], ends[jnp.array([0, -1])], jnp.stack([low, high])
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_density_is_that_of_the_quantiles_and_normalised_over_the_range(name):
+    found, expected, ends, whole = (np.asarray(values, np.float64) for values in shares(*PLACED[name]))
+    np.testing.assert_allclose(found, expected, atol=2e-3)  # the grid at the edges of bins, and float32
+    np.testing.assert_allclose(ends, whole, atol=2e-3)
 
 
 @each_law
 def test_draws_stay_in_the_range_and_have_their_quantiles(name):
     law, state = LAWS[name]
-    draws = np.asarray(law.sample(jax.random.key(0), COUNT, SCHEDULE, state))
+    draws = np.asarray(draw(law, jax.random.key(0), COUNT, SCHEDULE, state)[0])
     assert draws.shape == (COUNT,) and draws.min() >= LOW and draws.max() <= HIGH
-    for u in (0.1, 0.5, 0.8):
-        below = float(law.quantile(jnp.array([u]), SCHEDULE, state)[0])
+    shares_below = (0.1, 0.5, 0.8)
+    for u, below in zip(shares_below, QUANTILE(law, jnp.array(shares_below), SCHEDULE, state), strict=True):
         share = (draws < below).mean()
         share = min(share, 1.0 - share, key=lambda value: abs(value - u))  # some quantiles run from noise to clean
         assert abs(share - u) < 4.0 * math.sqrt(u * (1.0 - u) / COUNT) + 1e-6
@@ -86,31 +117,52 @@ def test_draws_stay_in_the_range_and_have_their_quantiles(name):
 @each_law
 def test_importance_weights_keep_the_value_of_the_integral(name):
     law, state = LAWS[name]
-    draws = law.sample(jax.random.key(1), COUNT, SCHEDULE, state)
-    values = np.asarray(bumpy(draws) * jnp.exp(-law.log_density(draws, SCHEDULE, state)))
-    grid = jnp.linspace(LOW, HIGH, 4001)
-    # log-normal draws beyond the range of VP, 1e-4 of them, are moved to its ends
-    assert abs(values.mean() - integral(bumpy(grid), grid)) < 4.0 * values.std() / math.sqrt(COUNT) + 2e-4
+    values = np.asarray(WEIGHTED(*draw(law, jax.random.key(1), COUNT, SCHEDULE, state)))
+    assert abs(values.mean() - INTEGRAL) < 4.0 * values.std() / math.sqrt(COUNT)
 
 
 def test_log_normal_levels_in_units_of_the_data():
     schedule, scale = noise.Scaled(noise.VP(), 3.0), 3.0
     standardised = noise.Scaled(schedule, 1.0 / scale)
-    log_snr = LogNormal(-0.7, 0.9).sample(jax.random.key(0), COUNT, standardised)
+    log_snr, _ = draw(LogNormal(-0.7, 0.9), jax.random.key(0), COUNT, standardised)
     log_level = np.log(np.asarray(schedule.noise_level(standardised.inverse_log_snr(log_snr))) / scale)
     assert abs(log_level.mean() + 0.7) < 4.0 * 0.9 / math.sqrt(COUNT)
     assert abs(log_level.std() - 0.9) < 4.0 * 0.9 / math.sqrt(2 * COUNT)
 
 
-def test_log_normal_levels_are_clipped():
-    narrow = noise.VE(sigma_min=0.5, sigma_max=2.0)
-    draws = LogNormal(0.0, 3.0).sample(jax.random.key(0), 500, narrow)
-    low, high = log_snr_range(narrow)
-    assert draws.min() == low and draws.max() == high
+def test_log_normal_levels_are_the_normal_ones_in_the_range():
+    """Kolmogorov-Smirnov against draws from the whole normal law of which those outside the range are left out."""
+    z = -0.5 + 1.5 * np.random.default_rng(0).normal(size=2 * COUNT)
+    kept = np.sort(z[(z > math.log(NARROW.sigma_min)) & (z < math.log(NARROW.sigma_max))])
+    draws = np.sort(-0.5 * np.asarray(draw(LogNormal(), jax.random.key(0), COUNT, NARROW)[0], np.float64))
+    points = np.concatenate([kept, draws])
+    below = [np.searchsorted(values, points, side="right") / len(values) for values in (kept, draws)]
+    assert np.abs(below[0] - below[1]).max() < 1.95 * math.sqrt(1 / COUNT + 1 / len(kept))  # one in a thousand
+
+
+@pytest.mark.parametrize(
+    ("weight", "law"),
+    [
+        (weighting.EDM(), LogNormal()),
+        (weighting.EDM(-1.2 - math.log(0.5), 1.2), LogNormal(-1.2 - math.log(0.5), 1.2)),
+        (weighting.LogitNormal(0.3, 0.8), LogitNormal(0.3, 0.8)),
+        (weighting.Sigmoid(), LogNormal()),
+    ],
+)
+def test_a_weighting_without_levels_gets_those_that_belong_to_it(weight, law):
+    assert Objective(weighting=weight).noise_levels == law
+    assert Objective(weighting=weight, noise_levels=Uniform()).noise_levels == Uniform()
+
+
+def test_edm_examples_count_alike_at_its_own_levels():
+    """The weight over the density is 1 + 1 / SNR times the mass in the range, for any numbers."""
+    weight, log_snr = weighting.EDM(-1.0, 0.7), jnp.linspace(LOW, HIGH, 50)
+    ratio = weight.log_weight(log_snr) - suited_to(weight).log_density(log_snr, SCHEDULE)
+    np.testing.assert_allclose(ratio - jax.nn.softplus(-log_snr), 0.0, atol=1e-4)
 
 
 def test_logit_normal_levels_are_logit_normal_times_of_the_straight_path():
-    draws = LogitNormal(0.4, 0.7).sample(jax.random.key(0), COUNT, noise.Rectified())
+    draws, _ = draw(LogitNormal(0.4, 0.7), jax.random.key(0), COUNT, noise.Rectified())
     t = np.asarray(noise.Rectified().inverse_log_snr(draws))
     logit = np.log(t / (1.0 - t))
     assert abs(logit.mean() - 0.4) < 4.0 * 0.7 / math.sqrt(COUNT)
@@ -118,7 +170,7 @@ def test_logit_normal_levels_are_logit_normal_times_of_the_straight_path():
 
 
 def test_uniform_times_are_uniform():
-    t = np.asarray(SCHEDULE.inverse_log_snr(Uniform().sample(jax.random.key(0), COUNT, SCHEDULE)))
+    t = np.asarray(SCHEDULE.inverse_log_snr(draw(Uniform(), jax.random.key(0), COUNT, SCHEDULE)[0]))
     assert abs(t.mean() - 0.5) < 4.0 / math.sqrt(12 * COUNT)
     assert abs((t**2).mean() - 1 / 3) < 4.0 * math.sqrt(4 / 45 / COUNT)
 
@@ -129,11 +181,8 @@ def test_low_discrepancy_leaves_no_gap_and_has_less_variance():
     np.testing.assert_allclose(np.diff(t), (SCHEDULE.t_max - SCHEDULE.t_min) / 64, rtol=0.02)
 
     def spread(law):
-        def mean(key):
-            draws = law.sample(key, 64, SCHEDULE)
-            return jnp.mean(bumpy(draws) * jnp.exp(-law.log_density(draws, SCHEDULE)))
-
-        return float(jnp.std(jax.vmap(mean)(jax.random.split(jax.random.key(1), 500))))
+        mean = jax.vmap(lambda key: jnp.mean(WEIGHTED(*draw(law, key, 64, SCHEDULE))))
+        return float(jax.jit(lambda keys: jnp.std(mean(keys)))(jax.random.split(jax.random.key(1), 500)))
 
     assert spread(LowDiscrepancy(LogNormal())) < 0.3 * spread(LogNormal())
 
@@ -144,8 +193,8 @@ def test_adaptive_starts_as_the_best_law_for_a_gaussian():
     edges = law.edges(SCHEDULE)
     centres = 0.5 * (edges[1:] + edges[:-1])
     state = law.start(SCHEDULE, EDM)
-    density = law.log_density(centres, SCHEDULE, state)
-    np.testing.assert_allclose(density, LogNormal().log_density(centres, SCHEDULE), atol=2e-3)
+    density = jax.jit(lambda law, x, state: law.log_density(x, SCHEDULE, state), static_argnums=0)
+    np.testing.assert_allclose(density(law, centres, state), density(LogNormal(), centres, ()), atol=2e-3)
 
 
 def test_adaptive_learns_the_best_law():
@@ -158,7 +207,9 @@ def test_adaptive_learns_the_best_law():
         k = jnp.clip(((log_snr - LOW) / (HIGH - LOW) * 4).astype(int), 0, 3)
         return law.update(state, log_snr, truth[k], SCHEDULE), None
 
-    state = jax.lax.scan(step, start, jax.random.split(jax.random.key(0), 200))[0]
+    state = jax.jit(lambda start, keys: jax.lax.scan(step, start, keys)[0])(
+        start, jax.random.split(jax.random.key(0), 200)
+    )
     np.testing.assert_allclose(state.moments, truth**2, rtol=1e-3)
     np.testing.assert_allclose(law.masses(state), 0.9 * truth / truth.sum() + 0.1 / 4, rtol=1e-3)
 
@@ -210,8 +261,7 @@ def test_adaptive_lowers_the_variance_of_the_loss():
     law, state = LAWS["Adaptive"]
 
     def spread(state):
-        draws = law.sample(jax.random.key(2), COUNT, SCHEDULE, state)
-        return float(jnp.std(bumpy(draws) * jnp.exp(-law.log_density(draws, SCHEDULE, state))))
+        return float(jnp.std(WEIGHTED(*draw(law, jax.random.key(2), COUNT, SCHEDULE, state))))
 
     assert spread(state) < 0.5 * spread(law.start(SCHEDULE, EDM))
 
@@ -230,7 +280,7 @@ def test_update_touches_the_bins_of_the_batch_alone():
     edges = law.edges(SCHEDULE)
     log_snr = jnp.array([edges[2] + 0.1, edges[2] + 0.2, edges[5] + 0.1])
     values = jnp.array([2.0, 2.0, 1.0]) * jnp.exp(state.log_scale[jnp.array([2, 2, 5])])
-    moved = law.update(state, log_snr, values, SCHEDULE)
+    moved = jax.jit(lambda *args: law.update(*args, SCHEDULE))(state, log_snr, values)
     expected = np.zeros(8)
     expected[2], expected[5] = (1.0 - 0.9**2) * 4.0, (1.0 - 0.9) * 1.0
     np.testing.assert_allclose(moved.moments, expected, rtol=1e-5)

@@ -160,7 +160,7 @@ def test_loss_of_one_point_is_a_batch_of_one():
             lambda: Objective(loss=3),
         ),
         (TypeError, "weighting must be a train.weighting.Weighting", lambda: Objective(weighting="edm")),
-        (TypeError, "noise_levels must be a train.levels.NoiseLaw", lambda: Objective(noise_levels=None)),
+        (TypeError, "noise_levels must be a train.levels.NoiseLaw", lambda: Objective(noise_levels=3)),
         (ValueError, r"cond_dropout must lie in \[0, 1\); got 1.0", lambda: Objective(cond_dropout=1.0)),
     ],
 )

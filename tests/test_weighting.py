@@ -11,6 +11,8 @@ from numpyro_diffusion import noise
 from numpyro_diffusion.denoise import Gaussian
 from numpyro_diffusion.train import weighting as w
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 X, EPS = jnp.array([0.7, -1.1]), jnp.array([0.4, 1.3])
 
 
@@ -76,17 +78,19 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("name", NAMED)
-def test_weighting_is_that_of_the_loss_it_is_named_after(x64, name):
-    weighting, schedule, integrand = NAMED[name]
+def test_weightings_are_those_of_the_losses_they_are_named_after(x64):
+    """In one test, because each turn to double precision costs all compiled programs."""
+    for name, (weighting, schedule, integrand) in NAMED.items():
 
-    @jax.vmap
-    def both(t):
-        errors = views(schedule, t)
-        log_snr, slope = noise.value_and_slope(schedule.log_snr, t)
-        return weighting(log_snr) * errors["eps"] * -slope, integrand(schedule, t, errors)
+        @jax.jit
+        @jax.vmap
+        def both(t, weighting=weighting, schedule=schedule, integrand=integrand):
+            errors = views(schedule, t)
+            log_snr, slope = noise.value_and_slope(schedule.log_snr, t)
+            return weighting(log_snr) * errors["eps"] * -slope, integrand(schedule, t, errors)
 
-    np.testing.assert_allclose(*both(jnp.linspace(schedule.t_min + 1e-3, schedule.t_max - 1e-3, 50)), rtol=1e-8)
+        got, expected = both(jnp.linspace(schedule.t_min + 1e-3, schedule.t_max - 1e-3, 50))
+        np.testing.assert_allclose(got, expected, rtol=1e-8, err_msg=name)
 
 
 GRID = np.linspace(-9.0, 9.0, 181)

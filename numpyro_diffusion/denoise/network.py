@@ -59,6 +59,7 @@ from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise.prediction import Prediction
+from numpyro_diffusion.nn import modes
 from numpyro_diffusion.noise import VE, Scaled, Schedule, check_decreasing, value_and_slope
 
 # Posterior mean in standardised units from (u_t, network output, alpha, sigma, alpha', sigma').
@@ -81,7 +82,8 @@ class NetworkDenoiser:
 
     It is frozen unless `unfreeze` is called: its weights, location and scale have zero gradient, so that no optimiser
     or SVI trains them by accident; gradients with respect to `x_t` and `cond` flow. The network runs in the precision
-    of its weights, whatever that of `x_t`, and in evaluation mode, without dropout. The backbone given is copied.
+    of its weights, whatever that of `x_t`, and in evaluation mode, without dropout, unless `in_training` is called. The
+    backbone given is copied.
 
     Args:
         backbone: a `flax.nnx.Module` with `event_shape`, called as `backbone(x, c_noise, cond)` on one point.
@@ -125,7 +127,8 @@ class NetworkDenoiser:
         self.target = target
         self.frozen = True
         self._base = _check_schedule(VE() if schedule is None else schedule)
-        self._graphdef, self.weights = nnx.split(_deterministic(backbone))
+        self._graphdef, self.weights = nnx.split(modes.evaluation(backbone))
+        self._training, self._key = modes.training(backbone), None
         self._location, self._scale = _check_units(location, scale, self.event_shape, self.dtype)
 
     @property
@@ -151,8 +154,21 @@ class NetworkDenoiser:
 
     @property
     def backbone(self) -> nnx.Module:
-        """The network, a copy with these weights."""
-        return nnx.merge(self._graphdef, self.weights, copy=True)
+        """The network, a copy with these weights, in evaluation mode."""
+        if self._training is None:
+            return nnx.merge(self._graphdef, self.weights, copy=True)
+        backbone = self._training.merge(jax.random.key(0), self.weights)
+        backbone.eval()
+        return backbone
+
+    @property
+    def training_mode(self) -> modes.TrainingMode | None:
+        """What `in_training` adds; None for a network that has no random layers."""
+        return self._training
+
+    def in_training(self, key: jax.Array) -> "NetworkDenoiser":
+        """The same denoiser with its random layers, such as dropout, drawn from a key: one function for each key."""
+        return self if self._training is None else self._replace(_key=key)
 
     @property
     def params(self) -> nnx.State:
@@ -232,7 +248,8 @@ class NetworkDenoiser:
 
         def network(w: jax.Array) -> jax.Array:
             w, *others = _cast((w, c_noise, cond), self.dtype)
-            out, expected = backbone(w, *others), () if scalar else self.event_shape
+            called = backbone if self._key is None else self._training.merge(self._key, weights)
+            out, expected = called(w, *others), () if scalar else self.event_shape
             if jnp.shape(out) != expected:
                 raise ValueError(f"backbone must return shape {expected}; got {jnp.shape(out)}")
             return jnp.sum((w - 0.5 * out) * out) if self.target == "energy" and not scalar else out
@@ -245,27 +262,15 @@ class NetworkDenoiser:
         return other
 
     def tree_flatten(self):
-        static = (self._graphdef, self._base, self.target, self.event_shape, self.frozen)
-        return (self.weights, self._location, self._scale), static
+        static = (self._graphdef, self._training, self._base, self.target, self.event_shape, self.frozen)
+        return (self.weights, self._location, self._scale, self._key), static
 
     @classmethod
     def tree_unflatten(cls, static, leaves):
         self = object.__new__(cls)
-        self._graphdef, self._base, self.target, self.event_shape, self.frozen = static
-        self.weights, self._location, self._scale = leaves
+        self._graphdef, self._training, self._base, self.target, self.event_shape, self.frozen = static
+        self.weights, self._location, self._scale, self._key = leaves
         return self
-
-
-def _deterministic(backbone: nnx.Module) -> nnx.Module:
-    """A copy in evaluation mode, without the random streams that dropout would draw from."""
-    backbone = nnx.clone(backbone)
-    backbone.eval()
-    for _, node in list(nnx.iter_graph(backbone)):
-        if isinstance(node, nnx.Module):
-            for name, value in list(vars(node).items()):
-                if isinstance(value, nnx.Rngs | nnx.RngStream):
-                    setattr(node, name, None)
-    return backbone
 
 
 def _cast(inputs: Any, dtype: jnp.dtype) -> Any:

@@ -1,19 +1,21 @@
 r"""Fitting a denoiser to examples: standardise, regress, average.
 
-Data $x_1, \ldots, x_n$ are standardised once, $u = (x - m) / c$ (`standardize`), and a network is trained on
+Data $x_1, \ldots, x_n$ are standardised once, $u = (x - m) / c$ (`data`), and a network is trained on
 
 $$\hat\theta = \arg\min_\theta \; \frac1n \sum_i \int w(\lambda)\, E\, L(\theta; u_i, \lambda)\, \mathrm{d}\lambda$$
 
 with the parts of an `objective`: a loss $L$, a weighting $w$ and a law of the noise levels, by Adam with a warm-up and
 a cosine decay. The denoiser that comes back holds $m$ and $c$, so that its user stays in the units of the data, and the
-moving average of the weights (`ema`), frozen.
+moving average of the weights, frozen.
 
-This file puts the pieces together: data come from a `feed`, compiled calls of many steps are in `steps`, what the host
-does between them is in `loop`, how a run is kept and resumed in `resume`. The same key and the same backbone give the
-same weights, bit for bit.
+This file puts the pieces together: batches come from `data`, compiled calls of many steps are in `steps`, what the host
+does between them, and how a run is kept and resumed, in `run`. The same key and the same backbone give the same
+weights, bit for bit.
 
-Only `nnx.Param` is trained, in evaluation mode, without dropout. What a backbone is belongs to `nn`; what its output
-means, to `denoise.network`.
+Only `nnx.Param` is trained. Dropout acts in training, with a fresh mask for each example and step, and nowhere else:
+held-out losses and the denoiser that comes back have none. Batch statistics (`nnx.BatchNorm`) are refused, because a
+denoiser is a function of one point and its training loss would then be that of no denoiser. For what a backbone is see
+`nn`, for what its output means `denoise.network`.
 """
 
 import functools
@@ -29,16 +31,17 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from numpyro_diffusion import _checks
+from numpyro_diffusion import _checks, _files
 from numpyro_diffusion.denoise import NetworkDenoiser
+from numpyro_diffusion.nn import modes
 from numpyro_diffusion.noise import Schedule
-from numpyro_diffusion.train import loop, resume
-from numpyro_diffusion.train.feed import Data, digest, open_data
-from numpyro_diffusion.train.levels import LogNormal, NoiseLaw, State
-from numpyro_diffusion.train.losses import DenoisingScoreMatching, Loss
+from numpyro_diffusion.train import run
+from numpyro_diffusion.train.data import Data, open_data
+from numpyro_diffusion.train.levels import NoiseLaw, State
+from numpyro_diffusion.train.losses import Loss
 from numpyro_diffusion.train.objective import Objective
 from numpyro_diffusion.train.steps import TrainState, held_out_loss, init, train_steps
-from numpyro_diffusion.train.weighting import EDM, Weighting
+from numpyro_diffusion.train.weighting import Weighting
 
 
 class FitResult(NamedTuple):
@@ -87,8 +90,8 @@ def fit(
 
     Args:
         key: random key for the split, the minibatches and the noise.
-        backbone: the network, which is copied and left as it is; or a `NetworkDenoiser`, whose training is continued
-            with its own schedule, target, location and scale.
+        backbone: the network, without batch statistics, which is copied and left as it is; or a `NetworkDenoiser`,
+            whose training is continued with its own schedule, target, location and scale.
         data: examples, shape (rows, *event_shape), finite, at least two rows. Or, for data larger than memory, an
             iterable of batches of `batch_size` rows (but no list), or of pairs of a batch and its conditions; location
             and scale are those of the batches of the first call.
@@ -98,7 +101,7 @@ def fit(
         target: what the network's output means; "edm" by default.
         loss: function `loss(denoiser, key, x, t, cond)` of one point; `losses.DenoisingScoreMatching()` by default.
         weighting: what each log-SNR counts; `weighting.EDM()` by default.
-        noise_levels: where levels are drawn; `levels.LogNormal()` by default.
+        noise_levels: where levels are drawn; by default the law that belongs to the weighting, `levels.suited_to`.
         num_steps: number of gradient steps.
         batch_size: rows in a minibatch, drawn with replacement.
         optimizer: any optax optimiser; by default Adam, its rate warmed up to 5e-3 and decayed to zero along a cosine.
@@ -122,7 +125,8 @@ def fit(
     Raises:
         ValueError: for data that are not finite, too few, constant or of the wrong shape, a setting out of range, or a
             checkpoint of a run with another configuration.
-        TypeError: for data that are not real numbers, or a setting of another kind.
+        TypeError: for data that are not real numbers, a setting of another kind, or a backbone with batch statistics or
+            with dropout that has no `rngs`.
         FloatingPointError: if training diverges.
 
     Example:
@@ -136,44 +140,51 @@ def fit(
         >>> result.losses.shape, result.interrupted
         ((20,), False)
     """
-    plan = loop.Plan(num_steps, steps_per_call, num_evaluations, patience, progress_bar)
+    plan = run.Plan(num_steps, steps_per_call, num_evaluations, patience, progress_bar)
     _check_settings(batch_size, ema_decay, validation_fraction, optimizer, clip_norm, mesh)
-    objective = Objective(
-        loss or DenoisingScoreMatching(), weighting or EDM(), noise_levels or LogNormal(), cond_dropout
-    )
+    given = {"loss": loss, "weighting": weighting, "noise_levels": noise_levels}
+    objective = Objective(**{k: v for k, v in given.items() if v is not None}, cond_dropout=cond_dropout)
     optimizer = _clipped(_default_optimizer(num_steps) if optimizer is None else optimizer, clip_norm)
     key_split, key_steps, key_held_out = jax.random.split(key, 3)
     units = {"schedule": schedule, "target": target}
     sizes = {"batch_size": batch_size, "steps_per_call": steps_per_call, "mesh": mesh}
     opened = open_data(key_split, backbone, data, cond, held_out, validation_fraction, **units, **sizes)
     _check_uses(opened, patience, cond_dropout)
+    _check_layers(opened.denoiser)
     denoiser = opened.denoiser.with_units(0.0, 1.0).unfreeze()
-    settings = {"batch_size": batch_size, "objective": objective, "mesh": mesh}
+    settings = {"batch_size": batch_size, "mesh": mesh}
 
     def advance(state: TrainState, count: int) -> tuple[TrainState, jax.Array, int]:
         rows, count = opened.source.take(count)
         if not count:
             return state, np.zeros(0, np.float32), 0
-        options = {"max_count": steps_per_call, "optimizer": optimizer, "ema_decay": ema_decay, **settings}
+        options = {
+            "objective": objective,
+            "max_count": steps_per_call,
+            "optimizer": optimizer,
+            "ema_decay": ema_decay,
+            **settings,
+        }
         in_order = opened.source.in_order
         return *train_steps(state, denoiser, key_steps, rows, count, in_order=in_order, **options), count
 
     def evaluate(state: TrainState) -> float:
         average = denoiser.with_params(state.average)
-        return float(held_out_loss(average, key_held_out, opened.held_out, **settings))
+        measured = objective.held_out()
+        return float(held_out_loss(average, key_held_out, opened.held_out, objective=measured, **settings))
 
-    progress, save = loop.begin(init(denoiser, optimizer, objective)), None
+    progress, save = run.begin(init(denoiser, optimizer, objective)), None
     if checkpoint is not None:
         configuration = _configuration(key, opened, plan, objective, batch_size, ema_decay, optimizer)
-        save = functools.partial(resume.save, checkpoint, configuration=configuration)
+        save = functools.partial(run.save, checkpoint, configuration=configuration)
         if Path(checkpoint).exists():
-            progress = resume.load(checkpoint, progress, configuration)
+            progress = run.load(checkpoint, progress, configuration)
             opened.source.skip(progress.step)
-    progress, interrupted = loop.run(plan, progress, advance, None if opened.held_out is None else evaluate, save)
+    progress, interrupted = run.train(plan, progress, advance, None if opened.held_out is None else evaluate, save)
     return _result(opened.denoiser, progress, interrupted)
 
 
-def _result(initial: NetworkDenoiser, progress: loop.Progress, interrupted: bool) -> FitResult:
+def _result(initial: NetworkDenoiser, progress: run.Progress, interrupted: bool) -> FitResult:
     """What is kept of a run, on one device whatever the mesh was."""
     best, levels = jax.tree.map(
         lambda leaf: jax.numpy.asarray(np.asarray(leaf)), (progress.best, progress.state.levels)
@@ -185,7 +196,7 @@ def _result(initial: NetworkDenoiser, progress: loop.Progress, interrupted: bool
 def _configuration(
     key: jax.Array,
     opened: Data,
-    plan: loop.Plan,
+    plan: run.Plan,
     objective: Objective,
     batch_size: int,
     ema_decay: float,
@@ -199,8 +210,9 @@ def _configuration(
         if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
         else key.tolist(),
         "data": opened.source.digest[:16],
-        "held_out": digest(opened.held_out)[:16],
-        "backbone": f"{type(denoiser.backbone).__name__} {digest(denoiser)[:16]}",
+        "held_out": _files.digest(opened.held_out)[:16],
+        "backbone": f"{type(denoiser.backbone).__name__} {_files.digest(denoiser)[:16]}",
+        "training_mode": run.fingerprint_of_text(repr(denoiser.training_mode)),
         "schedule": denoiser.schedule.base,
         "target": denoiser.target,
         "loss": objective.loss,
@@ -213,9 +225,9 @@ def _configuration(
         "patience": plan.patience,
         "batch_size": batch_size,
         "ema_decay": ema_decay,
-        "optimizer": resume.fingerprint(optimizer.update, params, optimizer.init(params), params),
+        "optimizer": run.fingerprint(optimizer.update, params, optimizer.init(params), params),
     }
-    return {name: resume.name_of(value) for name, value in parts.items()}
+    return {name: run.name_of(value) for name, value in parts.items()}
 
 
 @functools.lru_cache
@@ -263,3 +275,13 @@ def _check_uses(opened: Data, patience: int | None, cond_dropout: float) -> None
         raise ValueError("patience needs held-out data: give held_out=, or a validation_fraction above 0")
     if cond_dropout and not opened.source.conditional:
         raise ValueError(f"cond_dropout={cond_dropout} needs conditions to drop: give cond=")
+
+
+def _check_layers(denoiser: NetworkDenoiser) -> None:
+    if found := modes.batch_statistics(denoiser.weights):
+        raise TypeError(
+            f"backbone must not have batch statistics; got {found[0]}. A denoiser is a function of one point: use "
+            "nnx.LayerNorm, nnx.GroupNorm or nnx.RMSNorm instead of nnx.BatchNorm"
+        )
+    if found := modes.without_stream(denoiser.backbone):
+        raise TypeError(f"dropout must have random keys to act; {found[0]} has none. Give it rngs=")

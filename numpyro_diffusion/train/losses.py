@@ -27,8 +27,8 @@ $$\text{stable target:} \quad \tfrac1d \frac{\alpha_t^2}{\sigma_t^2} \Big\| \hat
 
 has the mean gradient of the denoising loss, whatever $K$, and less variance.
 
-Which level a loss is taken at and how much it counts there is the matter of `levels` and `weighting`. A loss is a
-function `loss(denoiser, key, x, t, cond)` of one point; any other of this signature can be given to `fit`.
+For the level that a loss is taken at see `levels`, for what it counts there `weighting`. A loss is a function
+`loss(denoiser, key, x, t, cond)` of one point; any other of this signature can be given to `fit`.
 
 References:
     Vincent, A connection between score matching and denoising autoencoders, 2011,

@@ -26,8 +26,7 @@ from jax.typing import ArrayLike
 from numpyro_diffusion.denoise import Denoiser, NetworkDenoiser
 from numpyro_diffusion.nn.condition import Condition
 from numpyro_diffusion.noise import Scaled
-from numpyro_diffusion.train.adaptive import Adaptive
-from numpyro_diffusion.train.levels import LogNormal, NoiseLaw, State, check_noise_law
+from numpyro_diffusion.train.levels import Adaptive, NoiseLaw, State, check_noise_law, suited_to
 from numpyro_diffusion.train.losses import DenoisingScoreMatching, Loss
 from numpyro_diffusion.train.weighting import EDM, Weighting, check_weighting
 
@@ -42,7 +41,7 @@ class Objective:
     Args:
         loss: function `loss(denoiser, key, x, t, cond)` of one point.
         weighting: what each log-SNR counts.
-        noise_levels: where levels are drawn.
+        noise_levels: where levels are drawn; None for the law that belongs to the weighting, `levels.suited_to`.
         cond_dropout: probability that a row's condition is withheld.
 
     Raises:
@@ -52,13 +51,15 @@ class Objective:
 
     loss: Loss = field(default_factory=DenoisingScoreMatching)
     weighting: Weighting = field(default_factory=EDM)
-    noise_levels: NoiseLaw = field(default_factory=LogNormal)
+    noise_levels: NoiseLaw | None = None
     cond_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if not callable(self.loss):
             raise TypeError(f"loss must be a function (denoiser, key, x, t, cond) of one point; got {self.loss!r}")
         check_weighting(self.weighting)
+        if self.noise_levels is None:
+            object.__setattr__(self, "noise_levels", suited_to(self.weighting))
         check_noise_law(self.noise_levels)
         if not 0.0 <= self.cond_dropout < 1.0:
             raise ValueError(f"cond_dropout must lie in [0, 1); got {self.cond_dropout}")
@@ -68,22 +69,29 @@ class Objective:
         return self.noise_levels.start(_standardised(denoiser), self.weighting)
 
     def __call__(
-        self, denoiser: Denoiser, key: jax.Array, x: jax.Array, cond: ArrayLike | None, state: State
+        self,
+        denoiser: Denoiser,
+        key: jax.Array,
+        x: jax.Array,
+        cond: ArrayLike | None,
+        state: State,
+        training: bool = False,
     ) -> tuple[jax.Array, State]:
         """The losses of a batch.
 
         Args:
             denoiser: any denoiser; its `scale` sets the unit.
-            key: random key, for levels, noises and withheld conditions.
+            key: random key, for levels, noises, withheld conditions and random layers.
             x: clean points, shape (batch, *event_shape).
             cond: their conditions, (batch, *cond_shape), or None.
             state: what the law of the levels knows.
+            training: whether random layers of a `NetworkDenoiser`, such as dropout, act; each row has its own draw.
 
         Returns:
             Weighted losses, shape (batch,), and what the law knows after them.
         """
         schedule = _standardised(denoiser)
-        losses, log_snr = self._losses(denoiser, key, x, cond, state)
+        losses, log_snr = self._losses(denoiser, key, x, cond, state, training)
         log_weight = self.weighting.log_weight(log_snr)
         ratio = jnp.exp(log_weight - self.noise_levels.log_density(log_snr, schedule, state))
         if self.noise_levels.follows == "loss":
@@ -125,25 +133,32 @@ class Objective:
         ]
 
         def losses(params: nnx.State) -> tuple[jax.Array, jax.Array]:
-            return self._losses(denoiser.with_params(params), key, x, cond, state)
+            return self._losses(denoiser.with_params(params), key, x, cond, state, training=True)
 
         _, slopes, log_snr = jax.jvp(losses, (denoiser.params,), (jax.tree.unflatten(tree, along),), has_aux=True)
         values = self.weighting(log_snr) * slopes
         return self.noise_levels.update(state, log_snr, values, _standardised(denoiser))
 
     def _losses(
-        self, denoiser: Denoiser, key: jax.Array, x: jax.Array, cond: ArrayLike | None, state: State
+        self, denoiser: Denoiser, key: jax.Array, x: jax.Array, cond: ArrayLike | None, state: State, training: bool
     ) -> tuple[jax.Array, jax.Array]:
         """The loss of each row at a level drawn for it, unweighted, and these log-SNRs."""
-        key_levels, key_noise, key_cond = jax.random.split(key, 3)
+        key_levels, key_noise, key_cond, key_layers = jax.random.split(key, 4)
         schedule = _standardised(denoiser)
         log_snr = self.noise_levels.sample(key_levels, len(x), schedule, state)
         t = jnp.clip(schedule.inverse_log_snr(log_snr), schedule.t_min, schedule.t_max)
         keys, cond = jax.random.split(key_noise, len(x)), self._withhold(key_cond, cond)
-        return jax.vmap(self.loss, in_axes=(None, 0, 0, 0, 0))(denoiser, keys, x, t, cond), log_snr
+
+        def one(key_layers: jax.Array, *args: jax.Array) -> jax.Array:
+            return self.loss(denoiser.in_training(key_layers) if training else denoiser, *args)
+
+        return jax.vmap(one)(jax.random.split(key_layers, len(x)), keys, x, t, cond), log_snr
 
     def held_out(self) -> "Objective":
-        """The same objective at levels that no training moves, spread evenly, with all conditions present."""
+        """The same loss and weighting with all conditions present, at levels drawn as if the data were Gaussian.
+
+        So they are the same whatever law the training uses and has learned.
+        """
         return Objective(self.loss, self.weighting, Adaptive(floor=1.0))
 
     def _withhold(self, key: jax.Array, cond: ArrayLike | None) -> ArrayLike | Condition | None:
@@ -169,7 +184,7 @@ def denoising_loss(
         denoiser: any denoiser; its `scale` sets the unit of the levels.
         key: random key, for the level and the noise.
         x: clean point of the denoiser's event shape, in the units of the data.
-        noise_levels: law of the noise level; `LogNormal()` by default.
+        noise_levels: law of the noise level; by default the one that belongs to the weighting.
         weighting: what each log-SNR counts; `EDM()` by default.
         cond: what a conditional denoiser is conditioned on.
 
@@ -183,7 +198,7 @@ def denoising_loss(
         >>> bool(denoising_loss(Gaussian(jnp.zeros(2)), jax.random.key(0), jnp.ones(2)) > 0)
         True
     """
-    objective = Objective(noise_levels=noise_levels or LogNormal(), weighting=weighting or EDM())
+    objective = Objective(noise_levels=noise_levels, weighting=EDM() if weighting is None else weighting)
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (x, cond))
     return objective(denoiser, key, *batch, objective.start(denoiser))[0][0]
 

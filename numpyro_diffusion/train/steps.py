@@ -3,17 +3,29 @@ r"""The compiled part of training: many gradient steps in one call, and the held
 Step $n$ draws a minibatch and one noise for each of its rows from `fold_in(key, n)`, and moves
 
 $$\theta_{n+1} = \theta_n + \mathrm{optimiser}\!\left( \nabla_\theta \tfrac1B \sum_{b} L(\theta_n; u_b) \right), \qquad
-\bar\theta_{n+1} = \mathrm{ema}(\bar\theta_n, \theta_{n+1}).$$
+\bar\theta_{n+1} = \beta_n \bar\theta_n + (1 - \beta_n)\, \theta_{n+1}, \qquad
+\beta_n = \min\!\left( \beta, \frac{1 + n}{10 + n} \right).$$
+
+The moving average is what is kept: the last iterate of a stochastic optimiser jitters around the solution, an average
+over its recent past does not. It starts at the initial weights, which are worth nothing. With a constant $\beta$ they
+would keep the share $\beta^n$; with the growing $\beta_n$ it falls like $n^{-9}$, and the average always spans about
+the last tenth of the run until $\beta$ takes over. So short runs need no other setting than long ones.
 
 Since the key of a step depends on its number alone, how steps are grouped into calls changes nothing. The number of
 steps of a call is not compiled in, so that a shorter last call costs nothing. Data are an argument and stay on the
 device; the optimiser and the sizes are static: a second run of the same shapes compiles nothing. On several devices the
-rows of a batch are shared out, and what belongs to no row is on all of them (`mesh`). Nothing here touches the host:
-that is the matter of `loop`, and where data come from that of `feed`.
+rows of a batch are shared out, and everything else is on all of them (`mesh`). Nothing here touches the host: see `run`
+for that, and `data` for where batches come from.
+
+References:
+    Polyak and Juditsky, Acceleration of stochastic approximation by averaging, 1992,
+    https://doi.org/10.1137/0330046.
+    Song and Ermon, Improved techniques for training score-based generative models, 2020 (averaging for score models),
+    https://arxiv.org/abs/2006.09011.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +35,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from numpyro_diffusion.denoise import NetworkDenoiser
-from numpyro_diffusion.train import ema
 from numpyro_diffusion.train.levels import State
 from numpyro_diffusion.train.objective import Objective
 
@@ -31,6 +42,7 @@ STEPS_PER_GRADIENT_SEEN = 8  # between looks at its size by adaptive noise level
 HELD_OUT_NOISES = 1024  # least noised points in a held-out loss; fewer rows are used again, under different noises
 
 Rows = tuple[jax.Array, jax.Array | None]  # points and their conditions
+Tree = TypeVar("Tree")
 
 
 class TrainState(NamedTuple):
@@ -91,7 +103,7 @@ def train_steps(
     """
 
     def batch_loss(params: nnx.State, key: jax.Array, batch: Rows, levels: State) -> tuple[jax.Array, State]:
-        losses, levels = objective(denoiser.with_params(params), key, *batch, levels)
+        losses, levels = objective(denoiser.with_params(params), key, *batch, levels, training=True)
         return jnp.mean(_share_out(losses, mesh)), levels
 
     def follow(state: TrainState, key: jax.Array, batch: Rows, gradient: nnx.State) -> State:
@@ -111,7 +123,7 @@ def train_steps(
         if objective.noise_levels.follows == "gradient":
             levels = follow(state, jax.random.fold_in(key_rows, 1), batch, gradient)
         params = optax.apply_updates(state.params, updates)
-        average = ema.update(state.average, params, state.step, ema_decay)
+        average = move_average(state.average, params, state.step, ema_decay)
         return TrainState(params, average, opt_state, state.step + 1, levels), losses.at[i].set(loss)
 
     return jax.lax.fori_loop(0, count, step, (state, jnp.full(max_count, jnp.nan, denoiser.dtype)))
@@ -129,15 +141,14 @@ def held_out_loss(
 ) -> jax.Array:
     """The mean loss on held-out rows, under levels and noises that depend on the key alone.
 
-    The levels are drawn as if the data were Gaussian, whatever law the training uses and has learned, so that held-out
-    losses of one loss and weighting compare.
+    Random layers do not act. With `Objective.held_out` held-out losses of one loss and weighting compare.
 
     Args:
         denoiser: the denoiser, in the units of the rows.
         key: random key; the same key gives the same noises.
         rows: held-out points, shape (rows, *event_shape), and their conditions; all are used equally often, within one.
         batch_size: rows evaluated at once.
-        objective: what is measured.
+        objective: what is measured, at levels whose law learns nothing.
         mesh: devices over whose first axis a batch is shared out.
 
     Returns:
@@ -146,7 +157,6 @@ def held_out_loss(
     count = len(rows[0])
     num_batches = -(-max(HELD_OUT_NOISES, count) // batch_size)
     index = (jnp.arange(num_batches * batch_size) % count).reshape(num_batches, batch_size)
-    objective = objective.held_out()
     levels = objective.start(denoiser)
 
     def loss(keyed: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -155,6 +165,36 @@ def held_out_loss(
         return _share_out(objective(denoiser, key, *batch, levels)[0], mesh)
 
     return jnp.mean(jax.lax.map(loss, (jax.random.split(key, num_batches), index)))
+
+
+def average_decay(num_updates: ArrayLike, decay: float) -> jax.Array:
+    r"""The decay $\beta_n$ of update number $n$: small at the start, `decay` in the end.
+
+    Args:
+        num_updates: number of updates made before this one, a scalar.
+        decay: its limit $\beta$, in [0, 1].
+
+    Returns:
+        A scalar in [0.1, `decay`], or `decay` if that is smaller.
+    """
+    n = jnp.asarray(num_updates, jnp.float32)
+    return jnp.minimum(decay, (1.0 + n) / (10.0 + n))
+
+
+def move_average(average: Tree, weights: Tree, num_updates: ArrayLike, decay: float) -> Tree:
+    """The average after one more iterate.
+
+    Args:
+        average: the average so far; before the first update, the initial weights.
+        weights: the new iterate, of the same structure.
+        num_updates: number of updates made before this one, a scalar.
+        decay: limit of the decay, in [0, 1].
+
+    Returns:
+        The new average, every leaf in its own precision.
+    """
+    beta = average_decay(num_updates, decay)
+    return jax.tree.map(lambda a, w: a + ((1.0 - beta) * (w - a)).astype(a.dtype), average, weights)
 
 
 def _share_out(batch: Rows | jax.Array, mesh: Mesh | None) -> Rows | jax.Array:

@@ -88,7 +88,7 @@ class EDM(Weighting):
 
     Karras et al. centre the levels at -1.2 for images of standard deviation 0.5, which is -0.5 in units of it; the
     default spread is wider than their 1.2, because a sampler walks the whole ladder and its noisiest rungs decide how
-    much mass each mode receives.
+    much mass each mode receives. Without other `noise_levels`, `fit` draws them from the same normal law.
 
     Args:
         mean: centre of the log noise level, in units of the data's standard deviation.
