@@ -123,8 +123,7 @@ class MomentPosterior(NoisyPosterior):
 def shifted(prediction: Prediction, gradient: jax.Array) -> Prediction:
     """A prediction after a term with this gradient has been added to the log-density."""
     schedule, t = prediction.schedule, prediction.t
-    x0 = prediction.x0 + schedule.sigma(t) ** 2 / schedule.alpha(t) * gradient
-    return Prediction(x0.astype(prediction.x0.dtype), prediction.x_t, t, schedule)
+    return prediction.shifted(schedule.sigma(t) ** 2 / schedule.alpha(t) * gradient)
 
 
 def noisy_posterior(
@@ -196,7 +195,7 @@ class GuidedSite:
     def scale(self) -> ArrayLike:
         return self._denoiser.scale
 
-    def __call__(self, x_t: jax.Array, t: ArrayLike, cond: None = None) -> Prediction:
+    def __call__(self, x_t: jax.Array, t: ArrayLike) -> Prediction:
         return self._posterior.guided({**self._x_t, self._name: x_t}, {**self._t, self._name: t})[self._name]
 
 
@@ -208,8 +207,12 @@ def _over_plates(site: PriorSite, function: Callable[[jax.Array], jax.Array]) ->
 
 def _predict(site: PriorSite, x_t: jax.Array, t: ArrayLike) -> Prediction:
     denoiser = site.prior.denoiser
-    x0 = _over_plates(site, lambda x: denoiser(x, t).x0)(x_t)
-    return Prediction(x0.astype(x_t.dtype), x_t, t, denoiser.schedule)
+
+    def predict(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        prediction = denoiser(x, t)
+        return prediction.x0.astype(x.dtype), prediction.eps.astype(x.dtype)
+
+    return Prediction(*_over_plates(site, predict)(x_t), x_t, t, denoiser.schedule)
 
 
 def _terminal(key: jax.Array, site: PriorSite, t: ArrayLike) -> jax.Array:

@@ -42,7 +42,7 @@ from numpyro.infer.reparam import Reparam
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser
-from numpyro_diffusion.denoise.composed import density_kind
+from numpyro_diffusion.denoise.prediction import density_kind
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer.model.sites import Model, is_diffusion_site, undropped
 

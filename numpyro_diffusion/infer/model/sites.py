@@ -31,7 +31,7 @@ from numpyro.ops.provenance import eval_provenance
 from numpyro.primitives import Messenger
 
 from numpyro_diffusion.denoise import Product
-from numpyro_diffusion.denoise.composed import inside
+from numpyro_diffusion.denoise.wrapped import inside
 from numpyro_diffusion.distributions import DiffusionPrior
 
 Model = Callable[..., Any]
