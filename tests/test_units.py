@@ -59,6 +59,8 @@ def test_levels_follow_the_law():
     assert lone.schedule.base == VE()  # a component of no weight needs no levels
     slopes = jax.grad(lambda law: law.schedule.sigma(0.5) + law.means.sum())(law)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(slopes._schedule)) and (slopes.means == 1).all()
+    known = jax.jit(lambda: mixture(1.0).schedule.sigma(0.0))  # also where a model makes it inside jit
+    np.testing.assert_allclose(known(), ends[0], rtol=1e-5)
     traced = jax.jit(lambda scale: Gaussian(jnp.zeros(2), scale**2).schedule.sigma(0.0))
     np.testing.assert_allclose(traced(50.0), 0.1, rtol=1e-5)
 

@@ -15,6 +15,7 @@ and diagonal ones skip the rotation. Networks are not here: see `network`.
 """
 
 import math
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -60,13 +61,15 @@ class GaussianMixture:
         count, dimension = means.shape
         if weights.shape != (count,):
             raise ValueError(f"weights must have shape ({count},), one for each of the means; got {weights.shape}")
-        self.log_weights = jax.nn.log_softmax(jnp.log(weights))
-        self.means = means
-        self.variances, self.rotations = _decompose(covariances, count, dimension)
-        self._check_values({"weights": weights, "means": means, "covariances": covariances})
-        present = jnp.isfinite(self.log_weights)[:, None]
-        narrowest = jnp.sqrt(jnp.min(jnp.where(present, self.variances, jnp.inf)))
-        self._schedule = schedule_for(self.scale, narrowest, schedule)
+        traced = any(isinstance(value, jax.core.Tracer) for value in (weights, means, covariances))
+        with nullcontext() if traced else jax.ensure_compile_time_eval():  # a law known inside jit stays known
+            self.log_weights = jax.nn.log_softmax(jnp.log(weights))
+            self.means = means
+            self.variances, self.rotations = _decompose(covariances, count, dimension)
+            self._check_values({"weights": weights, "means": means, "covariances": covariances})
+            present = jnp.isfinite(self.log_weights)[:, None]
+            narrowest = jnp.sqrt(jnp.min(jnp.where(present, self.variances, jnp.inf)))
+            self._schedule = schedule_for(self.scale, narrowest, schedule)
 
     def _check_values(self, given: dict[str, jax.Array]) -> None:
         """Checks those of the arguments that are known, in numpy: inside jit even a constant's sum is traced."""
