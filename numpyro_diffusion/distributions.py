@@ -31,7 +31,7 @@ from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import sum_rightmost, validate_sample
 
 from numpyro_diffusion import _checks, density, solve
-from numpyro_diffusion.denoise import Conditioned, Denoiser
+from numpyro_diffusion.denoise import Conditioned, Denoiser, require_denoiser
 from numpyro_diffusion.solve import DPMSolverPP, Heun, Solver
 
 
@@ -85,10 +85,7 @@ class DiffusionPrior(dist.Distribution):
         density_solver: Heun = Heun(64),  # noqa: B008
         validate_args: bool | None = None,
     ) -> None:
-        if not isinstance(denoiser, Denoiser):
-            raise TypeError(
-                f"denoiser must be a Denoiser such as denoise.NetworkDenoiser; got {type(denoiser).__name__}"
-            )
+        require_denoiser(denoiser)
         if transform is not None and not isinstance(transform, Transform):
             raise TypeError(f"transform must be a NumPyro Transform; got {type(transform).__name__}")
         if not (isinstance(sampler, Solver) and sampler.stochastic):

@@ -173,7 +173,6 @@ def test_is_a_denoiser_and_a_pytree():
     prediction = jax.jit(lambda d, x: d(x, 0.5))(denoiser, jnp.ones(D))
     assert isinstance(prediction, Prediction)
     np.testing.assert_allclose(prediction.x0, denoiser(jnp.ones(D), 0.5).x0, rtol=1e-5)
-    assert isinstance(Gaussian([0.0]).schedule, VE)
     assert not isinstance(lambda x_t, t: x_t, Denoiser)
 
 

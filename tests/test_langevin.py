@@ -295,7 +295,7 @@ class Rotating:
     def __call__(self, x_t, t, cond=None):
         p = self.base(x_t, t)
         turn = self.rate * jnp.array([-x_t[1], x_t[0]])
-        return Prediction(p.x0 + self.schedule.sigma(t) ** 2 * turn, x_t, t, self.schedule)
+        return Prediction.from_x0(p.x0 + self.schedule.sigma(t) ** 2 * turn, x_t, t, self.schedule)
 
 
 def test_line_integral_and_circulation(x64):

@@ -35,7 +35,7 @@ class Moved:
 
     def __call__(self, x_t, t, cond=None):
         x0 = self.truth(x_t, t).x0
-        return Prediction(x0 + self.shift + self.stretch * (x0 - self.location), x_t, t, self.schedule)
+        return Prediction.from_x0(x0 + self.shift + self.stretch * (x0 - self.location), x_t, t, self.schedule)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -71,8 +71,10 @@ def test_mlp_starts_at_zero():
 def test_mlp_maps_a_batch_under_vmap():
     backbone, one = awake((2, 3)), jax.jit(awake((2, 3)))
     x, c_noise = np.random.default_rng(1).normal(size=(4, 2, 3)).astype(np.float32), np.linspace(-1.0, 1.0, 4)
-    one_by_one = jnp.stack([one(*pair) for pair in zip(x, c_noise, strict=True)])
-    np.testing.assert_allclose(jax.jit(jax.vmap(backbone))(x, c_noise), one_by_one, rtol=1e-4, atol=1e-5)
+    with jax.default_matmul_precision("highest"):  # a GPU rounds to ten bits otherwise, batch and single differently
+        one_by_one = jnp.stack([one(*pair) for pair in zip(x, c_noise, strict=True)])
+        batch = jax.jit(jax.vmap(backbone))(x, c_noise)
+    np.testing.assert_allclose(batch, one_by_one, rtol=1e-4, atol=1e-5)
 
 
 def test_config_is_json_and_rebuilds_the_network():

@@ -116,9 +116,7 @@ def test_divergence_is_an_error():
 
 def test_weights_that_the_last_step_spoils_are_an_error_and_are_not_kept(tmp_path):
     path, options = tmp_path / "run.safetensors", {"validation_fraction": 0.0} | TINY | {"num_steps": 1}
-    with pytest.raises(
-        FloatingPointError, match="gain has 1 weights that are not finite at step 1. Lower"
-    ):
+    with pytest.raises(FloatingPointError, match="gain has 1 weights that are not finite at step 1. Lower"):
         fit(jax.random.key(0), Tiny(), ROWS, optimizer=optax.scale(math.nan), checkpoint=path, **options)
     assert not path.exists()
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from numpyro_diffusion.denoise import GaussianMixture, NetworkDenoiser, Prediction
-from numpyro_diffusion.denoise.network import TARGETS
+from numpyro_diffusion.denoise.targets import TARGETS
 from numpyro_diffusion.noise import VE, VP, Cosine, Rectified, value_and_slope
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -55,10 +55,10 @@ def expressed(denoisers, x_t, t):
             prediction, base = denoiser(x_t, t), denoiser.schedule.base
             u_t = (x_t - base.alpha(t) * LOCATION) / SCALE
             means[name] = (prediction.x0 - LOCATION) / SCALE
-            others[name] = answers(Prediction(means[name], u_t, t, base))
+            others[name] = answers(Prediction.from_x0(means[name], u_t, t, base))
             (alpha, alpha_slope), (sigma, sigma_slope) = (value_and_slope(f, t) for f in (base.alpha, base.sigma))
             coefficients = alpha, sigma, alpha_slope, sigma_slope
-            again[name] = {other: TARGETS[other](u_t, out, *coefficients) for other, out in others[name].items()}
+            again[name] = {other: TARGETS[other](u_t, out, *coefficients)[0] for other, out in others[name].items()}
         return means, others, again
 
     return jax.vmap(one)(x_t)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from test_unet import awake
 
-from numpyro_diffusion.denoise import Gaussian, NetworkDenoiser, covariance, reschedule
+from numpyro_diffusion.denoise import Conditioned, Gaussian, NetworkDenoiser, covariance, reschedule
 from numpyro_diffusion.density import elbo, elbo_gap, importance_weighted_bound, learn_variances, log_prob
 from numpyro_diffusion.nn import MLP, Condition
 from numpyro_diffusion.noise import VE, VP, Schedule
@@ -59,7 +59,7 @@ USES = {
     "variances": lambda d, c: learn_variances(
         d, jnp.stack([X, -X]), KEY, num_steps=4, cond=None if c is None else jnp.stack([c, c])
     ),
-    "covariance": lambda d, c: covariance(d, X, 0.5, c).dense(),
+    "covariance": lambda d, c: covariance(d if c is None else Conditioned(d, c), X, 0.5).dense(),
     "reschedule": lambda d, c: reschedule(d, VP())(X, 0.5, c).x0,
 }
 

@@ -1,20 +1,20 @@
 """Denoisers: what is the clean point behind a noisy one, and how do we know?"""
 
 from numpyro_diffusion.denoise.analytic import Gaussian, GaussianMixture
-from numpyro_diffusion.denoise.composed import MixtureOf, Product
-from numpyro_diffusion.denoise.conditioned import Conditioned
+from numpyro_diffusion.denoise.combined import MixtureOf, Product
 from numpyro_diffusion.denoise.covariance import Covariance, covariance
-from numpyro_diffusion.denoise.designed import FromDensity
+from numpyro_diffusion.denoise.from_function import FromDensity, FromFunction
 from numpyro_diffusion.denoise.network import NetworkDenoiser
-from numpyro_diffusion.denoise.prediction import Denoiser, Prediction
-from numpyro_diffusion.denoise.repeated import Repeated
-from numpyro_diffusion.denoise.reschedule import Rescheduled, reschedule
+from numpyro_diffusion.denoise.prediction import Denoiser, Prediction, density_kind, require_denoiser
+from numpyro_diffusion.denoise.wrapped import Around, Conditioned, Repeated, Rescheduled, inside, reschedule
 
 __all__ = [
+    "Around",
     "Conditioned",
     "Covariance",
     "Denoiser",
     "FromDensity",
+    "FromFunction",
     "Gaussian",
     "GaussianMixture",
     "MixtureOf",
@@ -24,5 +24,8 @@ __all__ = [
     "Repeated",
     "Rescheduled",
     "covariance",
+    "density_kind",
+    "inside",
+    "require_denoiser",
     "reschedule",
 ]

@@ -5,13 +5,17 @@ means $\alpha_t \mu_k$ and covariances $S_k = \alpha_t^2 \Sigma_k + \sigma_t^2 I
 at every time, and so is
 
 $$E[x \mid x_t] = \sum_k r_k(x_t) \left( \mu_k + \alpha_t \Sigma_k S_k^{-1} (x_t - \alpha_t \mu_k) \right), \qquad
-r_k \propto w_k N(x_t; \alpha_t \mu_k, S_k).$$
+r_k \propto w_k N(x_t; \alpha_t \mu_k, S_k),$$
 
+$$E[\varepsilon \mid x_t] = \sum_k r_k(x_t)\, \sigma_t S_k^{-1} (x_t - \alpha_t \mu_k).$$
+
+Both come from the residuals $x_t - \alpha_t \mu_k$, so that the score has its digits wherever the law lies.
 Covariances are decomposed once, $\Sigma_k = U_k \Lambda_k U_k^\top$, so that no step factorises a matrix; isotropic
 and diagonal ones skip the rotation. Networks are not here: see `network`.
 """
 
 import math
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +24,7 @@ from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise.prediction import Prediction
-from numpyro_diffusion.noise import VE, Scaled, Schedule, check_decreasing
+from numpyro_diffusion.noise import Schedule, schedule_for
 
 
 @jax.tree_util.register_pytree_node_class
@@ -31,11 +35,14 @@ class GaussianMixture:
         weights: mixture weights, shape (K,), non-negative; they are normalised.
         means: component means, shape (K, d).
         covariances: a scalar variance for all, or shape (K,) isotropic, (K, d) diagonal or (K, d, d) full.
-        schedule: the noising process, in the units of the data.
+        schedule: the noising process, in the units of the data. The default has the levels of `VE()` in units of the
+            law: from .002 times its narrowest standard deviation to 80 times its `scale`, see `noise.schedule_for`.
 
     Raises:
+        TypeError: if `schedule` is no schedule.
         ValueError: if shapes do not agree, a value is not finite, a weight is negative or all are zero, a covariance is
-            not symmetric and positive definite, or the schedule's log-SNR does not fall.
+            not symmetric and positive definite, or the schedule's log-SNR does not fall or its lowest noise level is
+            above the narrowest standard deviation.
 
     Example:
         >>> import jax.numpy as jnp
@@ -54,13 +61,15 @@ class GaussianMixture:
         count, dimension = means.shape
         if weights.shape != (count,):
             raise ValueError(f"weights must have shape ({count},), one for each of the means; got {weights.shape}")
-        self.log_weights = jax.nn.log_softmax(jnp.log(weights))
-        self.means = means
-        self.variances, self.rotations = _decompose(covariances, count, dimension)
-        self.schedule = VE() if schedule is None else schedule
-        if not isinstance(self.schedule, Scaled):  # a scale may be traced, and moves nothing up or down
-            check_decreasing(self.schedule)
-        self._check_values({"weights": weights, "means": means, "covariances": covariances})
+        traced = any(isinstance(value, jax.core.Tracer) for value in (weights, means, covariances))
+        with nullcontext() if traced else jax.ensure_compile_time_eval():  # a law known inside jit stays known
+            self.log_weights = jax.nn.log_softmax(jnp.log(weights))
+            self.means = means
+            self.variances, self.rotations = _decompose(covariances, count, dimension)
+            self._check_values({"weights": weights, "means": means, "covariances": covariances})
+            present = jnp.isfinite(self.log_weights)[:, None]
+            narrowest = jnp.sqrt(jnp.min(jnp.where(present, self.variances, jnp.inf)))
+            self._schedule = schedule_for(self.scale, narrowest, schedule)
 
     def _check_values(self, given: dict[str, jax.Array]) -> None:
         """Checks those of the arguments that are known, in numpy: inside jit even a constant's sum is traced."""
@@ -81,36 +90,46 @@ class GaussianMixture:
         return (self.means.shape[-1],)
 
     @property
+    def schedule(self) -> Schedule:
+        """The noising process, in the units of the data; a scale that it has is no parameter to train."""
+        return jax.tree.map(jax.lax.stop_gradient, self._schedule)
+
+    @property
     def location(self) -> jax.Array:
         """The mean of the mixture, shape (d,)."""
-        return jnp.exp(self.log_weights) @ self.means
+        return jnp.dot(jnp.exp(self.log_weights), self.means, precision="highest")
 
     @property
     def scale(self) -> jax.Array:
         """The root mean square distance to the mean per dimension, a scalar."""
         spread = jnp.mean((self.means - self.location) ** 2 + self.variances, axis=-1)
-        return jnp.sqrt(jnp.exp(self.log_weights) @ spread)
+        return jnp.sqrt(jnp.dot(jnp.exp(self.log_weights), spread, precision="highest"))
 
     def _rotate(self, x: jax.Array) -> jax.Array:
-        return x if self.rotations is None else jnp.einsum("kij,ki->kj", self.rotations, x)
+        return x if self.rotations is None else jnp.einsum("kij,ki->kj", self.rotations, x, precision="highest")
 
     def _unrotate(self, x: jax.Array) -> jax.Array:
-        return x if self.rotations is None else jnp.einsum("kij,kj->ki", self.rotations, x)
+        return x if self.rotations is None else jnp.einsum("kij,kj->ki", self.rotations, x, precision="highest")
 
-    def _components(self, x_t: jax.Array, t: ArrayLike) -> tuple[jax.Array, jax.Array]:
-        """Log of weight times density of each component at `x_t`, (K,), and their posterior means, (K, d)."""
+    def _components(self, x_t: jax.Array, t: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Log of weight times density of each component at `x_t`, (K,); its pull and its noise there, both (K, d).
+
+        The pull is how far its posterior mean lies from its mean.
+        """
         if jnp.shape(x_t) != self.event_shape:
             raise ValueError(f"x_t must be one point of shape {self.event_shape}; got {jnp.shape(x_t)}. Use jax.vmap")
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         variances = alpha**2 * self.variances + sigma**2
         residual = self._rotate(x_t - alpha * self.means)
         quadratic = jnp.sum(residual**2 / variances + jnp.log(2.0 * math.pi * variances), axis=-1)
-        gain = alpha * self.variances / variances
-        return self.log_weights - 0.5 * quadratic, self.means + self._unrotate(gain * residual)
+        whitened = residual / variances
+        pulls, noises = alpha * self.variances * whitened, sigma * whitened
+        return self.log_weights - 0.5 * quadratic, self._unrotate(pulls), self._unrotate(noises)
 
-    def __call__(self, x_t: jax.Array, t: ArrayLike, cond: None = None) -> Prediction:
-        log_joint, means = self._components(x_t, t)
-        return Prediction(jax.nn.softmax(log_joint) @ means, x_t, t, self.schedule)
+    def __call__(self, x_t: jax.Array, t: ArrayLike) -> Prediction:
+        log_joint, pulls, noises = self._components(x_t, t)
+        x0, eps = (_weighted(jax.nn.softmax(log_joint), v) for v in (self.means + pulls, noises))
+        return Prediction(x0, eps, x_t, t, self.schedule)
 
     def log_density(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
         r"""The diffused log-density $\log p_t(x_t)$, normalised, in nats.
@@ -130,16 +149,16 @@ class GaussianMixture:
         k = jax.random.categorical(key_component, self.log_weights, shape=sample_shape)
         noise = jnp.sqrt(self.variances)[k] * jax.random.normal(key_noise, (*sample_shape, *self.event_shape))
         if self.rotations is not None:
-            noise = jnp.einsum("...ij,...j->...i", self.rotations[k], noise)
+            noise = jnp.einsum("...ij,...j->...i", self.rotations[k], noise, precision="highest")
         return self.means[k] + noise
 
     def tree_flatten(self):
-        return (self.log_weights, self.means, self.variances, self.rotations, self.schedule), None
+        return (self.log_weights, self.means, self.variances, self.rotations, self._schedule), None
 
     @classmethod
     def tree_unflatten(cls, _, leaves):
         self = object.__new__(cls)
-        self.log_weights, self.means, self.variances, self.rotations, self.schedule = leaves
+        self.log_weights, self.means, self.variances, self.rotations, self._schedule = leaves
         return self
 
 
@@ -150,10 +169,12 @@ class Gaussian(GaussianMixture):
     Args:
         mean: shape (d,).
         covariance: a scalar variance, or shape (d,) diagonal or (d, d) full.
-        schedule: the noising process, in the units of the data.
+        schedule: the noising process, in the units of the data; by default the levels of `VE()` in units of the law.
 
     Raises:
-        ValueError: if shapes do not agree, a value is not finite or a variance is not positive.
+        TypeError: if `schedule` is no schedule.
+        ValueError: if shapes do not agree, a value is not finite, a variance is not positive, or the lowest noise level
+            of the schedule is above the narrowest standard deviation.
     """
 
     def __init__(self, mean: ArrayLike, covariance: ArrayLike = 1.0, schedule: Schedule | None = None) -> None:
@@ -161,6 +182,11 @@ class Gaussian(GaussianMixture):
         if mean.ndim != 1:
             raise ValueError(f"mean must have shape (dimensions,); got {mean.shape}")
         super().__init__(jnp.ones(1), mean[None], covariance if covariance.ndim == 0 else covariance[None], schedule)
+
+
+def _weighted(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """The mean of values (K, d), in full precision on any device; of one component, the value itself."""
+    return values[0] if len(values) == 1 else jnp.dot(weights, values, precision="highest")
 
 
 def _decompose(covariances: jax.Array, count: int, dimension: int) -> tuple[jax.Array, jax.Array | None]:

@@ -43,14 +43,13 @@ class Covariance:
     denoiser: Denoiser
     x_t: jax.Array
     t: ArrayLike
-    cond: ArrayLike | None = None
 
     def _factor(self) -> jax.Array:
         schedule = self.denoiser.schedule
         return (schedule.sigma(self.t) ** 2 / schedule.alpha(self.t)).astype(self.x_t.dtype)
 
     def _mean(self, x_t: jax.Array) -> jax.Array:
-        return self.denoiser(x_t, self.t, self.cond).x0
+        return self.denoiser(x_t, self.t).x0
 
     def matvec(self, v: jax.Array) -> jax.Array:
         """The product with a vector of `event_shape`, by a Jacobian-vector product."""
@@ -91,14 +90,13 @@ class Covariance:
         return Diagonal(products.mean(0), spread / jnp.sqrt(jnp.asarray(num_probes, self.x_t.dtype)))
 
 
-def covariance(denoiser: Denoiser, x_t: jax.Array, t: ArrayLike, cond: ArrayLike | None = None) -> Covariance:
+def covariance(denoiser: Denoiser, x_t: jax.Array, t: ArrayLike) -> Covariance:
     r"""The posterior covariance at a noisy point, $(\sigma_t^2 / \alpha_t)\, \partial \hat x_0 / \partial x_t$.
 
     Args:
         denoiser: the model.
         x_t: noisy point of `event_shape`.
         t: its time, a scalar.
-        cond: what a conditional denoiser is conditioned on.
 
     Returns:
         A linear map: `covariance @ v`, `rmatvec`, `symmetric`, `diagonal` by probes, `dense` for small events.
@@ -117,4 +115,4 @@ def covariance(denoiser: Denoiser, x_t: jax.Array, t: ArrayLike, cond: ArrayLike
     x_t = jnp.asarray(x_t, jnp.result_type(x_t, float))
     if x_t.shape != denoiser.event_shape:
         raise ValueError(f"x_t must be one point of shape {denoiser.event_shape}; got {x_t.shape}. Use jax.vmap")
-    return Covariance(denoiser, x_t, t, cond)
+    return Covariance(denoiser, x_t, t)

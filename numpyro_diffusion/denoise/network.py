@@ -8,22 +8,8 @@ F = \mathrm{backbone}\!\left( \frac{u_t}{\sqrt{\alpha_t^2 + \sigma_t^2}},\; -\tf
 \right), \qquad \hat x_0 = m + c\, \hat u_0(u_t, F).$$
 
 The input has unit variance at every time, and its second argument is the same at the same noise level whatever the
-schedule. What $F$ stands for is the `target`:
-
-    target   F stands for                       posterior mean of u
-    x0       u                                  F
-    eps      the noise                          (u_t - sigma F) / alpha
-    score    sigma times the score, -eps        (u_t + sigma F) / alpha
-    v        alpha eps - sigma u                (alpha u_t - sigma F) / (alpha^2 + sigma^2)
-    velocity alpha' u + sigma' eps              (sigma F - sigma' u_t) / (sigma alpha' - alpha sigma')
-    edm      what a linear guess leaves over    (alpha u_t + sigma sqrt(alpha^2 + sigma^2) F) / (alpha^2 + sigma^2)
-    energy   a potential whose gradient is F    as edm
-
-The edm target is the preconditioning of Karras et al. for any $(\alpha, \sigma)$: $u_t$ times
-$\alpha / (\alpha^2 + \sigma^2)$ is the best linear guess for data of unit variance, its residual has standard deviation
-$\sigma / \sqrt{\alpha^2 + \sigma^2}$, and $F$ estimates that residual in units of its deviation, of order one at every
-time. It is the default; `eps` and `score` divide by $\alpha$ and lose precision where the noise is large. The velocity
-is that of flow matching and of stochastic interpolants: eps - u for `Rectified`; under `VE` it grows with sigma.
+schedule. What $F$ stands for is the `target`; `targets` has the table, and the noise that goes with each. Both are
+computed from $u_t$, where the location has been taken off once: no digit of the noise depends on where the data lie.
 
 Under the edm target the score at $w = u_t / \sqrt{\alpha^2 + \sigma^2}$ is $-w + (\alpha / \sigma) F$. So if $F$ is the
 gradient of a scalar $\psi(w)$, the model has a density,
@@ -39,11 +25,7 @@ difference of log-densities is an extrapolation, as it is for any score.
 This file evaluates networks; `nn` builds them and `train` trains them.
 
 References:
-    Karras et al., Elucidating the design space of diffusion-based generative models, 2022,
-    https://arxiv.org/abs/2206.00364.
     Salimans and Ho, Should EBMs model the energy or the score?, 2021, https://openreview.net/forum?id=9AS-TF2jRNb.
-    Song and Ermon, Improved techniques for training score-based generative models, 2020 (output divided by sigma),
-    https://arxiv.org/abs/2006.09011.
 """
 
 import copy
@@ -58,20 +40,10 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.denoise.prediction import Prediction
+from numpyro_diffusion.denoise.prediction import DensityKind, Prediction
+from numpyro_diffusion.denoise.targets import TARGETS
 from numpyro_diffusion.nn import modes
 from numpyro_diffusion.noise import VE, Scaled, Schedule, check_decreasing, value_and_slope
-
-# Posterior mean in standardised units from (u_t, network output, alpha, sigma, alpha', sigma').
-TARGETS = {
-    "edm": lambda u_t, out, a, s, *_: (a * u_t + s * jnp.sqrt(a**2 + s**2) * out) / (a**2 + s**2),
-    "x0": lambda u_t, out, a, s, *_: out,
-    "eps": lambda u_t, out, a, s, *_: (u_t - s * out) / a,
-    "v": lambda u_t, out, a, s, *_: (a * u_t - s * out) / (a**2 + s**2),
-    "velocity": lambda u_t, out, a, s, a_slope, s_slope: (s * out - s_slope * u_t) / (s * a_slope - a * s_slope),
-    "score": lambda u_t, out, a, s, *_: (u_t + s * out) / a,
-}
-TARGETS["energy"] = TARGETS["edm"]  # of the gradient of the energy
 
 
 @jax.tree_util.register_pytree_node_class
@@ -196,9 +168,14 @@ class NetworkDenoiser:
         x_t, u_t, w, c_noise, coefficients = self._standardize(x_t, t)
         network = self._network(c_noise, cond)
         out = (jax.grad(network) if self.target == "energy" else network)(w).astype(x_t.dtype)
-        u0 = TARGETS[self.target](u_t, out, *coefficients)
+        u0, eps = TARGETS[self.target](u_t, out, *coefficients)
         x0 = self.location.astype(x_t.dtype) + self.scale.astype(x_t.dtype) * u0
-        return Prediction(x0, x_t, t, self.schedule)
+        return Prediction(x0, eps, x_t, t, self.schedule)
+
+    @property
+    def density_kind(self) -> DensityKind | None:
+        """An energy has a density up to a constant; another network has none."""
+        return "unnormalized" if self.target == "energy" else None
 
     def log_density(self, x_t: jax.Array, t: ArrayLike, cond: ArrayLike | None = None) -> jax.Array:
         r"""The log-density $\log p_t(x_t)$ of an energy, in nats, but for a constant.

@@ -120,7 +120,7 @@ def elbo(
         key_transitions, key_last = jax.random.split(key)
         transitions = _transition_costs(denoiser, x, key_transitions, levels, times, transition, cond)
         u_0 = x + levels[-1] * jax.random.normal(key_last, x.shape, x.dtype)
-        x0 = denoiser(denoiser.schedule.alpha(times[-1]) * u_0, times[-1], cond).x0
+        x0 = denoiser(denoiser.schedule.alpha(times[-1]) * u_0, times[-1]).x0
         return transitions, -norm.logpdf(x, x0, levels[-1]).sum()
 
     per_level, reconstruction = jax.lax.map(sample, jax.random.split(key, num_samples))
@@ -293,7 +293,7 @@ def _variances(levels: jax.Array, transition: str | ArrayLike) -> jax.Array:
 
 def _denoise(denoiser: Denoiser, u: jax.Array, times: jax.Array, cond: ArrayLike | None) -> jax.Array:
     """Posterior means of points `u = x_t / alpha_t`, one at each time."""
-    return jax.vmap(lambda u, t: denoiser((denoiser.schedule.alpha(t) * u).astype(u.dtype), t, cond).x0)(u, times)
+    return jax.vmap(lambda u, t: denoiser((denoiser.schedule.alpha(t) * u).astype(u.dtype), t).x0)(u, times)
 
 
 def _prior_cost(denoiser: Denoiser, x: jax.Array, level: jax.Array) -> jax.Array:

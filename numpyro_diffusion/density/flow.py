@@ -38,7 +38,7 @@ from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser, Product
-from numpyro_diffusion.denoise.composed import inside
+from numpyro_diffusion.denoise.wrapped import inside
 from numpyro_diffusion.solve import AdaptiveFlow, Heun, ode
 
 
@@ -192,7 +192,7 @@ def _log_prob_jvp(solver, primals, tangents):
     if not isinstance(x_dot, SymbolicZero):
         denoiser, cond = model
         alpha = denoiser.schedule.alpha(denoiser.schedule.t_min)
-        score = alpha * denoiser(alpha * x, denoiser.schedule.t_min, cond).score
+        score = alpha * denoiser(alpha * x, denoiser.schedule.t_min).score
         dot = dot + jnp.vdot(score, x_dot)
     standard_error, num_evals = rest
     still = jnp.zeros_like(standard_error), np.zeros(jnp.shape(num_evals), jax.dtypes.float0)

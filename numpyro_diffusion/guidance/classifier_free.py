@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from numpyro_diffusion.denoise import Denoiser, Prediction
-from numpyro_diffusion.denoise.around import Around
+from numpyro_diffusion.denoise.wrapped import Around
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +39,9 @@ class ClassifierFree(Around):
     cond: ArrayLike
     weight: ArrayLike = 1.0
 
-    def __call__(self, x_t: jax.Array, t: ArrayLike, cond: None = None) -> Prediction:
+    def __call__(self, x_t: jax.Array, t: ArrayLike) -> Prediction:
         """The prediction under the condition held."""
-        without, given = self.base(x_t, t).x0, self.base(x_t, t, self.cond).x0
-        return Prediction(without + jnp.asarray(self.weight, x_t.dtype) * (given - without), x_t, t, self.schedule)
+        without, given = self.base(x_t, t), self.base(x_t, t, self.cond)
+        weight = jnp.asarray(self.weight, x_t.dtype)
+        x0, eps = (a + weight * (b - a) for a, b in ((without.x0, given.x0), (without.eps, given.eps)))
+        return Prediction(x0, eps, x_t, t, self.schedule)

@@ -47,7 +47,7 @@ from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser, Prediction
-from numpyro_diffusion.denoise.around import Around
+from numpyro_diffusion.denoise.wrapped import Around
 from numpyro_diffusion.guidance.observation import Likelihood, Observation
 
 MOMENTS = ("dps", "pigdm", "tmpd", "mmps", "flat")
@@ -68,10 +68,14 @@ class Outlook(NamedTuple):
 class _View(NamedTuple):
     """A law of the clean point behind a noisy one: what the formula needs of it."""
 
-    x0: jax.Array  # posterior mean under the prior
+    prediction: Prediction  # under the prior
     centre: jax.Array  # mean of the law that the observation is predicted with
     spread: LinearMap  # its covariance V
     pull: LinearMap  # a gradient in the clean point, as a shift of its mean: (sigma^2 / alpha) J'
+
+    @property
+    def x0(self) -> jax.Array:
+        return self.prediction.x0
 
 
 @jax.tree_util.register_dataclass
@@ -110,20 +114,22 @@ class Guided(Around):
                 f'moment must be "dps" for a Likelihood: {self.moment!r} needs the noise of a Gaussian Observation'
             )
 
-    def __call__(self, x_t: jax.Array, t: ArrayLike, cond: ArrayLike | None = None) -> Prediction:
+    def __call__(self, x_t: jax.Array, t: ArrayLike) -> Prediction:
         """The prediction given the observation."""
-        return Prediction(self.means(x_t, t, cond)[1], x_t, t, self.schedule)
+        view = self._view(x_t, t)
+        return view.prediction.shifted(view.pull(self._slope(view)))
 
-    def means(self, x_t: jax.Array, t: ArrayLike, cond: ArrayLike | None = None) -> tuple[jax.Array, jax.Array]:
+    def means(self, x_t: jax.Array, t: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """The posterior means under the prior and given the observation, by one call of the network."""
-        view = self._view(x_t, t, cond)
-        if isinstance(self.observation, Likelihood):
-            direction = jax.grad(self.observation.log_density)(view.centre, self.observation.parameters)
-        else:
-            direction = self._direction(view)
-        return view.x0, view.x0 + view.pull(direction)
+        view = self._view(x_t, t)
+        return view.x0, view.x0 + view.pull(self._slope(view))
 
-    def outlook(self, x_t: jax.Array, t: ArrayLike, cond: ArrayLike | None = None) -> Outlook:
+    def _slope(self, view: _View) -> jax.Array:
+        if isinstance(self.observation, Likelihood):
+            return jax.grad(self.observation.log_density)(view.centre, self.observation.parameters)
+        return self._direction(view)
+
+    def outlook(self, x_t: jax.Array, t: ArrayLike) -> Outlook:
         """Both predictions and the twisting function, the latter by a dense matrix of the observation's size.
 
         The matrix of "mmps" costs a derivative of the network for each entry of `y`; that of the others costs
@@ -132,12 +138,11 @@ class Guided(Around):
         Args:
             x_t: noisy point of `event_shape`.
             t: its time, a scalar.
-            cond: what a conditional denoiser is conditioned on.
 
         Returns:
             An `Outlook`.
         """
-        view, observation = self._view(x_t, t, cond), self.observation
+        view, observation = self._view(x_t, t), self.observation
         if isinstance(observation, Likelihood):
             log_density, direction = jax.value_and_grad(observation.log_density)(view.centre, observation.parameters)
             log_twist = jnp.maximum(jnp.nan_to_num(log_density, nan=LOG_FLOOR, posinf=LOG_FLOOR), LOG_FLOOR)
@@ -146,16 +151,22 @@ class Guided(Around):
             log_twist, direction = self._solve(view)
         return Outlook(view.x0, view.x0 + view.pull(direction), log_twist)
 
-    def _view(self, x_t: jax.Array, t: ArrayLike, cond: ArrayLike | None) -> _View:
+    def _view(self, x_t: jax.Array, t: ArrayLike) -> _View:
         schedule = self.schedule
         if self.moment == "flat":
             level = schedule.noise_level(t).astype(x_t.dtype)
             centre = x_t / schedule.alpha(t).astype(x_t.dtype)
-            return _View(self.base(x_t, t, cond).x0, centre, lambda v: level**2 * v, lambda v: level**2 * v)
+            return _View(self.base(x_t, t), centre, lambda v: level**2 * v, lambda v: level**2 * v)
         factor = (schedule.sigma(t) ** 2 / schedule.alpha(t)).astype(x_t.dtype)
-        x0, jvp = jax.linearize(lambda x_t: self.base(x_t, t, cond).x0.astype(x_t.dtype), x_t)
+
+        def predict(x_t: jax.Array) -> tuple[jax.Array, Prediction]:
+            prediction = self.base(x_t, t)
+            return prediction.x0.astype(x_t.dtype), prediction
+
+        x0, jvp, prediction = jax.linearize(predict, x_t, has_aux=True)
         transposed = jax.linear_transpose(jvp, x_t)
-        return _View(x0, x0, self._spread(x0, lambda v: factor * jvp(v), t), lambda v: factor * transposed(v)[0])
+        spread = self._spread(x0, lambda v: factor * jvp(v), t)
+        return _View(prediction, x0, spread, lambda v: factor * transposed(v)[0])
 
     def _spread(self, x0: jax.Array, covariance: LinearMap, t: ArrayLike) -> LinearMap:
         """The second moment V as a linear map of `event_shape`."""

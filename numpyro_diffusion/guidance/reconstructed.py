@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from numpyro_diffusion.denoise import Denoiser, Prediction
-from numpyro_diffusion.denoise.around import Around
+from numpyro_diffusion.denoise.wrapped import Around
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +36,9 @@ class Reconstructed(Around):
     known: jax.Array
     y: jax.Array
 
-    def __call__(self, x_t: jax.Array, t: ArrayLike, cond: ArrayLike | None = None) -> Prediction:
+    def __call__(self, x_t: jax.Array, t: ArrayLike) -> Prediction:
         """The prediction with the known entries in place."""
-        x0 = self.base(x_t, t, cond).x0
-        return Prediction(jnp.where(self.known, jnp.asarray(self.y, x0.dtype), x0), x_t, t, self.schedule)
+        prediction = self.base(x_t, t)
+        given = Prediction.from_x0(jnp.asarray(self.y, prediction.x0.dtype), x_t, t, self.schedule)
+        x0, eps = (jnp.where(self.known, a, b) for a, b in ((given.x0, prediction.x0), (given.eps, prediction.eps)))
+        return Prediction(x0, eps, x_t, t, self.schedule)

@@ -1,5 +1,6 @@
 """The noising process and the times at which it is looked at."""
 
+from numpyro_diffusion.noise.adapted import schedule_for
 from numpyro_diffusion.noise.grid import Karras, TimeGrid, UniformLogSNR, UniformTime
 from numpyro_diffusion.noise.schedule import (
     VE,
@@ -30,5 +31,6 @@ __all__ = [
     "UniformTime",
     "check_decreasing",
     "perturb",
+    "schedule_for",
     "value_and_slope",
 ]

@@ -96,7 +96,7 @@ class AdamFlow(Solver):
 
         def descend(carry: tuple[jax.Array, Memory], _: None) -> tuple[tuple[jax.Array, Memory], None]:
             u, moments = carry
-            direction, moments = self._adam().update(denoiser(alpha * u, s, cond).eps.astype(u.dtype), moments)
+            direction, moments = self._adam().update(denoiser(alpha * u, s).eps.astype(u.dtype), moments)
             return ((u - reach * direction).astype(u.dtype), moments), None
 
         start = (x_t / schedule.alpha(t)).astype(x_t.dtype), memory

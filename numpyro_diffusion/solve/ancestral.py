@@ -69,7 +69,7 @@ class Ancestral(Solver):
         cond: jax.Array | None = None,
     ) -> jax.Array:
         schedule = denoiser.schedule
-        prediction = denoiser(x_t, t, cond)
+        prediction = denoiser(x_t, t)
         sigma = schedule.sigma(s)
         if not self.stochastic:
             return schedule.alpha(s) * prediction.x0 + sigma * prediction.eps
@@ -114,4 +114,4 @@ class EulerMaruyama(Solver):
         high, low = schedule.noise_level(t), schedule.noise_level(s)
         drop = (high - low) * (high + low)
         noise = jnp.sqrt(drop) * jax.random.normal(key, x_t.shape, x_t.dtype)
-        return schedule.alpha(s) * (x_t / schedule.alpha(t) - drop / high * denoiser(x_t, t, cond).eps + noise)
+        return schedule.alpha(s) * (x_t / schedule.alpha(t) - drop / high * denoiser(x_t, t).eps + noise)

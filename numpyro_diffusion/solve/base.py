@@ -151,7 +151,7 @@ def solve(
         (x_t, _), _ = jax.lax.scan(body, carry, jnp.arange(num_steps))
     else:
         x_t, _ = jax.lax.fori_loop(start, num_steps, step, carry)
-    return denoiser(x_t, times[-1], cond).x0
+    return denoiser(x_t, times[-1]).x0
 
 
 def sample(

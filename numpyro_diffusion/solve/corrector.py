@@ -95,6 +95,6 @@ class PredictorCorrector(Solver):
         step_size = snr_step_size(denoiser.schedule.sigma(s), self.snr)
 
         def correct(x: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
-            return langevin_step(key, x, denoiser(x, s, cond).score, step_size).astype(x.dtype), None
+            return langevin_step(key, x, denoiser(x, s).score, step_size).astype(x.dtype), None
 
         return jax.lax.scan(correct, x_s.astype(x_t.dtype), keys[1:])[0], memory

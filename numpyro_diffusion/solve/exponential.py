@@ -82,7 +82,7 @@ class ExponentialEuler(Solver):
         key: jax.Array | None = None,
         cond: jax.Array | None = None,
     ) -> tuple[jax.Array, Memory]:
-        held, memory = self.held(denoiser, denoiser(x_t, t, cond).x0, memory, t, s)
+        held, memory = self.held(denoiser, denoiser(x_t, t).x0, memory, t, s)
         mean, deviation = self.transition(denoiser, held, x_t, t, s)
         if not self.stochastic:
             return mean, memory

@@ -53,7 +53,7 @@ def from_rest(denoiser: Denoiser, w: jax.Array, t: ArrayLike) -> jax.Array:
 
 def velocity(denoiser: Denoiser, w: jax.Array, t: ArrayLike, cond: jax.Array | None = None) -> jax.Array:
     r"""$\mathrm{d}w / \mathrm{d}\varphi$ of the probability flow."""
-    prediction = denoiser(from_rest(denoiser, w, t), t, cond)
+    prediction = denoiser(from_rest(denoiser, w, t), t)
     drawn = denoiser.schedule.noise_level(t) * (prediction.x0 - denoiser.location)
     return (denoiser.scale**2 * prediction.eps - drawn) / spread(denoiser, t) ** 2
 

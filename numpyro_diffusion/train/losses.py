@@ -89,7 +89,7 @@ class DenoisingScoreMatching:
         Returns:
             A scalar; per dimension, so that events of different sizes compare.
         """
-        x0 = denoiser(perturb(key, denoiser.schedule, x, t).astype(x.dtype), t, cond).x0
+        x0 = denoiser(perturb(key, denoiser.schedule, x, t).astype(x.dtype), t, *_held(cond)).x0
         return _mean_square(_error_of_noise(denoiser, x, x0, t))
 
 
@@ -263,7 +263,7 @@ def _linearize(
     x_t = perturb(key, schedule, x, t).astype(x.dtype)
 
     def scaled_score(flat: jax.Array) -> jax.Array:
-        return -denoiser(flat.reshape(x.shape), t, cond).eps.reshape(-1).astype(x.dtype)
+        return -denoiser(flat.reshape(x.shape), t, *_held(cond)).eps.reshape(-1).astype(x.dtype)
 
     value, jvp = jax.linearize(scaled_score, x_t.reshape(-1))
     return value, lambda z: sigma * jvp(z)
@@ -271,3 +271,8 @@ def _linearize(
 
 def _mean_square(values: jax.Array) -> jax.Array:
     return jnp.sum(values**2) / max(1, values.size)
+
+
+def _held(cond: ArrayLike | None) -> tuple[ArrayLike, ...]:
+    """The arguments that a condition makes: none for an unconditional denoiser, which takes none."""
+    return () if cond is None else (cond,)

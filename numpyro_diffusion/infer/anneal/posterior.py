@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from numpyro_diffusion.denoise import Denoiser, Prediction
+from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.guidance import Guided
 from numpyro_diffusion.infer.model.observation import guided_site
 from numpyro_diffusion.infer.model.record import Reading
@@ -124,8 +125,7 @@ class MomentPosterior(NoisyPosterior):
 def shifted(prediction: Prediction, gradient: jax.Array) -> Prediction:
     """A prediction after a term with this gradient has been added to the log-density."""
     schedule, t = prediction.schedule, prediction.t
-    x0 = prediction.x0 + schedule.sigma(t) ** 2 / schedule.alpha(t) * gradient
-    return Prediction(x0.astype(prediction.x0.dtype), prediction.x_t, t, schedule)
+    return prediction.shifted(schedule.sigma(t) ** 2 / schedule.alpha(t) * gradient)
 
 
 def noisy_posterior(reading: Reading, guidance: Guidance | str | None = None) -> NoisyPosterior:
@@ -192,13 +192,16 @@ class GuidedSite:
     def scale(self) -> ArrayLike:
         return self._denoiser.scale
 
-    def __call__(self, x_t: jax.Array, t: ArrayLike, cond: None = None) -> Prediction:
+    def __call__(self, x_t: jax.Array, t: ArrayLike) -> Prediction:
         return self._posterior.guided({**self._x_t, self._name: x_t}, {**self._t, self._name: t})[self._name]
 
 
 def _predict(site: PriorSite, x_t: jax.Array, t: ArrayLike) -> Prediction:
-    x0 = site.over_points(lambda prior, x: prior.denoiser(x, t).x0, x_t)
-    return Prediction(x0.astype(x_t.dtype), x_t, t, site.prior.denoiser.schedule)
+    def predict(prior: DiffusionPrior, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        prediction = prior.denoiser(x, t)
+        return prediction.x0.astype(x.dtype), prediction.eps.astype(x.dtype)
+
+    return Prediction(*site.over_points(predict, x_t), x_t, t, site.prior.denoiser.schedule)
 
 
 def _terminal(key: jax.Array, site: PriorSite, t: ArrayLike) -> jax.Array:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from numpyro_diffusion.denoise import Product
-from numpyro_diffusion.denoise.composed import inside
+from numpyro_diffusion.denoise.wrapped import inside
 from numpyro_diffusion.infer.model.record import Reading, Structure
 from numpyro_diffusion.infer.model.sites import PriorSite
 

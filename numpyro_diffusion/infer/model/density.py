@@ -41,7 +41,7 @@ from numpyro.infer.reparam import Reparam
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser
-from numpyro_diffusion.denoise.composed import density_kind
+from numpyro_diffusion.denoise.prediction import density_kind
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer.model.handlers import Model, as_written, is_diffusion_site
 

@@ -31,7 +31,7 @@ from numpyro.infer.util import log_density
 from numpyro.ops.provenance import eval_provenance
 
 from numpyro_diffusion.denoise import Product
-from numpyro_diffusion.denoise.composed import inside
+from numpyro_diffusion.denoise.wrapped import inside
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer.model.handlers import Model, as_written, drop_prior, is_diffusion_site, prior_inside
 

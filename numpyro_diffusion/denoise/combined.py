@@ -41,7 +41,6 @@ References:
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,12 +48,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.denoise.conditioned import Conditioned
-from numpyro_diffusion.denoise.prediction import Denoiser, Prediction
-from numpyro_diffusion.denoise.reschedule import Rescheduled
+from numpyro_diffusion.denoise.prediction import Denoiser, DensityKind, Prediction, density_kind, require_denoiser
 from numpyro_diffusion.noise import Schedule
-
-DensityKind = Literal["normalized", "unnormalized"]
 
 
 class _Composed:
@@ -75,10 +70,10 @@ class _Composed:
         locations = [jnp.broadcast_to(d.location, self.event_shape) for d in self.denoisers]
         return jnp.stack(locations), jnp.stack([jnp.asarray(d.scale) for d in self.denoisers])
 
-    def _posterior_means(self, x_t: jax.Array, t: ArrayLike, cond: None) -> jax.Array:
-        if cond is not None:
-            raise ValueError("cond must be None: give each of the denoisers its own by Conditioned(denoiser, cond)")
-        return jnp.stack([denoiser(x_t, t).x0 for denoiser in self.denoisers])
+    def _predictions(self, x_t: jax.Array, t: ArrayLike) -> tuple[jax.Array, jax.Array]:
+        """Posterior means and noises of the members, each (n, *event_shape)."""
+        predictions = [denoiser(x_t, t) for denoiser in self.denoisers]
+        return jnp.stack([p.x0 for p in predictions]), jnp.stack([p.eps for p in predictions])
 
     def _log_densities(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
         return jnp.stack([denoiser.log_density(x_t, t) for denoiser in self.denoisers])
@@ -134,19 +129,19 @@ class Product(_Composed):
         total = precisions.sum()
         proper = total > 0
         divisor = jnp.where(proper, total, 1.0)
-        location = jnp.where(proper, jnp.tensordot(precisions, locations, 1) / divisor, locations.mean(0))
+        location = jnp.where(proper, _weighted(precisions, locations) / divisor, locations.mean(0))
         return location, jnp.where(proper, divisor**-0.5, scales.max())
 
     @property
     def density_kind(self) -> DensityKind | None:
         return "unnormalized" if all(density_kind(d) for d in self.denoisers) else None
 
-    def __call__(self, x_t: jax.Array, t: ArrayLike, cond: None = None) -> Prediction:
+    def __call__(self, x_t: jax.Array, t: ArrayLike) -> Prediction:
         r"""The clean point that the summed scores stand for, $(x_t + \sigma_t^2 \sum_i w_i s_i) / \alpha_t$."""
-        means = self._posterior_means(x_t, t, cond)
+        means, noises = self._predictions(x_t, t)
         powers = self.powers.astype(means.dtype)
-        x0 = jnp.tensordot(powers, means, 1) + (1.0 - powers.sum()) * x_t / self.schedule.alpha(t)
-        return Prediction(x0.astype(means.dtype), x_t, t, self.schedule)
+        x0 = _weighted(powers, means) + (1.0 - powers.sum()) * x_t / self.schedule.alpha(t)
+        return Prediction(x0.astype(means.dtype), _weighted(powers, noises), x_t, t, self.schedule)
 
     def log_density(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
         r"""$\sum_i w_i \log p_{i,t}(x_t)$: a log-density up to a constant that depends on time and powers.
@@ -168,7 +163,7 @@ class Product(_Composed):
                 'denoisers, FromDensity, or networks with target="energy"'
             )
         densities = self._log_densities(x_t, t)
-        return jnp.dot(self.powers.astype(densities.dtype), densities)
+        return jnp.dot(self.powers.astype(densities.dtype), densities, precision="highest")
 
     def tree_flatten(self):
         return (self.denoisers, self.powers), None
@@ -224,7 +219,7 @@ class MixtureOf(_Composed):
     @property
     def location(self) -> jax.Array:
         """The mean of the members' locations, of `event_shape`."""
-        return jnp.tensordot(jnp.exp(self.log_weights), self._moments()[0], 1)
+        return _weighted(jnp.exp(self.log_weights), self._moments()[0])
 
     @property
     def scale(self) -> jax.Array:
@@ -237,10 +232,10 @@ class MixtureOf(_Composed):
         densities = self._log_densities(x_t, t)
         return self.log_weights.astype(densities.dtype) + densities
 
-    def __call__(self, x_t: jax.Array, t: ArrayLike, cond: None = None) -> Prediction:
-        means = self._posterior_means(x_t, t, cond)
-        responsibilities = jax.nn.softmax(self._log_joint(x_t, t)).astype(means.dtype)
-        return Prediction(jnp.tensordot(responsibilities, means, 1), x_t, t, self.schedule)
+    def __call__(self, x_t: jax.Array, t: ArrayLike) -> Prediction:
+        responsibilities = jax.nn.softmax(self._log_joint(x_t, t))
+        x0, eps = (_weighted(responsibilities, of_each) for of_each in self._predictions(x_t, t))
+        return Prediction(x0, eps, x_t, t, self.schedule)
 
     def log_density(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
         r"""The noised log-density $\log \sum_i w_i p_{i,t}(x_t)$, normalised, in nats.
@@ -264,29 +259,9 @@ class MixtureOf(_Composed):
         return self
 
 
-def inside(denoiser: Denoiser) -> Denoiser:
-    """The denoiser behind those that change its clock or hold its condition, and nothing else."""
-    while isinstance(denoiser, Rescheduled | Conditioned):
-        denoiser = denoiser.base
-    return denoiser
-
-
-def density_kind(denoiser: Denoiser) -> DensityKind | None:
-    """Whether a denoiser has a `log_density` of its own: normalised, up to a constant that may depend on time, or none.
-
-    Args:
-        denoiser: any denoiser. One may say it by an attribute of this name; an energy network has one up to a constant,
-            others with a `log_density` have a normalised one.
-
-    Returns:
-        "normalized", "unnormalized" or None.
-    """
-    denoiser = inside(denoiser)
-    if hasattr(denoiser, "density_kind"):
-        return denoiser.density_kind
-    if hasattr(denoiser, "target"):  # of a network
-        return "unnormalized" if denoiser.target == "energy" else None
-    return "normalized" if hasattr(denoiser, "log_density") else None
+def _weighted(numbers: jax.Array, values: jax.Array) -> jax.Array:
+    """The sum of values (n, *event_shape) weighted by (n,) numbers, in full precision on any device."""
+    return jnp.tensordot(numbers.astype(values.dtype), values, 1, precision="highest")
 
 
 def _agreed(denoisers: Sequence[Denoiser]) -> tuple[Denoiser, ...]:
@@ -294,8 +269,7 @@ def _agreed(denoisers: Sequence[Denoiser]) -> tuple[Denoiser, ...]:
     denoisers = tuple(denoisers)
     _checks.at_least(1, **{"the number of denoisers": len(denoisers)})
     for i, denoiser in enumerate(denoisers):
-        if not isinstance(denoiser, Denoiser):
-            raise TypeError(f"denoisers[{i}] must be a Denoiser; got {type(denoiser).__name__}")
+        require_denoiser(denoiser, f"denoisers[{i}]")
         if tuple(denoiser.event_shape) != tuple(denoisers[0].event_shape):
             raise ValueError(
                 f"denoisers must have one event_shape; got {tuple(denoisers[0].event_shape)} and, of denoisers[{i}], "
@@ -304,8 +278,8 @@ def _agreed(denoisers: Sequence[Denoiser]) -> tuple[Denoiser, ...]:
         if not _same_levels(denoisers[0].schedule, denoiser.schedule):
             raise ValueError(
                 f"denoisers must have one schedule, in the units of the data; got {denoisers[0].schedule} and, of "
-                f"denoisers[{i}], {denoiser.schedule}. Rescheduled(denoisers[{i}], denoisers[0].schedule) asks it "
-                "under the first one's"
+                f"denoisers[{i}], {denoiser.schedule}. Make them with one (the default of an exact law follows its "
+                f"scale), or Rescheduled(denoisers[{i}], denoisers[0].schedule) asks it under the first one's"
             )
     return denoisers
 

@@ -1,0 +1,250 @@
+r"""Denoisers made from another: its condition held, many independent points, another clock.
+
+**A condition held.** A network $\hat x_0(x_t, t, c)$ that was trained with conditions stands for a family of laws
+$p(x \mid c)$. With $c$ held it is the denoiser of one of them, $E[x \mid x_t, c]$, and solvers, densities and kernels
+need not know that there are others. The condition is a leaf like the weights, but unlike them it is never frozen: a law
+may depend on another quantity of a model, and its gradient in that quantity is wanted.
+
+**Independent points.** A plate of $n$ points $x_i \sim p$ is one point of $\prod_i p(x_i)$, whose posterior mean is
+that of each. Solvers and guidance, which move one point, then move the whole plate, and an observation may see all of
+it.
+
+**Another schedule**: train with one, sample with another. What is known of $x$ at time $t$ depends on the noise level
+$\lambda = \sigma_t / \alpha_t$ alone. A point noised under the schedule $(\alpha', \sigma')$ is, up to a factor, one
+noised under $(\alpha, \sigma)$ to the time of the same level:
+
+$$\lambda(t) = \lambda'(t'), \qquad x_t = \frac{\alpha_t}{\alpha'_{t'}}\, x'_{t'}, \qquad
+\hat x_0'(x'_{t'}, t') = \hat x_0(x_t, t), \qquad \hat\varepsilon'(x'_{t'}, t') = \hat\varepsilon(x_t, t).$$
+
+Both are the same numbers, whatever the network's target. Products and mixtures of several denoisers are in `combined`;
+how a network takes conditions is in `nn`.
+
+References:
+    Karras et al., Elucidating the design space of diffusion-based generative models, 2022, appendix B,
+    https://arxiv.org/abs/2206.00364.
+    Kingma et al., Variational diffusion models, 2021, section 5.1, https://arxiv.org/abs/2107.00630.
+"""
+
+import dataclasses
+import inspect
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from numpyro_diffusion.denoise.prediction import Denoiser, DensityKind, Prediction, density_kind
+from numpyro_diffusion.noise import Scaled, Schedule, check_decreasing
+
+
+class Around:
+    """Base of the denoisers that hold another as `base`, of the same schedule, event shape, location and scale."""
+
+    base: Denoiser
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.base.schedule
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return self.base.event_shape
+
+    @property
+    def location(self) -> ArrayLike:
+        return self.base.location
+
+    @property
+    def scale(self) -> ArrayLike:
+        return self.base.scale
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Conditioned(Around):
+    """A conditional denoiser that always answers under the same condition.
+
+    Args:
+        base: a conditional denoiser, called as `base(x_t, t, cond)`.
+        cond: its condition, as the denoiser takes it.
+
+    Raises:
+        TypeError: if `base` takes no condition.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from numpyro_diffusion.denoise import Conditioned, NetworkDenoiser
+        >>> from numpyro_diffusion.nn import MLP
+        >>> network = NetworkDenoiser(MLP((2,), cond_shape=(3,), rngs=nnx.Rngs(0)))
+        >>> Conditioned(network, jnp.ones(3))(jnp.zeros(2), 0.5).x0.shape
+        (2,)
+    """
+
+    base: Denoiser
+    cond: ArrayLike
+
+    def __post_init__(self) -> None:
+        if isinstance(self.base, Denoiser) and not _takes_condition(self.base):
+            inner = getattr(self.base, "base", None)
+            cure = ""
+            if inner is not None:
+                kind = type(self.base).__name__
+                cure = f". To hold a condition inside, give {kind} a Conditioned(denoiser, cond)"
+            raise TypeError(
+                f"base must be a conditional denoiser, called as base(x_t, t, cond); {type(self.base).__name__} takes "
+                f"no condition{cure}"
+            )
+
+    def __call__(self, x_t: jax.Array, t: ArrayLike) -> Prediction:
+        """Predicts the clean point under the condition held."""
+        return self.base(x_t, t, self.cond)
+
+    @property
+    def density_kind(self) -> DensityKind | None:
+        return density_kind(self.base)
+
+    def log_density(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
+        """The diffused log-density under the condition held, where the denoiser has one."""
+        return self.base.log_density(x_t, t, self.cond)
+
+
+def _takes_condition(denoiser: Denoiser) -> bool:
+    try:
+        inspect.signature(denoiser).bind(None, None, None)
+    except TypeError:
+        return False
+    return not isinstance(denoiser, Rescheduled) or _takes_condition(denoiser.base)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Repeated(Around):
+    """A denoiser of independent points.
+
+    Args:
+        base: the denoiser of one.
+        batch_shape: how many, as a shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_diffusion.denoise import Gaussian, Repeated
+        >>> Repeated(Gaussian([0.0, 1.0]), (3,))(jnp.zeros((3, 2)), 0.5).x0.shape
+        (3, 2)
+    """
+
+    base: Denoiser
+    batch_shape: tuple[int, ...] = field(metadata={"static": True})
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return (*self.batch_shape, *self.base.event_shape)
+
+    def __call__(self, x_t: jax.Array, t: ArrayLike) -> Prediction:
+        """The predictions of all points."""
+
+        def one(x_t: jax.Array) -> tuple[jax.Array, jax.Array]:
+            prediction = self.base(x_t, t)
+            return prediction.x0, prediction.eps
+
+        for _ in self.batch_shape:
+            one = jax.vmap(one)
+        return Prediction(*one(x_t), x_t, t, self.schedule)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rescheduled:
+    """A denoiser that is asked under another schedule; made by `reschedule`.
+
+    Args:
+        base: the denoiser that answers, conditional or not.
+        schedule: the noising process under which it is asked, in the units of the data.
+    """
+
+    base: Denoiser
+    schedule: Schedule
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return self.base.event_shape
+
+    @property
+    def location(self) -> ArrayLike:
+        return self.base.location
+
+    @property
+    def scale(self) -> ArrayLike:
+        return self.base.scale
+
+    @property
+    def density_kind(self) -> DensityKind | None:
+        return density_kind(self.base)
+
+    def __call__(self, x_t: jax.Array, t: ArrayLike, *cond: ArrayLike | None) -> Prediction:
+        """The prediction under the new schedule; `cond` is for a conditional `base`."""
+        factor, base_t = self._translate(t, jnp.result_type(x_t))
+        prediction = self.base(factor * x_t, base_t, *cond)
+        return Prediction(prediction.x0, prediction.eps, x_t, t, self.schedule)
+
+    def log_density(self, x_t: jax.Array, t: ArrayLike, *cond: ArrayLike | None) -> jax.Array:
+        """The diffused log-density under the new schedule, where the denoiser has one: up to a constant if it is so."""
+        factor, base_t = self._translate(t, jnp.result_type(x_t))
+        return self.base.log_density(factor * x_t, base_t, *cond) + jnp.size(x_t) * jnp.log(factor)
+
+    def _translate(self, t: ArrayLike, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """The time of the same noise level on the denoiser's clock, after the factor that takes a point there."""
+        clock = self.base.schedule
+        base_t = jnp.clip(clock.inverse_noise_level(self.schedule.noise_level(t)), clock.t_min, clock.t_max)
+        return (clock.alpha(base_t) / self.schedule.alpha(t)).astype(dtype), base_t
+
+
+def reschedule(denoiser: Denoiser, schedule: Schedule) -> Rescheduled:
+    r"""The same posterior mean under another schedule.
+
+    Args:
+        denoiser: the model.
+        schedule: the other noising process, in the units of the denoiser's own: of the data for an exact denoiser, of
+            the data's standard deviation for a network.
+
+    Returns:
+        A denoiser. Its schedule is the one given, cut to the noise levels that the denoiser knows.
+
+    Raises:
+        TypeError: if `schedule` is no schedule, or a `Scaled` one.
+        ValueError: if its log-SNR does not fall, or the two schedules have no noise level in common.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_diffusion.denoise import Gaussian, reschedule
+        >>> from numpyro_diffusion.noise import VE, Rectified
+        >>> denoiser = reschedule(Gaussian([1.0, 2.0], 1.0, VE()), Rectified())
+        >>> denoiser(jnp.array([0.5, 1.0]), 0.5).x0.tolist()
+        [1.0, 2.0]
+    """
+    if not isinstance(schedule, Schedule) or isinstance(schedule, Scaled):
+        raise TypeError(f"schedule must be a noise.Schedule, not Scaled; got {type(schedule).__name__}")
+    check_decreasing(schedule)
+    known = denoiser.schedule
+    known, scale = (known.base, known.scale) if isinstance(known, Scaled) else (known, None)
+    with jax.ensure_compile_time_eval():  # schedules are plain numbers, also inside jit
+        schedule = _cut(schedule, float(known.noise_level(known.t_min)), float(known.noise_level(known.t_max)))
+    return Rescheduled(denoiser, schedule if scale is None else Scaled(schedule, scale))
+
+
+def _cut(schedule: Schedule, lowest: float, highest: float) -> Schedule:
+    """The part of a schedule between two noise levels."""
+    ends = [float(schedule.inverse_noise_level(level)) for level in (lowest, highest)]
+    t_min, t_max = max(schedule.t_min, ends[0]), min(schedule.t_max, ends[1])
+    if not t_min < t_max:
+        raise ValueError(f"{schedule} has no noise level in common with the denoiser, whose are {lowest} to {highest}")
+    if (t_min, t_max) == (schedule.t_min, schedule.t_max):
+        return schedule
+    return dataclasses.replace(schedule, t_min=t_min, t_max=t_max)
+
+
+def inside(denoiser: Denoiser) -> Denoiser:
+    """The denoiser behind those that change its clock or hold its condition, and nothing else."""
+    while isinstance(denoiser, Rescheduled | Conditioned):
+        denoiser = denoiser.base
+    return denoiser

@@ -1,0 +1,61 @@
+r"""Noise levels that suit a law: far below its narrowest part and far above the whole of it.
+
+A solver stops at the lowest noise level $\lambda_{\min}$ of its schedule, and starts from a Gaussian at the highest. A
+law of standard deviation $c$ is known by what it looks like in units of $c$: `VE()` has the levels .002 to 80 for
+$c = 1$, and the same proportions serve any other law. One narrow component of deviation $n$ among wide ones needs
+levels down to $.002\, n$. So the default of laws that know their scale is
+
+$$\lambda_{\min} = .002\, n, \qquad \lambda_{\max} = 80\, c,$$
+
+in the form of a `Scaled` schedule, whose scale $c$ may be traced. The proportion $n / c$ is a plain number, rounded to
+a power of two, so that laws alike in shape are one program; of traced arrays it is not known, and taken for one.
+
+Where $n / c$ is small the levels of a grid lie farther apart. With `DPMSolverPP(64)` a component of a hundredth of the
+spread has its deviation to 1 %; below a thousandth give the solver more steps.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from numpyro_diffusion.noise.schedule import VE, Scaled, Schedule, check_decreasing
+
+
+def schedule_for(scale: ArrayLike, narrowest: ArrayLike | None = None, schedule: Schedule | None = None) -> Schedule:
+    """The schedule given, if it resolves the law; if none is given, one that does.
+
+    Args:
+        scale: standard deviation of the law as a whole, a positive scalar.
+        narrowest: standard deviation of its narrowest part, a positive scalar; None takes `scale`.
+        schedule: what the user gave, in the units of the data, or None.
+
+    Returns:
+        A schedule in the units of the data.
+
+    Raises:
+        TypeError: if `schedule` is no schedule.
+        ValueError: if its log-SNR does not fall, or its lowest noise level is above the narrowest part.
+    """
+    narrowest = scale if narrowest is None else narrowest
+    known = not any(isinstance(value, jax.core.Tracer) for value in jax.tree.leaves((scale, narrowest, schedule)))
+    if schedule is None:
+        proportion = float(narrowest) / float(scale) if known else 1.0
+        proportion = 2.0 ** min(round(math.log2(proportion)), 0)
+        return Scaled(VE(VE.sigma_min * proportion, VE.sigma_max), jax.lax.stop_gradient(jnp.asarray(scale)))
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a noise.Schedule; got {type(schedule).__name__}")
+    if not isinstance(schedule, Scaled):  # a scale may be traced, and moves nothing up or down
+        check_decreasing(schedule)
+    if known:
+        with jax.ensure_compile_time_eval():
+            lowest = float(schedule.noise_level(schedule.t_min))
+        if lowest > float(narrowest):
+            raise ValueError(
+                f"the lowest noise level of schedule must lie below the narrowest standard deviation of the law, "
+                f"{float(narrowest):.3g}; got {lowest:.3g} of {schedule}, which would not resolve it. Use "
+                f"VE(sigma_min={0.002 * float(narrowest):.1g}, sigma_max={80.0 * float(scale):.1g}), or leave schedule "
+                "out: the default follows the scale"
+            )
+    return schedule
