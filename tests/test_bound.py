@@ -30,15 +30,15 @@ def mixture(d, schedule=LADDER):
     return GaussianMixture([0.2, 0.3, 0.5], 2 * rng.normal(size=(3, d)), [0.1, 0.4, 1.0], schedule)
 
 
-@partial(jax.jit, static_argnames=("num_steps", "num_samples", "transition"))
-def bound(denoiser, x, key, transition="continuous", num_steps=64, num_samples=64):
-    return elbo(denoiser, x, key, transition=transition, num_steps=num_steps, num_samples=num_samples)
+@partial(jax.jit, static_argnames=("num_times", "num_samples", "transition"))
+def bound(denoiser, x, key, transition="continuous", num_times=64, num_samples=64):
+    return elbo(denoiser, x, key, transition=transition, num_times=num_times, num_samples=num_samples)
 
 
-def gaussian_bound(x, transition, num_steps):
+def gaussian_bound(x, transition, num_times):
     """The stepwise bound for N(MEAN, VARIANCES) and its exact, linear denoiser: every expectation in closed form."""
     law = Gaussian(MEAN, VARIANCES, LADDER)
-    levels = np.asarray(LADDER.noise_level(UniformLogSNR()(LADDER, num_steps)), float)
+    levels = np.asarray(LADDER.noise_level(UniformLogSNR()(LADDER, num_times)), float)
     location, scale = np.asarray(law.location), float(law.scale)
     spread = scale**2 + levels[0] ** 2
     total = -0.5 * np.sum((levels[0] ** 2 + (x - location) ** 2) / spread - 1 - np.log(levels[0] ** 2 / spread))
@@ -73,7 +73,7 @@ def test_the_bound_is_below_and_tight_for_an_exact_reverse_process(d, transition
     law = mixture(d)
     x = law.sample(jax.random.key(0), (16,))
     truth = jax.vmap(lambda x: law.log_density(x, 0.0))(x)
-    run = jax.jit(jax.vmap(lambda x, key: elbo(law, x, key, transition=transition, num_steps=513, num_samples=4)[:2]))
+    run = jax.jit(jax.vmap(lambda x, key: elbo(law, x, key, transition=transition, num_times=513, num_samples=4)[:2]))
     value, error = run(x, jax.random.split(jax.random.key(1), 16))
     gap, error = (truth - value).mean(), np.sqrt((error**2).sum()) / 16
     assert gap > -4 * error, (gap, error)
@@ -109,7 +109,7 @@ def test_learned_variances_are_the_best(x64):
     """On a Gaussian they are known, and the bound is above those of both ends."""
     law, steps = Gaussian(MEAN, VARIANCES, LADDER), 12
     data = law.sample(jax.random.key(0), (4_000,))
-    places = jax.jit(lambda data, key: learn_variances(law, data, key, num_steps=steps))(data, jax.random.key(1))
+    places = jax.jit(lambda data, key: learn_variances(law, data, key, num_times=steps))(data, jax.random.key(1))
     levels = np.asarray(LADDER.noise_level(UniformLogSNR()(LADDER, steps)))
     high, low = levels[:-1, None], levels[1:, None]
     r, posterior = (low / high) ** 2, low**2 * (1 - (low / high) ** 2)
@@ -117,7 +117,7 @@ def test_learned_variances_are_the_best(x64):
     expected = np.log(best / posterior[:, 0]) / np.log((high**2 - low**2)[:, 0] / posterior[:, 0])
     np.testing.assert_allclose(places, expected, atol=0.02)
     run = jax.jit(
-        jax.vmap(lambda x, key, places: elbo(law, x, key, transition=places, num_steps=steps).value, (0, 0, None))
+        jax.vmap(lambda x, key, places: elbo(law, x, key, transition=places, num_times=steps).value, (0, 0, None))
     )
     keys = jax.random.split(jax.random.key(2), 500)
     value = [run(data[:500], keys, p).mean() for p in (places, jnp.zeros(steps - 1), jnp.ones(steps - 1))]
@@ -127,9 +127,9 @@ def test_learned_variances_are_the_best(x64):
         np.testing.assert_allclose(value[k], named, rtol=1e-9)
 
 
-def stepwise_log_density(x, num_steps):
+def stepwise_log_density(x, num_times):
     """Log p of the model in steps for a Gaussian denoiser in one dimension: a linear Gaussian chain."""
-    levels = np.asarray(LADDER.noise_level(UniformLogSNR()(LADDER, num_steps)), float)
+    levels = np.asarray(LADDER.noise_level(UniformLogSNR()(LADDER, num_times)), float)
     mean, variance = 0.0, 1.0 + levels[0] ** 2
     for high, low in zip(levels[:-1], levels[1:], strict=True):
         r, gain = (low / high) ** 2, 1.0 / (1.0 + high**2)
@@ -143,7 +143,7 @@ def test_more_paths_tighten_the_bound_of_the_model_in_steps(x64):
     """K = 1 is the plain bound; the mean grows with K and approaches the log-density of the stepwise model."""
     law, x, steps = Gaussian([0.0], 1.0, LADDER), np.array([0.8]), 8
     run = jax.jit(
-        lambda keys, k: jax.vmap(lambda key: importance_weighted_bound(law, x, key, num_paths=k, num_steps=steps))(
+        lambda keys, k: jax.vmap(lambda key: importance_weighted_bound(law, x, key, num_paths=k, num_times=steps))(
             keys
         ),
         static_argnums=1,
@@ -162,18 +162,18 @@ def test_more_paths_tighten_the_bound_of_the_model_in_steps(x64):
 def test_gap_to_the_flow(x64):
     """The difference of its two parts, within its error; its share per level is positive and adds up to most of it."""
     law, x = mixture(2, VP()), np.array([0.3, -0.4])
-    run = jax.jit(lambda x, key: elbo_gap(law, x, key, num_steps=17, num_samples=512))
+    run = jax.jit(lambda x, key: elbo_gap(law, x, key, num_times=17, num_samples=512))
     gap = run(x, jax.random.key(0))
     plain = bound(law, x, jax.random.key(5), "posterior", 17, 512)
     difference = law.log_density(x, 0.0) - plain.value
     assert abs(gap.value - difference) < 4 * np.hypot(gap.standard_error, plain.standard_error) + 1e-2
     assert gap.per_level.shape == (16,) and gap.value > 0
-    probed = jax.jit(lambda x, key: elbo_gap(law, x, key, num_probes=4, num_steps=17, num_samples=64))
+    probed = jax.jit(lambda x, key: elbo_gap(law, x, key, num_probes=4, num_times=17, num_samples=64))
     assert probed(x, jax.random.key(0)).standard_error > gap.standard_error
 
     # averaged over the law the shares of the levels are the whole gap: flow and reverse process are then one law
     xs, keys = law.sample(jax.random.key(1), (200,)), jax.random.split(jax.random.key(2), 200)
-    many = jax.jit(jax.vmap(lambda x, key: elbo_gap(law, x, key, num_steps=17, num_samples=4)))(xs, keys)
+    many = jax.jit(jax.vmap(lambda x, key: elbo_gap(law, x, key, num_times=17, num_samples=4)))(xs, keys)
     rest = many.value - many.per_level.sum(1)
     assert abs(rest.mean()) < 4 * rest.std() / 200**0.5 + 2e-2
     assert many.value.mean() > 0.5
@@ -197,7 +197,7 @@ def test_bits_per_dim_of_a_quantised_law():
 LAW, KEY, X = Gaussian([0.0, 0.0], 1.0, LADDER), jax.random.key(0), jnp.zeros(2)
 BAD = {
     "samples": (lambda: elbo(LAW, X, KEY, num_samples=0), "num_samples must be at least 1; got 0"),
-    "steps": (lambda: elbo(LAW, X, KEY, num_steps=1), "num_steps must be at least 2; got 1"),
+    "steps": (lambda: elbo(LAW, X, KEY, num_times=1), "num_times must be at least 2; got 1"),
     "transition": (lambda: elbo(LAW, X, KEY, transition="learned"), "transition must be one of"),
     "places": (lambda: elbo(LAW, X, KEY, transition=jnp.zeros(3)), r"transition must have shape \(63,\); got \(3,\)"),
     "paths": (lambda: importance_weighted_bound(LAW, X, KEY, num_paths=0), "num_paths must be at least 1; got 0"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from numpyro_diffusion.denoise import Gaussian, GaussianMixture, NetworkDenoiser
+from numpyro_diffusion.denoise import Conditioned, Gaussian, GaussianMixture, NetworkDenoiser
 from numpyro_diffusion.density import LogProb, log_prob
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import AdaptiveFlow, Heun, StochasticHeun
@@ -110,7 +110,7 @@ def test_a_condition_is_seen_and_differentiated(x64):
     """Log N(x; c, 1) and its derivatives: in c by the solve, in x by the score; a frozen network stops neither."""
     denoiser = NetworkDenoiser(Shifted(), schedule=VE(1e-3, 1e3), target="x0")
     x, c = jnp.array([0.7]), jnp.array([1.5])
-    density = jax.jit(lambda x, c: log_prob(denoiser, x, Heun(257), cond=c).value)
+    density = jax.jit(lambda x, c: log_prob(Conditioned(denoiser, c), x, Heun(257)).value)
     # the terminal law is centred on zero and not on c: an error of order c / sigma_max
     np.testing.assert_allclose(density(x, c), -0.5 * 0.8**2 - 0.5 * np.log(2 * np.pi), atol=2e-3)
     by_x, by_c = jax.jit(jax.grad(density, (0, 1)))(x, c)

@@ -83,7 +83,7 @@ class GaussianMixture:
     @property
     def location(self) -> jax.Array:
         """The mean of the mixture, shape (d,)."""
-        return jnp.exp(self.log_weights) @ self.means
+        return jnp.matmul(jnp.exp(self.log_weights), self.means, precision="highest")
 
     @property
     def scale(self) -> jax.Array:
@@ -92,10 +92,10 @@ class GaussianMixture:
         return jnp.sqrt(jnp.exp(self.log_weights) @ spread)
 
     def _rotate(self, x: jax.Array) -> jax.Array:
-        return x if self.rotations is None else jnp.einsum("kij,ki->kj", self.rotations, x)
+        return x if self.rotations is None else jnp.einsum("kij,ki->kj", self.rotations, x, precision="highest")
 
     def _unrotate(self, x: jax.Array) -> jax.Array:
-        return x if self.rotations is None else jnp.einsum("kij,kj->ki", self.rotations, x)
+        return x if self.rotations is None else jnp.einsum("kij,kj->ki", self.rotations, x, precision="highest")
 
     def _components(self, x_t: jax.Array, t: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """Log of weight times density of each component at `x_t`, (K,), and their posterior means, (K, d)."""
@@ -130,7 +130,7 @@ class GaussianMixture:
         k = jax.random.categorical(key_component, self.log_weights, shape=sample_shape)
         noise = jnp.sqrt(self.variances)[k] * jax.random.normal(key_noise, (*sample_shape, *self.event_shape))
         if self.rotations is not None:
-            noise = jnp.einsum("...ij,...j->...i", self.rotations[k], noise)
+            noise = jnp.einsum("...ij,...j->...i", self.rotations[k], noise, precision="highest")
         return self.means[k] + noise
 
     def tree_flatten(self):

@@ -131,7 +131,7 @@ class PredictorCorrector(TrajectoryKernel):
         clean = posterior.guided(x_t, _at(times, -1))
         z = posterior.to_unconstrained({name: prediction.x0 for name, prediction in clean.items()})
         z, diverging = kept_if_finite(z, state.z)
-        evaluations = solver.evaluations() + (solver.num_steps - 1) * self._num_corrections
+        evaluations = solver.evaluations() + (solver.num_times - 1) * self._num_corrections
         return PredictorCorrectorState(z, jnp.asarray(evaluations, jnp.int32), diverging, key)
 
     def _walk(
@@ -148,15 +148,15 @@ class PredictorCorrector(TrajectoryKernel):
             for name, x in x_t.items():
                 site = GuidedSite(posterior, name, x_t, t)
                 noise = keys[name] if solver.stochastic else None
-                x_s, remembered = solver.advance(site, x, memory[name], t[name], s[name], noise)
+                x_s, remembered = solver.step(site, x, memory[name], t[name], s[name], noise)
                 moved[name] = x_s.astype(x.dtype), remembered
             memory = {name: remembered for name, (_, remembered) in moved.items()}
             x_s = self._correct(key_correct, posterior, {name: x for name, (x, _) in moved.items()}, s)
             return (x_s, memory), None
 
         first = _at(times, 0)
-        memory = {name: solver.remember(GuidedSite(posterior, name, x_t, first), x) for name, x in x_t.items()}
-        return jax.lax.scan(step, (x_t, memory), jnp.arange(solver.num_steps - 1))[0][0]
+        memory = {name: solver.init(GuidedSite(posterior, name, x_t, first), x) for name, x in x_t.items()}
+        return jax.lax.scan(step, (x_t, memory), jnp.arange(solver.num_times - 1))[0][0]
 
     def _correct(self, key: jax.Array, posterior: NoisyPosterior, x_t: Point, t: dict[str, jax.Array]) -> Point:
         """Langevin steps at one level."""

@@ -130,16 +130,11 @@ class Density(Provider):
 
     def source_of(self, prior: DiffusionPrior) -> str | None:
         """Where the density of a prior comes from: "denoiser", "flow", or None if it has none."""
-        has = {"denoiser": density_kind(prior.denoiser) is not None, "flow": prior.density == "ode"}
+        has = {"denoiser": density_kind(prior.denoiser) is not None, "flow": prior.density in ("auto", "flow")}
         return next((source for source in has if has[source] and self.source in ("auto", source)), None)
 
     def log_density(self, prior: DiffusionPrior, u: jax.Array) -> jax.Array:
-        denoiser = prior.denoiser
-        if self.source_of(prior) == "flow":
-            return DiffusionPrior._log_density(prior, u)
-        t = denoiser.schedule.t_min
-        alpha = denoiser.schedule.alpha(t)
-        return (denoiser.log_density(alpha * u, t) + u.size * jnp.log(alpha)).astype(u.dtype)
+        return DiffusionPrior.log_density(prior, u, self.source_of(prior))
 
     def check(self, name: str, prior: DiffusionPrior, depends: bool, kernel: str) -> None:
         source = self.source_of(prior)
@@ -151,12 +146,12 @@ class Density(Provider):
         if source is None:
             raise ValueError(
                 f"{kernel} needs a density, and the DiffusionPrior at site {name!r} has a score but no density for "
-                f'{self}. Give the prior density="ode", or the kernel provider=LineIntegral() (approximate), or take '
+                f'{self}. Give the prior density="auto", or the kernel provider=LineIntegral() (approximate), or take '
                 f"another kernel: {_WITHOUT_DENSITY}"
             )
 
     def evaluations(self, prior: DiffusionPrior) -> int:
-        return 1 if self.source_of(prior) == "denoiser" else 2 * (prior.density_solver.num_steps - 1)
+        return 1 if self.source_of(prior) == "denoiser" else 2 * (prior.density_solver.num_times - 1)
 
 
 @dataclass(frozen=True)
@@ -274,7 +269,7 @@ class _ProvidedPrior(DiffusionPrior):
         vars(self).update(vars(prior), provider=provider)
         return self
 
-    def _log_density(self, u: jax.Array) -> jax.Array:
+    def log_density(self, u: jax.Array) -> jax.Array:
         function = partial(self.provider.log_density, self)
         for _ in range(jnp.ndim(u) - len(self.denoiser.event_shape)):
             function = jax.vmap(function)

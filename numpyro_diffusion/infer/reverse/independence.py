@@ -129,7 +129,7 @@ class Independence(DiffusionKernel):
             if isinstance(fn, DiffusionPrior) and fn.density == "none":
                 raise ValueError(
                     'Independence divides by the density of a proposal, and this DiffusionPrior has density="none". '
-                    'Give it density="ode"; or leave it out where it is the prior of its site, which then cancels'
+                    'Give it density="auto"; or leave it out where it is the prior of its site, which then cancels'
                 )
 
     def _latent(self, args: tuple, kwargs: dict) -> dict[str, dict]:

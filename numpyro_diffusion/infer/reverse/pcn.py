@@ -183,8 +183,8 @@ class DiffusionPCN(DiffusionKernel):
         if len(solvers) > 1:
             raise ValueError("diffusion sites have different samplers; give one for all by DiffusionPCN(solver=...)")
         solver = solvers.pop()
-        if solver.num_steps < _MIN_STEPS + 2:
-            raise ValueError(f"DiffusionPCN needs a solver with num_steps >= {_MIN_STEPS + 2}; got {solver.num_steps}")
+        if solver.num_times < _MIN_STEPS + 2:
+            raise ValueError(f"DiffusionPCN needs a solver with num_times >= {_MIN_STEPS + 2}; got {solver.num_times}")
         return solver
 
     def _log_likelihood(self, sites: dict[str, PriorSite], z: dict, args: tuple, kwargs: dict) -> jax.Array:
@@ -303,7 +303,7 @@ class DiffusionPCN(DiffusionKernel):
 def _ladder(solver: Solver, sites: dict[str, PriorSite]) -> jax.Array:
     """Noise levels from which a move may start, decreasing, in the units of the first site's data."""
     denoiser = next(iter(sites.values())).prior.denoiser
-    last = max(1, solver.num_steps - _MIN_STEPS)
+    last = max(1, solver.num_times - _MIN_STEPS)
     return denoiser.schedule.noise_level(solver.times(denoiser)[:last])
 
 

@@ -108,7 +108,7 @@ class SplitGibbs(DiffusionKernel):
             half; None takes the largest scale among the priors, if that exceeds `rho`.
         schedule: decreasing couplings above `rho` that every draw passes through first (DAPS); warm-up has no
             annealing then.
-        solver: stochastic solver, whose `num_steps` times all lie at level `rho` and below. What counts is the law of
+        solver: stochastic solver, whose `num_times` times all lie at level `rho` and below. What counts is the law of
             its clean point given the noisy one, not that of its draws: see the module.
         num_inner: draws of the rest-kernel for each denoising.
         rest_kernel: makes the kernel of the likelihood side from a model; one that can be a block of NumPyro's `Gibbs`.
@@ -284,7 +284,7 @@ class SplitGibbs(DiffusionKernel):
         denoised = {}
         for key_site, (name, site) in zip(jax.random.split(key, len(sites)), sites.items(), strict=True):
             denoiser = site.prior.denoiser
-            times = grid_from(self._solver, denoiser.schedule, times_of(rho, site), self._solver.num_steps)
+            times = grid_from(self._solver, denoiser.schedule, times_of(rho, site), self._solver.num_times)
             x_t = (denoiser.schedule.alpha(times[0]) * side[name]).astype(side[name].dtype)
             points = x_t.reshape(-1, *denoiser.event_shape)
 
