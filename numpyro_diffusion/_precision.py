@@ -34,9 +34,9 @@ def highest() -> Iterator[None]:
 @contextmanager
 def network(precision: str | None = None) -> Iterator[None]:
     """Matrix products of a network: in a precision of its own, or in the one set outside of `highest`."""
-    outside = _outside.get()
-    given = precision
-    if given is None:
-        given = jax.config.jax_default_matmul_precision if outside is _NOT_INSIDE else outside
-    with jax.default_matmul_precision(given):
+    if precision is None:
+        outside = _outside.get()
+        precision = jax.config.jax_default_matmul_precision if outside is _NOT_INSIDE else outside
+    # "default" and not None, which says nothing: products derived from it would take what is set where they are derived
+    with jax.default_matmul_precision("default" if precision is None else precision):
         yield

@@ -21,7 +21,7 @@ SOLVERS = {"sampler": DPMSolverPP(3, eta=1.0), "flow_solver": Heun(3), "density_
 
 
 def network(**options):
-    return NetworkDenoiser(MLP((2,), features=8, num_blocks=1, rngs=nnx.Rngs(0)), **options)
+    return NetworkDenoiser(MLP((2,), features=48, num_blocks=1, embed_features=48, rngs=nnx.Rngs(0)), **options)
 
 
 def exact():
@@ -39,13 +39,12 @@ each_use = pytest.mark.parametrize("use", USES.values(), ids=USES)
 
 
 def precisions(use, prior):
-    """Of all matrix products of the program; of the network's are those with its 8 features."""
+    """Of the matrix products of a program: the network's, which know its 48 features, and the others."""
     text = jax.jit(use).lower(prior).as_text()
-    found = re.findall(r"stablehlo\.dot_general.*?precision = \[(\w+), (\w+)\] : \((.*?)\)", text)
-    found += [("DEFAULT", "DEFAULT", line) for line in re.findall(r"stablehlo\.dot_general(?!.*precision)(.*)", text)]
-    inside = {a for a, b, shapes in found if "8x" in shapes or "x8" in shapes}
-    outside = {a for a, b, shapes in found if not ("8x" in shapes or "x8" in shapes)}
-    return inside, outside
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    found = [(re.search(r"precision = \[(\w+), \w+\]", line), "48" in line.rsplit(":", 1)[1]) for line in products]
+    named = [(match.group(1) if match else "DEFAULT", is_network) for match, is_network in found]
+    return {name for name, is_network in named if is_network}, {name for name, is_network in named if not is_network}
 
 
 @each_use
