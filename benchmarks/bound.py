@@ -23,15 +23,15 @@ rng = np.random.default_rng(8)
 LAW = GaussianMixture([0.2, 0.3, 0.5], 2 * rng.normal(size=(3, 8)), [0.1, 0.4, 1.0], VE(0.02, 50.0))
 
 
-@partial(jax.jit, static_argnames=("num_steps", "transition"))
-def plain(x: jax.Array, keys: jax.Array, places: jax.Array | None, num_steps: int, transition: str | None) -> jax.Array:
+@partial(jax.jit, static_argnames=("num_times", "transition"))
+def plain(x: jax.Array, keys: jax.Array, places: jax.Array | None, num_times: int, transition: str | None) -> jax.Array:
     how = places if transition is None else transition
-    return jax.vmap(lambda x, key: elbo(LAW, x, key, transition=how, num_steps=num_steps).value)(x, keys)
+    return jax.vmap(lambda x, key: elbo(LAW, x, key, transition=how, num_times=num_times).value)(x, keys)
 
 
-@partial(jax.jit, static_argnames=("num_steps", "num_paths"))
-def weighted(x: jax.Array, keys: jax.Array, num_steps: int, num_paths: int) -> jax.Array:
-    bound = partial(importance_weighted_bound, LAW, num_paths=num_paths, num_steps=num_steps)
+@partial(jax.jit, static_argnames=("num_times", "num_paths"))
+def weighted(x: jax.Array, keys: jax.Array, num_times: int, num_paths: int) -> jax.Array:
+    bound = partial(importance_weighted_bound, LAW, num_paths=num_paths, num_times=num_times)
     return jax.vmap(lambda x, key: bound(x, key))(x, keys)
 
 
@@ -47,17 +47,17 @@ def main() -> None:
     truth = jax.vmap(lambda x: LAW.log_density(x, LAW.schedule.t_min))(x)
     rows = []
 
-    def add(name: str, num_steps: int, values: jax.Array) -> None:
+    def add(name: str, num_times: int, values: jax.Array) -> None:
         gap = np.asarray(truth - values)
         error = float(gap.std() / len(gap) ** 0.5)
-        rows.append({"bound": name, "steps": num_steps, "gap": float(gap.mean()), "standard_error": error})
+        rows.append({"bound": name, "steps": num_times, "gap": float(gap.mean()), "standard_error": error})
 
     add("flow, Heun", 64, jax.jit(jax.vmap(lambda x: log_prob(LAW, x).value))(x))
-    for num_steps in budgets:
+    for num_times in budgets:
         for name in ("beta", "posterior", "continuous"):
-            add(name, num_steps, plain(x, keys, None, num_steps, name))
-        places = learn_variances(LAW, LAW.sample(jax.random.key(2), (count,)), jax.random.key(3), num_steps=num_steps)
-        add("learned", num_steps, plain(x, keys, jnp.asarray(places), num_steps, None))
+            add(name, num_times, plain(x, keys, None, num_times, name))
+        places = learn_variances(LAW, LAW.sample(jax.random.key(2), (count,)), jax.random.key(3), num_times=num_times)
+        add("learned", num_times, plain(x, keys, jnp.asarray(places), num_times, None))
     for num_paths in paths:
         add(f"posterior, {num_paths} paths", budgets[0], weighted(x, keys, budgets[0], num_paths))
     print(f"{'bound':22} {'steps':>6} {'gap':>8} {'s.e.':>7}")

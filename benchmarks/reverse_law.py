@@ -48,8 +48,8 @@ def main() -> None:
     rows = []
     print(f"{'solver':28} {'steps':>5} {'level':>6} {'variance':>9} {'mean':>8} {'evaluations':>11}")
     for name, make in SOLVERS.items():
-        for num_steps in steps:
-            solver = make(num_steps)
+        for num_times in steps:
+            solver = make(num_times)
             levels = np.asarray(SCHEDULE.noise_level(solver.times(Gaussian([0.0], 1.0, SCHEDULE))))
             for wanted in LEVELS:
                 start = int(np.argmin(np.abs(np.log(levels / wanted))))
@@ -57,14 +57,14 @@ def main() -> None:
                 x = np.asarray(draws(jax.random.key(0), solver, jnp.asarray(start), count), np.float64)
                 row = {
                     "solver": name,
-                    "num_steps": num_steps,
+                    "num_times": num_times,
                     "level": level,
                     "variance_over_truth": x.var() * (1.0 + level**2) / level**2,
                     "mean_error": x.mean() - 1.0 / (1.0 + level**2),
                     "evaluations": int(solver.evaluations(start)),
                 }
                 rows.append(row)
-                print("{solver:28} {num_steps:5} {level:6.2f} {variance_over_truth:9.3f} {mean_error:8.4f} "
+                print("{solver:28} {num_times:5} {level:6.2f} {variance_over_truth:9.3f} {mean_error:8.4f} "
                       "{evaluations:11}".format(**row))  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))

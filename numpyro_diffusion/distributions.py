@@ -5,17 +5,22 @@ r"""A diffusion model as a NumPyro distribution.
 * `sample` draws from it by a stochastic solver;
 * `flow` maps standard normal noise to it by a deterministic solver, $x = F(z)$, which is all that noise-space inference
   needs: no density, no inverse;
-* `log_prob` is its log-density by the probability flow, with the score as gradient, or an error where the user has
-  asked for none. It is never a stand-in: a constant with the right gradient makes a Metropolis test drop the prior.
+* `log_prob` is a log-density, or an error where there is none. It is never a stand-in: a constant with the right
+  gradient makes a Metropolis test drop the prior.
+
+The log-density comes from one of two places. An exact denoiser has its own in closed form, $\log p_t(\alpha_t x)$ at
+the smallest noise level, and an energy network has one up to a constant. Any other denoiser has that of its probability
+flow, by one solve, with the score as gradient. Both are of the law smoothed by the smallest noise level.
 
 A conditional denoiser stands for a family of laws, and `cond=` picks one, $p(x \mid c)$. The condition may be another
 quantity of the model: `flow`, `log_prob` and `sample` all depend on it, and the first two are differentiable in it.
+Conditions with leading dimensions are one law each, $p(x_i \mid c_i)$, and these dimensions are the `batch_shape`, as
+with the parameters of any NumPyro distribution.
 
 With a `transform` $T$ the diffusion lives on $u = T^{-1}(x)$, in its own unconstrained space, and
 $\log p(x) = \log p_u(T^{-1}(x)) - \log |\det \partial T / \partial u|$.
 
-The three laws agree up to the solvers' errors, not bit for bit. How a prior is conditioned on data is the matter of
-`infer` and `reparam`.
+The three laws agree up to the solvers' errors, not bit for bit. `infer` and `reparam` condition a prior on data.
 """
 
 from collections.abc import Callable
@@ -25,14 +30,18 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import sum_rightmost, validate_sample
 
-from numpyro_diffusion import _checks, density, solve
-from numpyro_diffusion.denoise import Conditioned, Denoiser, require_denoiser
+from numpyro_diffusion import _checks, _precision, density, solve
+from numpyro_diffusion.denoise import Conditioned, Denoiser, Product, require_denoiser
+from numpyro_diffusion.denoise.batched import over_points, with_batch
+from numpyro_diffusion.denoise.prediction import density_kind
+from numpyro_diffusion.denoise.wrapped import inside
 from numpyro_diffusion.solve import DPMSolverPP, Heun, Solver
+
+Source = Literal["denoiser", "flow"]
 
 
 class DiffusionPrior(dist.Distribution):
@@ -43,17 +52,27 @@ class DiffusionPrior(dist.Distribution):
 
     Args:
         denoiser: the model, learned or exact.
-        cond: what a conditional denoiser is conditioned on, one condition for all points drawn.
+        cond: what a conditional denoiser is conditioned on: an array or another pytree of arrays. Leading dimensions
+            beyond those of one condition are the `batch_shape`.
+        cond_batch_dims: how many leading dimensions of `cond` are batch dimensions. None asks the network for its
+            `cond_shape`; if it does not say, `cond` is one condition.
         transform: a bijection from the denoiser's space to the support, for constrained sites.
         sampler: a stochastic solver for `sample` and for the kernels that noise and denoise.
         flow_solver: a deterministic solver for `flow`.
-        density: "ode" for the probability-flow density, "none" if no one must rely on a density.
-        density_solver: the grid of that solve.
+        density: where `log_prob` comes from. "denoiser" is the denoiser's own log-density at the smallest noise level;
+            that of an energy is known up to a constant, which depends on the condition. "flow" is the density of the
+            probability flow. "auto" takes the denoiser's own if it is normalised, and else the flow's. "none" refuses.
+        density_solver: the grid of the flow's solve.
+        density_probes: number of Hutchinson probes for the trace in that solve; None for the exact trace, which takes
+            as many Jacobian-vector products as there are dimensions. The probes are the same for all points and calls,
+            those of `jax.random.key(0)`, so that `log_prob` is a function of the point. It is off by what these probes
+            miss; its gradient is still the score.
         validate_args: NumPyro's switch for checking values.
 
     Raises:
         TypeError: if `denoiser` is no denoiser, `transform` no NumPyro transform, or a solver of the wrong kind.
-        ValueError: if `density` is unknown.
+        ValueError: if `density` is unknown, "denoiser" without a log-density or "flow" for a `Product`, which has no
+            flow; if `density_probes` is below one; or if `cond` does not end with the network's `cond_shape`.
 
     References:
         Song et al., Score-based generative modeling through stochastic differential equations, 2021,
@@ -71,18 +90,20 @@ class DiffusionPrior(dist.Distribution):
     arg_constraints = {}
     # One field on purpose: NumPyro gathers several through a set, whose order changes between processes.
     pytree_data_fields = ("_parts",)
-    pytree_aux_fields = ("sampler", "flow_solver", "density", "density_solver")
+    pytree_aux_fields = ("sampler", "flow_solver", "density", "density_solver", "density_probes")
 
     def __init__(
         self,
         denoiser: Denoiser,
         *,
-        cond: ArrayLike | None = None,
+        cond: Any = None,
+        cond_batch_dims: int | None = None,
         transform: Transform | None = None,
         sampler: Solver = DPMSolverPP(64, eta=1.0),  # noqa: B008
         flow_solver: Solver = Heun(),  # noqa: B008
-        density: Literal["ode", "none"] = "ode",
+        density: Literal["auto", "denoiser", "flow", "none"] = "auto",
         density_solver: Heun = Heun(64),  # noqa: B008
+        density_probes: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
         require_denoiser(denoiser)
@@ -94,21 +115,35 @@ class DiffusionPrior(dist.Distribution):
             raise TypeError(f"flow_solver must be a deterministic solver such as solve.Heun(); got {flow_solver!r}")
         if not isinstance(density_solver, Heun) or density_solver.stochastic:
             raise TypeError(f"density_solver must be solve.Heun with its grid; got {density_solver!r}")
-        _checks.one_of("density", density, ("ode", "none"))
-        denoiser = denoiser if cond is None else Conditioned(denoiser, cond)
+        if density_probes is not None:
+            _checks.at_least(1, density_probes=density_probes)
+        _check_density(density, denoiser)
+        denoiser, batch_shape = with_batch(denoiser if cond is None else Conditioned(denoiser, cond), cond_batch_dims)
         self._parts = (denoiser, transform)
-        self.sampler = sampler
-        self.flow_solver = flow_solver
-        self.density = density
-        self.density_solver = density_solver
+        self.sampler, self.flow_solver = sampler, flow_solver
+        self.density, self.density_solver, self.density_probes = density, density_solver, density_probes
         event_shape = tuple(denoiser.event_shape)
         if transform is not None:
             event_shape = tuple(transform.forward_shape(event_shape))
-        super().__init__((), event_shape, validate_args=validate_args)
+        super().__init__(batch_shape, event_shape, validate_args=validate_args)
 
     @property
     def denoiser(self) -> Denoiser:
-        """The model, on the unconstrained side of the transform."""
+        """The model, on the unconstrained side of the transform.
+
+        Raises:
+            ValueError: if there is one for each condition of a batch.
+        """
+        if self.batch_shape:
+            raise ValueError(
+                f"this DiffusionPrior has batch_shape {self.batch_shape}: one denoiser for each condition, not one for "
+                "all points. DiffusionPrior.over_points maps a function over points with their denoisers"
+            )
+        return self._parts[0]
+
+    @property
+    def denoisers(self) -> Denoiser:
+        """The model with the batch dimensions that its condition may have; its schedule, shape and scale have none."""
         return self._parts[0]
 
     @property
@@ -119,15 +154,40 @@ class DiffusionPrior(dist.Distribution):
     @property
     def noise_shape(self) -> tuple[int, ...]:
         """Shape of the noise behind one point: the denoiser's `event_shape`."""
-        return tuple(self.denoiser.event_shape)
+        return tuple(self.denoisers.event_shape)
+
+    @property
+    def density_source(self) -> Source | None:
+        """Where `log_prob` comes from: "denoiser", "flow", or None if the prior has no density."""
+        if self.density != "auto":
+            return None if self.density == "none" else self.density
+        if density_kind(self.denoisers) == "normalized":
+            return "denoiser"
+        return None if _has_no_flow(self.denoisers) else "flow"
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:
         codomain = constraints.real if self.transform is None else self.transform.codomain
         return constraints.independent(codomain, self.event_dim - codomain.event_dim)
 
+    def over_points(self, function: Callable, shape: tuple[int, ...], *arrays: Any) -> Any:
+        """Maps a function of one point and its denoiser over all points.
+
+        Args:
+            function: called as `function(denoiser, *arrays)`, with what belongs to one point.
+            shape: shape of the points, with whose last dimensions the `batch_shape` broadcasts.
+            *arrays: arrays, or pytrees of arrays, that all begin with `shape`; at least one.
+
+        Returns:
+            What the function returns, with `shape` in front.
+        """
+        return over_points(function, self.denoisers, len(self.batch_shape), tuple(shape), *arrays)
+
     def _constrain(self, u: jax.Array) -> jax.Array:
-        return u if self.transform is None else self.transform(u)
+        if self.transform is None:
+            return u
+        with _precision.highest():
+            return self.transform(u)
 
     def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
         """Draws points by the stochastic solver.
@@ -137,15 +197,15 @@ class DiffusionPrior(dist.Distribution):
             sample_shape: how many independent draws.
 
         Returns:
-            Points of shape `sample_shape + event_shape`.
+            Points of shape `sample_shape + batch_shape + event_shape`.
         """
-        return self._constrain(_draw(self.sampler, self.denoiser, key, tuple(sample_shape)))
+        return self._constrain(_draw(self.sampler, self.denoisers, key, tuple(sample_shape), self.batch_shape))
 
     def flow(self, z: jax.Array) -> jax.Array:
         """Maps standard normal noise to points by the deterministic solver.
 
         Args:
-            z: noise of shape `(..., *noise_shape)`.
+            z: noise of shape `(..., *noise_shape)`; its leading dimensions broadcast with the `batch_shape`.
 
         Returns:
             Points of shape `(..., *event_shape)`, differentiable in `z`.
@@ -154,57 +214,121 @@ class DiffusionPrior(dist.Distribution):
             ValueError: if `z` does not end with `noise_shape`.
         """
         _checks.shape("z", z, self.noise_shape)
-        return self._constrain(_flow(self.flow_solver, self.denoiser, z))
+        return self._constrain(_flow(self.flow_solver, self.denoisers, z, self.batch_shape))
 
     @validate_sample
     def log_prob(self, value: jax.Array, intermediates: Any = None) -> jax.Array:
         """The log-density in nats, of the batch shape of `value`; its gradient is the score.
 
         Raises:
-            NotImplementedError: if the prior was made with `density="none"`.
+            NotImplementedError: if the prior has no density.
             ValueError: if `value` does not end with `event_shape`.
         """
         _checks.shape("value", value, self.event_shape)
         if self.transform is None:
-            return self._log_density(value)
-        u = self.transform.inv(value)
-        log_det = self.transform.log_abs_det_jacobian(u, value)
+            return self.log_density(value)
+        with _precision.highest():
+            u = self.transform.inv(value)
+            log_det = self.transform.log_abs_det_jacobian(u, value)
         log_det = sum_rightmost(log_det, jnp.ndim(log_det) - (jnp.ndim(value) - self.event_dim))
-        return self._log_density(u) - log_det
+        return self.log_density(u) - log_det
 
-    def _log_density(self, u: jax.Array) -> jax.Array:
-        """The log-density in the denoiser's own space, for any number of points."""
-        if self.density == "none":
-            raise NotImplementedError(
-                'this DiffusionPrior has density="none": it has a score but no log_prob. Sample it with '
-                "infer.NoiseSpace (gradients through the flow), infer.DiffusionPCN or infer.DiffusionGibbs (the "
-                "likelihood alone), infer.AnnealedLangevin or infer.ULA (the score, biased), or construct it with "
-                'density="ode"'
-            )
-        return _log_prob(self.density_solver, self.denoiser, u)
+    def log_density(self, u: jax.Array, source: Source | None = None) -> jax.Array:
+        """The log-density in the denoiser's own space, before the transform.
+
+        Args:
+            u: points of shape `(..., *noise_shape)`; their leading dimensions broadcast with the `batch_shape`.
+            source: "denoiser" or "flow", whatever the prior's `density`; None takes its `density_source`.
+
+        Returns:
+            Nats, of the leading shape; normalised, unless it is the denoiser's own and that is not.
+
+        Raises:
+            NotImplementedError: if the prior has no density.
+        """
+        source = self.density_source if source is None else source
+        if source is None:
+            raise NotImplementedError(_without_density(self.density))
+        probes = self.density_probes if source == "flow" else None
+        return _log_density(self.density_solver, self.denoisers, u, self.batch_shape, source, probes)
 
 
-def _over_batch(function: Callable[[jax.Array], jax.Array], x: jax.Array, event_dim: int) -> jax.Array:
-    """Applies a function of one point over all leading dimensions."""
-    for _ in range(jnp.ndim(x) - event_dim):
-        function = jax.vmap(function)
-    return function(x)
+def _has_no_flow(denoiser: Denoiser) -> bool:
+    """Whether the probability flow of a denoiser is not that of its law."""
+    return isinstance(inside(denoiser), Product)
+
+
+def _check_density(density: str, denoiser: Denoiser) -> None:
+    _checks.one_of("density", density, ("auto", "denoiser", "flow", "none"))
+    if density == "denoiser" and density_kind(denoiser) is None:
+        raise ValueError(
+            f'density="denoiser" needs a denoiser with a log_density, exact or an energy; {type(denoiser).__name__} '
+            'has a score only. density="flow" integrates its probability flow'
+        )
+    if density == "flow" and _has_no_flow(denoiser):
+        raise ValueError(
+            'density="flow" needs a probability flow, and that of a Product is not the flow of its law. '
+            'density="denoiser" is its own log-density, up to a constant'
+        )
+
+
+def _without_density(density: str) -> str:
+    """Why there is no log_prob, and what to do."""
+    if density == "auto":
+        return (
+            "a Product has no probability flow, and its own log-density is known up to a constant: construct the "
+            'DiffusionPrior with density="denoiser" if that is enough, as it is for moving x'
+        )
+    return (
+        'this DiffusionPrior has density="none": it has a score but no log_prob. Sample it with infer.NoiseSpace '
+        "(gradients through the flow), infer.DiffusionPCN or infer.DiffusionGibbs (the likelihood alone), "
+        'infer.AnnealedLangevin or infer.ULA (the score, biased), or construct it with density="auto"'
+    )
 
 
 # Module-level and jitted, so that a model traced again (a second run, another chain) finds them compiled.
-@partial(jax.jit, static_argnames="sample_shape")
-def _draw(solver: Solver, denoiser: Denoiser, key: jax.Array, sample_shape: tuple[int, ...]) -> jax.Array:
-    return solve.sample(solver, denoiser, key, sample_shape)
+@partial(jax.jit, static_argnums=(3, 4))
+def _draw(
+    solver: Solver, denoiser: Denoiser, key: jax.Array, sample_shape: tuple[int, ...], batch_shape: tuple[int, ...]
+) -> jax.Array:
+    def one(denoiser: Denoiser, key: jax.Array) -> jax.Array:
+        return solve.sample(solver, denoiser, key, sample_shape)
+
+    keys = jax.random.split(key, batch_shape) if batch_shape else key
+    with _precision.highest():
+        x = over_points(one, denoiser, len(batch_shape), batch_shape, keys)
+    batch = range(len(batch_shape))
+    return jnp.moveaxis(x, batch, [len(sample_shape) + i for i in batch])
 
 
-@jax.jit
-def _flow(solver: Solver, denoiser: Denoiser, z: jax.Array) -> jax.Array:
-    def one(z: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnums=3)
+def _flow(solver: Solver, denoiser: Denoiser, z: jax.Array, batch_shape: tuple[int, ...]) -> jax.Array:
+    def one(denoiser: Denoiser, z: jax.Array) -> jax.Array:
         return solve.solve(solver, denoiser, solve.terminal_point(denoiser, z))
 
-    return _over_batch(one, z, len(denoiser.event_shape))
+    return _over_all(one, denoiser, z, batch_shape)
 
 
-@jax.jit
-def _log_prob(solver: Heun, denoiser: Denoiser, x: jax.Array) -> jax.Array:
-    return _over_batch(lambda x: density.log_prob(denoiser, x, solver).value, x, len(denoiser.event_shape))
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _log_density(
+    solver: Heun,
+    denoiser: Denoiser,
+    u: jax.Array,
+    batch_shape: tuple[int, ...],
+    source: Source,
+    num_probes: int | None,
+) -> jax.Array:
+    key = None if num_probes is None else jax.random.key(0)
+
+    def of_flow(denoiser: Denoiser, u: jax.Array) -> jax.Array:
+        return density.log_prob(denoiser, u, solver, num_probes=num_probes, key=key).value
+
+    return _over_all(of_flow if source == "flow" else density.clean_log_density, denoiser, u, batch_shape)
+
+
+def _over_all(function: Callable, denoiser: Denoiser, x: jax.Array, batch_shape: tuple[int, ...]) -> jax.Array:
+    """Maps a function of one point over all, in the precision of the model's own arithmetic."""
+    x, event_shape = jnp.asarray(x, jnp.result_type(x, float)), tuple(denoiser.event_shape)
+    shape = jnp.broadcast_shapes(x.shape[: x.ndim - len(event_shape)], batch_shape)
+    with _precision.highest():
+        return over_points(function, denoiser, len(batch_shape), shape, jnp.broadcast_to(x, (*shape, *event_shape)))

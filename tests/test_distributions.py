@@ -11,12 +11,15 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from flax import nnx
 from numpyro.distributions import constraints, transforms
 from numpyro.infer import Predictive
 from numpyro.infer.util import log_density
 
-from numpyro_diffusion.denoise import Gaussian, GaussianMixture
+from numpyro_diffusion.denoise import Gaussian, GaussianMixture, NetworkDenoiser, Product
+from numpyro_diffusion.density import log_prob
 from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.noise import VP
 from numpyro_diffusion.solve import Ancestral, DPMSolverPP, Heun, StochasticHeun
 
@@ -28,7 +31,7 @@ EXACT = dist.Normal(MEAN, DEVIATION).to_event(1)
 
 
 def prior(mean=MEAN, **options):
-    """An isotropic Gaussian, whose flow and density three Heun steps solve exactly."""
+    """An isotropic Gaussian, whose flow three Heun steps solve exactly, and its density too where it is the flow's."""
     return DiffusionPrior(
         Gaussian(mean, DEVIATION**2),
         sampler=SAMPLER,
@@ -66,22 +69,82 @@ def test_flow_is_the_quantile_map():
     assert jax.eval_shape(prior().flow, jnp.zeros((2, 3, 2))).shape == (2, 3, 2)
 
 
+@pytest.mark.parametrize("density", ["auto", "flow"])
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)], ids=str)
-def test_shapes_and_values_of_log_prob(shape):
-    x = points(*shape)
-    assert prior().log_prob(x).shape == shape
-    close(prior().log_prob(x), EXACT.log_prob(x))
-    assert shape_of(prior().sample, *shape) == (*shape, 2)
+def test_shapes_and_values_of_log_prob(shape, density):
+    """In closed form and by the flow; the smallest noise level is 0.002, which makes 1e-5 nats."""
+    x, p = points(*shape), prior(density=density)
+    assert p.log_prob(x).shape == shape
+    close(p.log_prob(x), EXACT.log_prob(x))
+    assert shape_of(p.sample, *shape) == (*shape, 2)
+
+
+def network(**options):
+    """An untrained network, or energy, of a linear guess and a little more."""
+    backbone = MLP((2,), features=8, num_blocks=1, rngs=nnx.Rngs(0))
+    backbone.output_layer.kernel[...] = 0.3 * jax.random.normal(jax.random.key(1), (8, 2), jnp.float32)
+    return NetworkDenoiser(backbone, **options)
+
+
+SOURCES = {
+    "exact": (lambda: Gaussian(MEAN), {"auto": "denoiser", "denoiser": "denoiser", "flow": "flow", "none": None}),
+    "network": (network, {"auto": "flow", "flow": "flow", "none": None}),
+    "energy": (lambda: network(target="energy"), {"auto": "flow", "denoiser": "denoiser", "flow": "flow"}),
+    "product": (lambda: Product([Gaussian(MEAN)] * 2), {"auto": None, "denoiser": "denoiser", "none": None}),
+}
+
+
+@pytest.mark.parametrize("make, sources", SOURCES.values(), ids=SOURCES)
+def test_where_the_density_comes_from(make, sources):
+    """The first that is normalised, unless the user says."""
+    denoiser = make()
+    for density, source in sources.items():
+        assert DiffusionPrior(denoiser, density=density).density_source == source
+
+
+def test_the_density_of_a_network_is_normalised_unless_its_energy_is_asked_for():
+    """The two differ by a constant and by what four steps cost; the gradients by that alone, and are the score."""
+    denoiser, x = network(target="energy"), points(4)
+    auto, own = (DiffusionPrior(denoiser, density=d, density_solver=Heun(4)) for d in ("auto", "denoiser"))
+    np.testing.assert_array_equal(auto.log_prob(x), auto.log_density(x, "flow"))
+    alpha, t = denoiser.schedule.alpha(denoiser.schedule.t_min), denoiser.schedule.t_min
+    expected = jax.vmap(lambda x: denoiser.log_density(alpha * x, t))(x) + 2 * jnp.log(alpha)
+    close(own.log_prob(x), expected, atol=1e-4)
+    gradients = [jax.jit(jax.grad(lambda x, p=p: p.log_prob(x).sum()))(x) for p in (auto, own)]
+    np.testing.assert_allclose(*gradients, atol=0.05)  # both by the score at noise level 0.002, in single precision
+
+
+def test_a_product_has_a_density_up_to_a_constant_or_none():
+    product = Product([Gaussian(MEAN)] * 2)
+    with pytest.raises(NotImplementedError, match='a Product has no probability flow.*density="denoiser"'):
+        DiffusionPrior(product).log_prob(MEAN)
+    one, other = DiffusionPrior(product, density="denoiser").log_prob(points(2))
+    exact = 2 * dist.Normal(MEAN, 1.0).to_event(1).log_prob(points(2))
+    close(one - other, exact[0] - exact[1], atol=5e-3)
+
+
+def test_probes_of_the_density():
+    """Those of one fixed key, so that the density is a function; its gradient is the score all the same."""
+    law, x = Gaussian(MEAN, np.array([[1.0, 0.6], [0.6, 2.0]])), points(3)
+    p = DiffusionPrior(law, density="flow", density_solver=Heun(8), density_probes=1)
+    key = jax.random.key(0)
+    expected = jax.vmap(lambda x: log_prob(law, x, Heun(8), num_probes=1, key=key).value)(x)
+    close(p.log_prob(x), expected, atol=1e-5)
+    exact = DiffusionPrior(law, density="flow", density_solver=Heun(8)).log_prob(x)
+    assert (abs(p.log_prob(x) - exact) > 1e-3).all()
+    closed = jax.grad(lambda x: dist.MultivariateNormal(MEAN, np.array([[1.0, 0.6], [0.6, 2.0]])).log_prob(x).sum())(x)
+    close(jax.grad(lambda x: p.log_prob(x).sum())(x), closed, atol=0.05)  # the score, in single precision
 
 
 @pytest.mark.parametrize(
     "derivative, transform", [(jax.grad, None), (jax.jacfwd, transforms.ExpTransform())], ids=["plain", "exp"]
 )
-def test_gradient_of_log_prob(derivative, transform, x64):
+@pytest.mark.parametrize("density", ["auto", "flow"])
+def test_gradient_of_log_prob(derivative, transform, density, x64):
     """The score of the exact law; with a transform, of its Jacobian too. Reverse and forward mode."""
     x = np.exp(points(3).astype(np.float64))
     exact = EXACT if transform is None else dist.TransformedDistribution(EXACT, transform)
-    p = prior(transform=transform)
+    p = prior(transform=transform, density=density)
     gradient, expected = (jax.jit(derivative(lambda x, d=d: d.log_prob(x).sum()))(x) for d in (p, exact))
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4)
 
@@ -90,7 +153,7 @@ def test_defaults():
     """Karras' stochastic sampler, Heun's flow, and a density good to 1e-2 nats (`test_density`)."""
     p = DiffusionPrior(Gaussian(MEAN))
     assert (p.sampler, p.flow_solver, p.density_solver) == (DPMSolverPP(64, eta=1.0), Heun(18), Heun(64))
-    assert p.density == "ode" and p.transform is None
+    assert (p.density, p.density_source, p.density_probes) == ("auto", "denoiser", None) and p.transform is None
     assert p.event_shape == p.noise_shape == (2,) and p.batch_shape == () and p.support.event_dim == 1
 
 
@@ -114,13 +177,13 @@ def test_new_weights_are_not_traced_again():
 
     @jax.tree_util.register_pytree_node_class
     class Traced(Gaussian):
-        def __call__(self, x_t, t, cond=None):
+        def __call__(self, x_t, t):
             traces.append(t)
-            return super().__call__(x_t, t, cond)
+            return super().__call__(x_t, t)
 
-    def with_mean(mean, num_steps=4):
-        solvers = {"sampler": Ancestral(num_steps), "flow_solver": Heun(3), "density_solver": Heun(3)}
-        return DiffusionPrior(Traced(MEAN + mean, DEVIATION**2), **solvers)
+    def with_mean(mean, num_times=4):
+        solvers = {"sampler": Ancestral(num_times), "flow_solver": Heun(3), "density_solver": Heun(3)}
+        return DiffusionPrior(Traced(MEAN + mean, DEVIATION**2), **solvers, density="flow")
 
     jitted = jax.jit(lambda p, x: (p.log_prob(x), p.flow(x)))
     for mean in (0.0, 1.0, 2.0):
@@ -131,7 +194,7 @@ def test_new_weights_are_not_traced_again():
         if mean == 0.0:
             seen = len(traces)
     assert len(traces) == seen > 0
-    with_mean(0.0, num_steps=5).sample(jax.random.key(0), (2,))
+    with_mean(0.0, num_times=5).sample(jax.random.key(0), (2,))
     assert len(traces) > seen
 
 
@@ -295,7 +358,7 @@ def test_no_density():
     p = prior(density="none")
     assert shape_of(p.sample) == (2,)
     assert p.flow(np.zeros(2)).shape == (2,)
-    message = r'density="none".*infer.NoiseSpace.*infer.DiffusionPCN.*infer.DiffusionGibbs.*density="ode"'
+    message = r'density="none".*infer.NoiseSpace.*infer.DiffusionPCN.*infer.DiffusionGibbs.*density="auto"'
     with pytest.raises(NotImplementedError, match=message):
         p.log_prob(MEAN)
     with pytest.raises(NotImplementedError, match=message):
@@ -332,7 +395,18 @@ BAD = {
         TypeError,
         "flow_solver must be a deterministic solver",
     ),
-    "density": (lambda: DiffusionPrior(DENOISER, density="elbo"), ValueError, "density must be one of 'ode', 'none'"),
+    "density": (lambda: DiffusionPrior(DENOISER, density="elbo"), ValueError, "must be one of 'auto', 'denoiser',"),
+    "no density of its own": (
+        lambda: DiffusionPrior(network(), density="denoiser"),
+        ValueError,
+        "needs a denoiser with a log_density.*NetworkDenoiser has a score only",
+    ),
+    "no flow": (
+        lambda: DiffusionPrior(Product([DENOISER]), density="flow"),
+        ValueError,
+        "that of a Product is not the flow of its law",
+    ),
+    "probes": (lambda: prior(density_probes=0), ValueError, "density_probes must be at least 1; got 0"),
     "density solver": (
         lambda: DiffusionPrior(DENOISER, density_solver=Ancestral(eta=0.0)),
         TypeError,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from numpyro_diffusion.denoise import Gaussian, GaussianMixture, NetworkDenoiser
+from numpyro_diffusion.denoise import Conditioned, Gaussian, GaussianMixture, NetworkDenoiser
 from numpyro_diffusion.density import LogProb, log_prob
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import AdaptiveFlow, Heun, StochasticHeun
@@ -32,11 +32,12 @@ def estimates(denoiser, x, keys, num_probes, probes="rademacher"):
     return jax.vmap(one)(keys)
 
 
-@pytest.mark.parametrize("d, probes", [(2, "rademacher"), (8, "rademacher"), (8, "normal"), (32, "normal")])
-def test_probes_are_unbiased_and_their_error_covers(d, probes, x64):
+@pytest.mark.parametrize("d, probes", [(2, "rademacher"), (16, "normal")])
+def test_probes_are_unbiased_and_their_error_covers(d, probes):
     """Over 2,000 keys: the mean is the exact trace's within 4 s.e., and 95 % t-intervals of 32 probes cover it.
 
-    The integrals are quadratic in the probes and so skew: t-intervals of 8 normal probes cover 91 %.
+    The integrals are quadratic in the probes and so skew: t-intervals of 8 normal probes cover 91 %. What both sums owe
+    to rounding is common to them but for a few units in the last place, on any device.
     """
     denoiser, n, k = mixture(d), 2_000, 32
     x = denoiser.sample(jax.random.key(0))
@@ -45,14 +46,15 @@ def test_probes_are_unbiased_and_their_error_covers(d, probes, x64):
     drawn = estimates(denoiser, x, jax.random.split(jax.random.key(1), n), k, probes)
     error = np.asarray(drawn.value - exact.value)
     assert error.std() > 1e-4  # there is an error to cover
-    assert abs(error.mean()) < 4 * error.std() / n**0.5
+    rounding = 50 * np.finfo(exact.value.dtype).eps * abs(exact.value)
+    assert abs(error.mean()) < 4 * error.std() / n**0.5 + rounding
     t_quantile = 2.0395  # of Student's law with 31 degrees of freedom
     covered = np.mean(np.abs(error) < t_quantile * drawn.standard_error)
     assert abs(np.mean(drawn.standard_error**2) / error.var() - 1) < 0.2
     assert abs(covered - 0.95) < 0.025, covered
 
 
-def test_normal_probes_are_worse_than_rademacher(x64):
+def test_normal_probes_are_worse_than_rademacher():
     """For one probe the variance of z'Az is 2 |A|^2 against 2 (|A|^2 - |diag A|^2)."""
     denoiser, keys = mixture(8), jax.random.split(jax.random.key(1), 500)
     x = denoiser.sample(jax.random.key(0))
@@ -110,7 +112,7 @@ def test_a_condition_is_seen_and_differentiated(x64):
     """Log N(x; c, 1) and its derivatives: in c by the solve, in x by the score; a frozen network stops neither."""
     denoiser = NetworkDenoiser(Shifted(), schedule=VE(1e-3, 1e3), target="x0")
     x, c = jnp.array([0.7]), jnp.array([1.5])
-    density = jax.jit(lambda x, c: log_prob(denoiser, x, Heun(257), cond=c).value)
+    density = jax.jit(lambda x, c: log_prob(Conditioned(denoiser, c), x, Heun(257)).value)
     # the terminal law is centred on zero and not on c: an error of order c / sigma_max
     np.testing.assert_allclose(density(x, c), -0.5 * 0.8**2 - 0.5 * np.log(2 * np.pi), atol=2e-3)
     by_x, by_c = jax.jit(jax.grad(density, (0, 1)))(x, c)

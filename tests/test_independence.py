@@ -150,7 +150,7 @@ BAD_ARGUMENTS = {
     "number": (lambda: Independence(pair, num_proposals=0), ValueError, "num_proposals must be at least 1"),
     "proposal": (lambda: Independence(pair, 3.0), TypeError, "must be a NumPyro distribution or one for each site"),
     "site": (lambda: Independence(pair, {"x": 3.0}), TypeError, "proposal of site 'x' must be a NumPyro distribution"),
-    "density": (lambda: Independence(plain, SCORE_ONLY), ValueError, 'has density="none". Give it density="ode"'),
+    "density": (lambda: Independence(plain, SCORE_ONLY), ValueError, 'has density="none". Give it density="auto"'),
 }
 
 

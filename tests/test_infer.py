@@ -316,7 +316,7 @@ def few_steps(y):
 
 REFUSED = {
     "different_samplers": (DiffusionPCN, different_samplers, r"different samplers; give one .* DiffusionPCN\(solver"),
-    "few_steps": (DiffusionPCN, few_steps, "num_steps >= 6; got 5"),
+    "few_steps": (DiffusionPCN, few_steps, "num_times >= 6; got 5"),
     "no_site": (DiffusionPCN, no_prior, "it has no DiffusionPrior site"),
     "no_site_noise_space": (NoiseSpace, no_prior, "it has no DiffusionPrior site"),
     "no_site_gibbs": (DiffusionGibbs, no_prior, "it has no DiffusionPrior site"),

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "numpyro_diffusion"
 FLOORS = {
-    **dict.fromkeys(["_checks", "_files"], -1),  # the ground: argument errors and files, which every floor stands on
+    **dict.fromkeys(["_checks", "_files", "_precision"], -1),  # the ground, which every floor stands on
     **dict.fromkeys(["noise", "nn"], 0),
     **dict.fromkeys(["denoise", "diagnostics", "data"], 1),
     **dict.fromkeys(["solve", "checkpoint"], 2),
@@ -34,7 +34,7 @@ each_module = pytest.mark.parametrize("name", MODULES)
 
 
 def room(name):
-    """`numpyro_diffusion.solve.ode` is in `solve`."""
+    """`numpyro_diffusion.solve.flow` is in `solve`."""
     return name.split(".")[1] if "." in name else None
 
 
@@ -54,7 +54,7 @@ def imports(path):
 
 def test_imports_are_seen():
     """The parser behind these tests finds what is known to be there."""
-    assert f"{PACKAGE.name}.solve.ode" in imports(MODULES[f"{PACKAGE.name}.solve.sde"])
+    assert f"{PACKAGE.name}.solve.flow" in imports(MODULES[f"{PACKAGE.name}.solve.stochastic"])
     assert imports(MODULES[f"{PACKAGE.name}.reparam"]) == {f"{PACKAGE.name}.distributions"}
 
 

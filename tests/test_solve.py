@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from scipy.optimize import brentq
 from scipy.stats import norm
 
@@ -14,6 +15,7 @@ from numpyro_diffusion.denoise import Gaussian, GaussianMixture
 from numpyro_diffusion.noise import VE, VP, Cosine, Karras, Rectified, SubVP, UniformLogSNR
 from numpyro_diffusion.solve import (
     Ancestral,
+    DPMSolverPP,
     EulerMaruyama,
     ExponentialEuler,
     Heun,
@@ -88,37 +90,43 @@ def flow_of_mixture(x):
 
 
 def order(steps, errors):
-    """Least-squares slope of -log(error) on log(steps)."""
+    """Slope of -log(error) on log(steps)."""
     return -np.polyfit(np.log(steps), np.log(errors), 1)[0]
 
 
 @jax.jit
-def one_step(solver, denoiser, x_t, t, s):
-    return jax.vmap(lambda x_t: solver.step(denoiser, x_t, t, s))(x_t)
+def one_step(solver, denoiser, x_t, memory, t, s):
+    return jax.vmap(lambda x_t, memory: solver.step(denoiser, x_t, memory, t, s))(x_t, memory)
 
 
 def walk(solver, denoiser, x):
-    """What `solve` does, by hand: one compiled step serves every number of steps."""
-    stepper, times = dataclasses.replace(solver, num_steps=2), np.asarray(solver.times(denoiser))
+    """What `solve` does, by hand: one compiled step serves every number of times."""
+    stepper, times = dataclasses.replace(solver, num_times=2), np.asarray(solver.times(denoiser))
+    memory = jax.vmap(partial(solver.init, denoiser))(x)
     for t, s in zip(times[:-1], times[1:], strict=True):
-        x = one_step(stepper, denoiser, x, t, s)
+        x, memory = one_step(stepper, denoiser, x, memory, t, s)
     return jax.vmap(lambda x: denoiser(x, times[-1]).x0)(x)
 
 
-NUM_STEPS = (33, 65, 129)
+NUM_TIMES = (33, 129)
 FLOWS = {"Gaussian": (gaussian, flow_of_gaussian, 2), "mixture": (mixture, flow_of_mixture, 1)}
-ORDERS = {"Heun": (Heun, 2), "Ancestral eta 0": (partial(Ancestral, eta=0.0), 1)}
+ORDERS = {"Heun": (Heun, 0.1), "DPMSolverPP": (DPMSolverPP, 0.2), "DDIM": (partial(Ancestral, eta=0.0), 0.1)}
 
 
-@pytest.mark.parametrize("make, expected", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("make, tolerance", ORDERS.values(), ids=ORDERS)
 @pytest.mark.parametrize("law, truth, dimension", FLOWS.values(), ids=FLOWS)
-def test_order_of_convergence_of_the_flow(law, truth, dimension, make, expected, x64):
-    """The fitted order is within 0.1 of the stated one."""
+def test_order_of_convergence_of_the_flow(law, truth, dimension, make, tolerance, x64):
+    """The fitted order is the stated one, within a tolerance; the DPM solver's first step, of order one, costs it some.
+
+    What is walked by hand is what `solve` walks.
+    """
     quantiles = norm.ppf([0.05, 0.2, 0.4, 0.6, 0.8, 0.95])
-    x = HIGHEST * np.stack([quantiles, quantiles[::-1]], 1)[:, :dimension]
-    errors = [np.abs(walk(make(n), law(), x) - truth(x)).max() for n in NUM_STEPS]
-    assert abs(order(np.array(NUM_STEPS) - 1, errors) - expected) < 0.1, errors
-    assert errors[-1] < (3e-4 if expected == 2 else 5e-2)
+    x, stated = HIGHEST * np.stack([quantiles, quantiles[::-1]], 1)[:, :dimension], make(33).order
+    num_times = 2 * np.array(NUM_TIMES) - 1 if make is DPMSolverPP else NUM_TIMES
+    errors = [np.abs(walk(make(int(n)), law(), x) - truth(x)).max() for n in num_times]
+    assert make(33).law == "flow"
+    assert abs(order(np.array(num_times) - 1, errors) - stated) < tolerance, errors
+    assert errors[-1] < (2e-3 if make is DPMSolverPP else 3e-4 if stated == 2 else 5e-2)
     if dimension == 1:
         np.testing.assert_allclose(run(make(33), law(), x), walk(make(33), law(), x), rtol=1e-9)
 
@@ -127,75 +135,87 @@ def test_heun_is_exact_for_an_isotropic_gaussian(x64):
     """Its coordinates are at rest there: three times are as good as infinitely many."""
     mean, variance = np.array([1.0, -2.0]), 0.7
     x = np.array([[30.0, -10.0], [0.0, 5.0], [-20.0, 3.0], [1.0, 1.0], [2.0, 2.0], [0.0, 0.0]])
-    for schedule in (LADDER, on_ladder(VP())):
-        alpha = schedule.alpha(schedule.t_max)
-        u = (x - mean) * np.sqrt((variance + LOWEST**2) / (variance + HIGHEST**2))
-        expected = mean + variance / (variance + LOWEST**2) * u
-        np.testing.assert_allclose(run(Heun(3), Gaussian(mean, variance, schedule), alpha * x), expected, rtol=1e-9)
+    schedule = on_ladder(VP())
+    u = (x - mean) * np.sqrt((variance + LOWEST**2) / (variance + HIGHEST**2))
+    expected = mean + variance / (variance + LOWEST**2) * u
+    start = schedule.alpha(schedule.t_max) * x
+    np.testing.assert_allclose(run(Heun(3), Gaussian(mean, variance, schedule), start), expected, rtol=1e-9)
 
 
 @jax.jit
-def affine(solver, denoiser, t, s):
-    """Slope, offset and noise coefficient per dimension of a step that is affine in the point and in its noise."""
-    keys, shape = jax.random.split(jax.random.key(0), 3), denoiser.event_shape
-    z = [jax.random.normal(k, shape) for k in keys]  # what a step draws
-    zero = jnp.zeros(shape)
-    at_zero = [solver.step(denoiser, zero, t, s, k) for k in keys]
-    slope = solver.step(denoiser, zero + 1.0, t, s, keys[0]) - at_zero[0]
-    noise = (at_zero[0] - at_zero[1]) / (z[0] - z[1])
-    offset = at_zero[0] - noise * z[0]
-    return slope, offset, noise, offset + noise * z[2] - at_zero[2]
+def moments_after(solver, denoiser, moments, memory, t, s):
+    """Mean, covariance and slope of a step that is affine in the point, in what is remembered and in its noise."""
+    mean, covariance, slope = moments
+    keys, split = jax.random.split(jax.random.key(0), 3), ravel_pytree((jnp.zeros(2), memory))[1]
+    z = [jax.random.normal(key, (2,)) for key in keys]  # what a step draws
+
+    def step(state, key):
+        point, memory = split(state)
+        return ravel_pytree(solver.step(denoiser, point, memory, t, s, key))[0]
+
+    steps = [step(mean, key) for key in keys]
+    noise = (steps[0] - steps[1])[:2] / (z[0] - z[1])
+    by_noise = jnp.zeros((len(mean), 2)).at[:2].set(jnp.diag(noise))
+    by_state = jax.jacfwd(step)(mean, keys[0])
+    without = steps[0] - by_noise @ z[0]
+    covariance = by_state @ covariance @ by_state.T + by_noise @ by_noise.T
+    return (without, covariance, by_state @ slope), without + by_noise @ z[2] - steps[2]
 
 
 def propagate(solver, denoiser, mean, variance):
     """Mean and variance of a Gaussian at the first time walked to the last, and the slope of all steps: no draws."""
-    stepper, times, total = dataclasses.replace(solver, num_steps=2), solver.times(denoiser), np.ones(2)
-    for t, s in zip(np.asarray(times[:-1]), np.asarray(times[1:]), strict=True):
-        slope, offset, noise, residual = affine(stepper, denoiser, t, s)
+    stepper, times = dataclasses.replace(solver, num_times=2), np.asarray(solver.times(denoiser))
+    memory = solver.init(denoiser, jnp.asarray(mean))
+    state = ravel_pytree((jnp.asarray(mean), memory))[0]
+    start = np.eye(len(state), 2)
+    moments = state, start * variance @ start.T, start
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        moments, residual = moments_after(stepper, denoiser, moments, memory, t, s)
         np.testing.assert_allclose(residual, 0.0, atol=1e-10)
-        mean, variance, total = slope * mean + offset, slope**2 * variance + noise**2, slope * total
-    return mean, variance, total
+    mean, covariance, slope = (np.asarray(moment) for moment in moments)
+    return mean[:2], np.diag(covariance)[:2], np.diag(slope[:2])
 
 
-WEAK = {
-    "Ancestral": (Ancestral, 1),
-    "Ancestral eta 0.5": (partial(Ancestral, eta=0.5), 1),
-    "EulerMaruyama": (EulerMaruyama, 1),
-    "ExponentialEuler eta 0.5": (partial(ExponentialEuler, eta=0.5), 1),
-    "StochasticHeun": (StochasticHeun, 2),
+LAWS = {
+    "Ancestral": (Ancestral, "reverse", 1),
+    "Ancestral eta 0.5": (partial(Ancestral, eta=0.5), "marginals", 1),
+    "EulerMaruyama": (EulerMaruyama, "reverse", 1),
+    "ExponentialEuler eta 0.5": (partial(ExponentialEuler, eta=0.5), "marginals", 1),
+    "DPMSolverPP eta 1": (partial(DPMSolverPP, eta=1.0), "reverse", 2),
+    "DPMSolverPP eta 0.5": (partial(DPMSolverPP, eta=0.5), "marginals", 2),
+    "StochasticHeun": (StochasticHeun, "marginals", 2),
 }
 
 
-@pytest.mark.parametrize("make, expected", WEAK.values(), ids=WEAK)
-def test_weak_order_in_the_variance(make, expected, x64):
-    """The noisy law walked down: the mean is exact, the variance errs by the stated order, within 0.15."""
-    errors = []
-    for n in NUM_STEPS:
-        mean, variance, _ = propagate(make(n), gaussian(), MEAN, VARIANCES + HIGHEST**2)
-        np.testing.assert_allclose(mean, MEAN, rtol=1e-8)
-        errors.append(np.abs(variance / (VARIANCES + LOWEST**2) - 1).max())
-    assert abs(order(np.array(NUM_STEPS) - 1, errors) - expected) < 0.15, errors
-    assert errors[-1] < (2e-3 if expected == 2 else 0.1)
+@pytest.mark.parametrize("make, law, stated", LAWS.values(), ids=LAWS)
+def test_law_and_order_of_the_stochastic_solvers(make, law, stated, x64):
+    """On a Gaussian the errors of the law that a solver states are of the order that it states, within 0.15.
 
-
-@pytest.mark.parametrize("make", [Ancestral, EulerMaruyama, StochasticHeun])
-def test_the_reverse_process_and_not_another_with_its_marginals(make, x64):
-    """From a point x_t at level 2, slope and variance of x | x_t are Bayes', up to first order in the step.
-
-    Any share of noise keeps the marginals; only the full one is the reverse of the noising, which DiffusionPCN needs.
-    For `StochasticHeun` too this joint law is of order one (it starts with a step without noise), its marginals of two.
+    All keep the marginals: the noisy law walked down has the right mean, and a variance off by that order. The law of
+    x given a point at level 2, Bayes' slope and variance, is that of "reverse" alone: what only keeps the marginals
+    has another, or reaches it by a lower order, as `StochasticHeun` does.
     """
     schedule, high = VE(LOWEST, 2.0), 2.0
     slope = (VARIANCES + LOWEST**2) / (VARIANCES + high**2)
     variance = slope * (high**2 - LOWEST**2)
-    errors = []
-    for n in NUM_STEPS:
+    marginal, given = [], []
+    for n in NUM_TIMES:
+        mean, got, _ = propagate(make(n), gaussian(), MEAN, VARIANCES + HIGHEST**2)
+        np.testing.assert_allclose(mean, MEAN, rtol=1e-8)
+        marginal.append(np.abs(got / (VARIANCES + LOWEST**2) - 1).max())
         _, got, total = propagate(make(n), gaussian(schedule), np.zeros(2), np.zeros(2))
-        errors.append(max(np.abs(got / variance - 1).max(), np.abs(total / slope - 1).max()))
-    assert errors[-1] < 0.05 and order(np.array(NUM_STEPS) - 1, errors) > 0.75, errors
+        given.append(max(np.abs(got / variance - 1).max(), np.abs(total / slope - 1).max()))
+    steps = np.array(NUM_TIMES) - 1
+    assert (make(33).law, make(33).order) == (law, stated)
+    assert abs(order(steps, marginal) - stated) < 0.15, marginal
+    assert marginal[-1] < (2e-3 if stated == 2 else 0.1)
+    if law == "reverse":
+        assert abs(order(steps, given) - stated) < 0.15 and given[-1] < (1e-3 if stated == 2 else 0.05), given
+    else:
+        assert order(steps, given) < stated - 0.5, given
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("schedule", [VP(), Rectified()], ids=["VP", "Rectified"])
 def test_draws_have_the_moments_of_the_law(schedule):
     """Mean and variance over 4,000 draws within 4.5 standard errors, plus what 32 steps cost: 1 % of the variance."""
     check_draws(Heun(32), schedule, 0.01)
@@ -217,7 +237,6 @@ def check_draws(solver, schedule, bias):
 
 
 CLOCKS = [
-    ("Ancestral", "VP"),
     ("Ancestral", "SubVP"),
     ("Heun", "Cosine"),
     ("StochasticHeun", "Rectified"),
@@ -235,7 +254,7 @@ def test_all_schedules_are_one_process(name, schedule, x64):
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["Ancestral", "Heun", "StochasticHeun"])
+@pytest.mark.parametrize("name", ["Heun", "StochasticHeun"])
 def test_start_continues_a_walk(name, x64):
     """Walking k times by hand and the rest from start=k is the whole walk, with static and with traced start."""
     solver, denoiser, key, k = SOLVERS[name], gaussian(), jax.random.key(3), 4
@@ -245,7 +264,7 @@ def test_start_continues_a_walk(name, x64):
 
     @jax.jit
     def step(x_t, t, s, key):
-        return solver.step(denoiser, x_t, t, s, key)
+        return solver.step(denoiser, x_t, (), t, s, key)[0]
 
     for i in range(k):
         x_t = step(x_t, times[i], times[i + 1], None if key is None else jax.random.fold_in(key, i))
@@ -257,7 +276,7 @@ def test_start_continues_a_walk(name, x64):
     np.testing.assert_allclose(traced(x_t, key, jnp.asarray(k)), whole, rtol=1e-9)
     np.testing.assert_allclose(traced(x, key, jnp.asarray(0)), whole, rtol=1e-9)
     last = denoiser(x_t, times[-1]).x0  # from the last time there is only the posterior mean to take
-    np.testing.assert_allclose(traced(x_t, key, jnp.asarray(solver.num_steps - 1)), last, rtol=1e-9)
+    np.testing.assert_allclose(traced(x_t, key, jnp.asarray(solver.num_times - 1)), last, rtol=1e-9)
 
 
 @each_solver
@@ -265,16 +284,16 @@ def test_evaluations_are_counted_right(solver):
     calls = []
 
     class Counting(Gaussian):
-        def __call__(self, x_t, t, cond=None):
+        def __call__(self, x_t, t):
             calls.append(t)
-            return super().__call__(x_t, t, cond)
+            return super().__call__(x_t, t)
 
     denoiser = Counting(MEAN, VARIANCES, LADDER)
-    jax.eval_shape(lambda x, key: solver.step(denoiser, x, 0.5, 0.4, key), jnp.zeros(2), jax.random.key(0))
+    jax.eval_shape(lambda x, key: solver.step(denoiser, x, (), 0.5, 0.4, key), jnp.zeros(2), jax.random.key(0))
     assert len(calls) == solver.evaluations_per_step
-    assert solver.evaluations() == (solver.num_steps - 1) * solver.evaluations_per_step + 1
-    assert solver.evaluations(solver.num_steps - 1) == 1
-    assert solver.times(denoiser).shape == (solver.num_steps,)
+    assert solver.evaluations() == (solver.num_times - 1) * solver.evaluations_per_step + 1
+    assert solver.evaluations(solver.num_times - 1) == 1
+    assert solver.times(denoiser).shape == (solver.num_times,)
 
 
 def test_noise_along_the_way():
@@ -338,10 +357,10 @@ def test_solvers_are_static():
 
 
 BAD = {
-    "one step": (lambda: Heun(1), ValueError, "num_steps must be at least 2; got 1"),
-    "no steps": (lambda: StochasticHeun(0), ValueError, "num_steps must be at least 2; got 0"),
-    "half a step": (lambda: Ancestral(2.5), TypeError, "num_steps must be a whole number; got 2.5"),
-    "a truth": (lambda: Ancestral(True), TypeError, "num_steps must be a whole number; got True"),
+    "one step": (lambda: Heun(1), ValueError, "num_times must be at least 2; got 1"),
+    "no steps": (lambda: StochasticHeun(0), ValueError, "num_times must be at least 2; got 0"),
+    "half a step": (lambda: Ancestral(2.5), TypeError, "num_times must be a whole number; got 2.5"),
+    "a truth": (lambda: Ancestral(True), TypeError, "num_times must be a whole number; got True"),
     "eta": (lambda: Ancestral(eta=1.5), ValueError, r"eta must lie in \[0, 1\]; got 1.5"),
     "churn": (lambda: StochasticHeun(churn=0.0), ValueError, "churn must be positive and finite; got 0.0"),
     "grid": (lambda: Heun(grid="karras"), TypeError, r"grid must be a TimeGrid such as noise.Karras\(\); got 'karras'"),

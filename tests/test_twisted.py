@@ -17,7 +17,7 @@ from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.guidance import MOMENTS, linear
 from numpyro_diffusion.infer import DiffusionGibbs, GuidedPCN, ParticleGibbs, TwistedSMC
 from numpyro_diffusion.noise import VE
-from numpyro_diffusion.solve import Ancestral, DPMSolverPP, ExponentialEuler, Heun, sample
+from numpyro_diffusion.solve import DPMSolverPP, ExponentialEuler, Heun, StochasticHeun, sample
 
 SLOW = pytest.mark.slow
 SCHEDULE, SAMPLER = VE(0.01, 40.0), DPMSolverPP(48, eta=1.0)
@@ -249,7 +249,7 @@ def test_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize("solver", [Heun(), Ancestral(), DPMSolverPP(eta=0.0)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("solver", [Heun(), StochasticHeun(), DPMSolverPP(eta=0.0)], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("make", [TwistedSMC, GuidedPCN, ParticleGibbs])
 def test_solvers_whose_steps_have_no_density_are_refused(make, solver):
     with pytest.raises(TypeError, match="steps whose density is known"):

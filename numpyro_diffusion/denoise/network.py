@@ -39,7 +39,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from numpyro_diffusion import _checks
+from numpyro_diffusion import _checks, _precision
 from numpyro_diffusion.denoise.prediction import DensityKind, Prediction
 from numpyro_diffusion.denoise.targets import TARGETS
 from numpyro_diffusion.nn import modes
@@ -63,6 +63,8 @@ class NetworkDenoiser:
         location: centre $m$ of the data, of `event_shape` or a scalar.
         scale: standard deviation $c$ of the data, a positive scalar.
         target: what the network's output means: "edm", "x0", "eps", "v", "velocity", "score" or "energy".
+        precision: of the network's matrix products, as in `jax.default_matmul_precision`; None takes JAX's setting.
+            What is around the network is computed in full precision by priors and kernels.
 
     Raises:
         TypeError: if `backbone` is not a flax module with an `event_shape`, or `schedule` is not a `Schedule`.
@@ -87,16 +89,19 @@ class NetworkDenoiser:
         location: ArrayLike = 0.0,
         scale: ArrayLike = 1.0,
         target: str = "edm",
+        precision: str | None = None,
     ) -> None:
         if not isinstance(backbone, nnx.Module):
             raise TypeError(f"backbone must be a flax.nnx.Module; got {type(backbone).__name__}")
         if not isinstance(getattr(backbone, "event_shape", None), tuple):
             raise TypeError(f"backbone must have a tuple `event_shape`; {type(backbone).__name__} has none")
         _checks.one_of("target", target, TARGETS)
+        _checks.one_of("precision", precision, (None, *_precision.PRECISIONS))
         if getattr(backbone, "scalar", False) and target != "energy":
             raise ValueError(f'target must be "energy" for a backbone that returns a scalar; got {target!r}')
         self.event_shape = backbone.event_shape
         self.target = target
+        self.precision = precision
         self.frozen = True
         self._base = _check_schedule(VE() if schedule is None else schedule)
         self._graphdef, self.weights = nnx.split(modes.evaluation(backbone))
@@ -226,7 +231,8 @@ class NetworkDenoiser:
         def network(w: jax.Array) -> jax.Array:
             w, *others = _cast((w, c_noise, cond), self.dtype)
             called = backbone if self._key is None else self._training.merge(self._key, weights)
-            out, expected = called(w, *others), () if scalar else self.event_shape
+            with _precision.network(self.precision):
+                out, expected = called(w, *others), () if scalar else self.event_shape
             if jnp.shape(out) != expected:
                 raise ValueError(f"backbone must return shape {expected}; got {jnp.shape(out)}")
             return jnp.sum((w - 0.5 * out) * out) if self.target == "energy" and not scalar else out
@@ -239,13 +245,13 @@ class NetworkDenoiser:
         return other
 
     def tree_flatten(self):
-        static = (self._graphdef, self._training, self._base, self.target, self.event_shape, self.frozen)
+        static = self._graphdef, self._training, self._base, self.target, self.precision, self.event_shape, self.frozen
         return (self.weights, self._location, self._scale, self._key), static
 
     @classmethod
     def tree_unflatten(cls, static, leaves):
         self = object.__new__(cls)
-        self._graphdef, self._training, self._base, self.target, self.event_shape, self.frozen = static
+        self._graphdef, self._training, self._base, self.target, self.precision, self.event_shape, self.frozen = static
         self.weights, self._location, self._scale, self._key = leaves
         return self
 

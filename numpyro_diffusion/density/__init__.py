@@ -9,13 +9,15 @@ from numpyro_diffusion.density.bound import (
     importance_weighted_bound,
     learn_variances,
 )
-from numpyro_diffusion.density.flow import LogProb, log_prob
+from numpyro_diffusion.density.flow import LogProb, clean_log_density, clean_score, log_prob
 
 __all__ = [
     "Elbo",
     "ElboGap",
     "LogProb",
     "bits_per_dim",
+    "clean_log_density",
+    "clean_score",
     "dequantize",
     "elbo",
     "elbo_gap",

@@ -43,7 +43,7 @@ from jax.scipy.stats import norm
 from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.denoise import Denoiser
+from numpyro_diffusion.denoise import Conditioned, Denoiser
 from numpyro_diffusion.density.flow import LogProb, log_prob
 from numpyro_diffusion.noise import TimeGrid, UniformLogSNR
 from numpyro_diffusion.solve import Heun
@@ -60,8 +60,8 @@ class Elbo(NamedTuple):
     prior: jax.Array  # cost of the noisiest level
     diffusion: jax.Array  # cost of the transitions
     reconstruction: jax.Array  # cost of the step from the cleanest level to the data
-    per_level: jax.Array  # cost of each transition, from the noisiest, (num_steps - 1,)
-    noise_levels: jax.Array  # the levels, from the noisiest, (num_steps,)
+    per_level: jax.Array  # cost of each transition, from the noisiest, (num_times - 1,)
+    noise_levels: jax.Array  # the levels, from the noisiest, (num_times,)
 
 
 class ElboGap(NamedTuple):
@@ -69,8 +69,8 @@ class ElboGap(NamedTuple):
 
     value: jax.Array  # flow minus bound, nats
     standard_error: jax.Array  # of the bound's samples and the flow's probes together
-    per_level: jax.Array  # what each transition costs beyond the continuous limit, from the noisiest, (num_steps - 1,)
-    noise_levels: jax.Array  # the levels, (num_steps,)
+    per_level: jax.Array  # what each transition costs beyond the continuous limit, from the noisiest, (num_times - 1,)
+    noise_levels: jax.Array  # the levels, (num_times,)
 
 
 def elbo(
@@ -79,10 +79,9 @@ def elbo(
     key: jax.Array,
     *,
     transition: str | ArrayLike = "continuous",
-    num_steps: int = 64,
+    num_times: int = 64,
     num_samples: int = 8,
     grid: TimeGrid = GRID,
-    cond: ArrayLike | None = None,
 ) -> Elbo:
     """The variational bound on the log-density of a clean point.
 
@@ -91,12 +90,11 @@ def elbo(
         x: clean point of `event_shape`.
         key: random key.
         transition: variance of the transitions: "posterior", "beta", or places between the two on the log-line, 0 to 1,
-            from the noisiest transition, shape (num_steps - 1,); or "continuous", the limit of many steps, estimated
+            from the noisiest transition, shape (num_times - 1,); or "continuous", the limit of many steps, estimated
             with one noise level drawn in each interval of the grid.
-        num_steps: number of noise levels of the grid.
-        num_samples: independent noises, num_steps denoiser evaluations each.
+        num_times: number of noise levels of the grid.
+        num_samples: independent noises, num_times denoiser evaluations each.
         grid: where the levels lie.
-        cond: what a conditional denoiser is conditioned on.
 
     Returns:
         The bound, its terms and its standard error.
@@ -113,12 +111,12 @@ def elbo(
         >>> bool(bound.value < -1.83 + 4 * bound.standard_error)  # log p is -1.84
         True
     """
-    x, levels, times = _check(denoiser, x, transition, num_steps, grid, num_samples=num_samples)
+    x, levels, times = _check(denoiser, x, transition, num_times, grid, num_samples=num_samples)
     prior = _prior_cost(denoiser, x, levels[0])
 
     def sample(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         key_transitions, key_last = jax.random.split(key)
-        transitions = _transition_costs(denoiser, x, key_transitions, levels, times, transition, cond)
+        transitions = _transition_costs(denoiser, x, key_transitions, levels, times, transition)
         u_0 = x + levels[-1] * jax.random.normal(key_last, x.shape, x.dtype)
         x0 = denoiser(denoiser.schedule.alpha(times[-1]) * u_0, times[-1]).x0
         return transitions, -norm.logpdf(x, x0, levels[-1]).sum()
@@ -138,11 +136,10 @@ def importance_weighted_bound(
     *,
     transition: str | ArrayLike = "posterior",
     num_paths: int = 16,
-    num_steps: int = 64,
+    num_times: int = 64,
     grid: TimeGrid = GRID,
-    cond: ArrayLike | None = None,
 ) -> jax.Array:
-    r"""The bound $E \log \frac1K \sum_k p(x, u^{(k)}) / q(u^{(k)} | x)$ of the model in `num_steps` steps.
+    r"""The bound $E \log \frac1K \sum_k p(x, u^{(k)}) / q(u^{(k)} | x)$ of the model in `num_times` steps.
 
     It grows with the number of paths $K$, from the bound of `elbo` at $K = 1$ to the log-density of the stepwise model.
 
@@ -152,9 +149,8 @@ def importance_weighted_bound(
         key: random key.
         transition: as in `elbo`, but not "continuous".
         num_paths: number of paths of latent points $K$.
-        num_steps: number of noise levels of the grid.
+        num_times: number of noise levels of the grid.
         grid: where the levels lie.
-        cond: what a conditional denoiser is conditioned on.
 
     Returns:
         An unbiased estimate of the bound, a scalar in nats.
@@ -166,16 +162,16 @@ def importance_weighted_bound(
         raise ValueError(
             'transition must be "posterior", "beta" or weights: paths have steps, and a continuous one none'
         )
-    x, levels, times = _check(denoiser, x, transition, num_steps, grid, num_paths=num_paths)
+    x, levels, times = _check(denoiser, x, transition, num_times, grid, num_paths=num_paths)
     variances = _variances(levels, transition)
     ratios = (levels[1:] / levels[:-1]) ** 2
     gaps = jnp.sqrt((levels[:-1] - levels[1:]) * (levels[:-1] + levels[1:]))
 
     def log_weight(key: jax.Array) -> jax.Array:
-        steps = jax.random.normal(key, (num_steps, *x.shape), x.dtype)
+        steps = jax.random.normal(key, (num_times, *x.shape), x.dtype)
         scales = jnp.concatenate([gaps, levels[-1:]]).reshape(-1, *(1,) * x.ndim)
         u = x + jnp.cumsum((scales * steps)[::-1], 0)[::-1]  # from the noisiest, each a little noisier than the next
-        x0 = _denoise(denoiser, u, times, cond)
+        x0 = _denoise(denoiser, u, times)
         shape = (-1, *(1,) * x.ndim)
         means = ratios.reshape(shape) * u[:-1] + (1.0 - ratios).reshape(shape) * x0[:-1]
         model = norm.logpdf(u[1:], means, jnp.sqrt(variances).reshape(shape)).sum()
@@ -195,10 +191,9 @@ def elbo_gap(
     solver: Heun = Heun(64),  # noqa: B008
     num_probes: int | None = None,
     transition: str | ArrayLike = "posterior",
-    num_steps: int = 64,
+    num_times: int = 64,
     num_samples: int = 8,
     grid: TimeGrid = GRID,
-    cond: ArrayLike | None = None,
 ) -> ElboGap:
     """How tight the bound is: the flow's log-density minus the bound, and which transitions lose it.
 
@@ -209,20 +204,18 @@ def elbo_gap(
         solver: of the probability flow, as in `log_prob`.
         num_probes: of its trace, as in `log_prob`.
         transition: as in `elbo`.
-        num_steps: as in `elbo`.
+        num_times: as in `elbo`.
         num_samples: as in `elbo`.
         grid: as in `elbo`.
-        cond: what a conditional denoiser is conditioned on.
 
     Returns:
         The gap with its standard error, and the cost of each transition beyond the continuous limit. What the sum of
         these leaves over is due to the terminal law, the reconstruction and the difference of flow and reverse process.
     """
     keys = jax.random.split(key, 3)
-    flow: LogProb = log_prob(
-        denoiser, x, solver, num_probes=num_probes, key=None if num_probes is None else keys[0], cond=cond
-    )
-    options = {"num_steps": num_steps, "num_samples": num_samples, "grid": grid, "cond": cond}
+    key_probes = None if num_probes is None else keys[0]
+    flow: LogProb = log_prob(denoiser, x, solver, num_probes=num_probes, key=key_probes)
+    options = {"num_times": num_times, "num_samples": num_samples, "grid": grid}
     bound = elbo(denoiser, x, keys[1], transition=transition, **options)
     limit = elbo(denoiser, x, keys[2], transition="continuous", **options)
     standard_error = jnp.hypot(flow.standard_error, bound.standard_error)
@@ -234,7 +227,7 @@ def learn_variances(
     data: jax.Array,
     key: jax.Array,
     *,
-    num_steps: int = 64,
+    num_times: int = 64,
     grid: TimeGrid = GRID,
     cond: ArrayLike | None = None,
 ) -> jax.Array:
@@ -244,21 +237,22 @@ def learn_variances(
         denoiser: the model.
         data: examples, shape (rows, *event_shape); each is noised once to every level.
         key: random key.
-        num_steps: number of noise levels of the grid.
+        num_times: number of noise levels of the grid.
         grid: where the levels lie.
         cond: conditions of the examples, (rows, ...), or None.
 
     Returns:
         Places between "posterior" (0) and "beta" (1) on the log-line, from the noisiest transition,
-        shape (num_steps - 1,): the `transition` of `elbo`.
+        shape (num_times - 1,): the `transition` of `elbo`.
     """
-    _, levels, times = _check(denoiser, data[0], "posterior", num_steps, grid)
+    _, levels, times = _check(denoiser, data[0], "posterior", num_times, grid)
 
     def squared_error(row: tuple[jax.Array, jax.Array, ArrayLike | None]) -> jax.Array:
         x, key, cond = row
-        noise = jax.random.normal(key, (num_steps - 1, *x.shape), x.dtype)
+        told = denoiser if cond is None else Conditioned(denoiser, cond)
+        noise = jax.random.normal(key, (num_times - 1, *x.shape), x.dtype)
         u = x + levels[:-1].reshape(-1, *(1,) * x.ndim) * noise
-        return jnp.mean((_denoise(denoiser, u, times[:-1], cond) - x) ** 2, axis=tuple(range(1, x.ndim + 1)))
+        return jnp.mean((_denoise(told, u, times[:-1]) - x) ** 2, axis=tuple(range(1, x.ndim + 1)))
 
     errors = jax.lax.map(squared_error, (data, jax.random.split(key, len(data)), cond)).mean(0)
     ratios = (levels[1:] / levels[:-1]) ** 2
@@ -267,23 +261,23 @@ def learn_variances(
     return jnp.clip(jnp.log(best / low) / jnp.log(high / low), 0.0, 1.0)
 
 
-def _check(denoiser, x, transition, num_steps, grid, **counts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The point as floats, the noise levels from the noisiest and their times, both (num_steps,)."""
+def _check(denoiser, x, transition, num_times, grid, **counts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The point as floats, the noise levels from the noisiest and their times, both (num_times,)."""
     x = jnp.asarray(x, jnp.result_type(x, float))
     if x.shape != denoiser.event_shape:
         raise ValueError(f"x must be one point of shape {denoiser.event_shape}; got {x.shape}. Use jax.vmap")
-    _checks.at_least(2, num_steps=num_steps)
+    _checks.at_least(2, num_times=num_times)
     _checks.at_least(1, **counts)
     if isinstance(transition, str):
         _checks.one_of("transition", transition, _TRANSITIONS)
-    elif jnp.shape(transition) != (num_steps - 1,):
-        raise ValueError(f"transition must have shape ({num_steps - 1},); got {jnp.shape(transition)}")
-    times = grid(denoiser.schedule, num_steps)
+    elif jnp.shape(transition) != (num_times - 1,):
+        raise ValueError(f"transition must have shape ({num_times - 1},); got {jnp.shape(transition)}")
+    times = grid(denoiser.schedule, num_times)
     return x, denoiser.schedule.noise_level(times).astype(x.dtype), times
 
 
 def _variances(levels: jax.Array, transition: str | ArrayLike) -> jax.Array:
-    """Variance of each transition, from the noisiest, (num_steps - 1,)."""
+    """Variance of each transition, from the noisiest, (num_times - 1,)."""
     high, low = levels[:-1], levels[1:]
     beta = (high - low) * (high + low)
     if isinstance(transition, str):
@@ -291,7 +285,7 @@ def _variances(levels: jax.Array, transition: str | ArrayLike) -> jax.Array:
     return beta * (low / high) ** (2.0 * (1.0 - jnp.asarray(transition, levels.dtype)))
 
 
-def _denoise(denoiser: Denoiser, u: jax.Array, times: jax.Array, cond: ArrayLike | None) -> jax.Array:
+def _denoise(denoiser: Denoiser, u: jax.Array, times: jax.Array) -> jax.Array:
     """Posterior means of points `u = x_t / alpha_t`, one at each time."""
     return jax.vmap(lambda u, t: denoiser((denoiser.schedule.alpha(t) * u).astype(u.dtype), t).x0)(u, times)
 
@@ -313,9 +307,8 @@ def _transition_costs(
     levels: jax.Array,
     times: jax.Array,
     transition: str | ArrayLike,
-    cond: ArrayLike | None,
 ) -> jax.Array:
-    """One noise's estimate of the cost of every transition, (num_steps - 1,)."""
+    """One noise's estimate of the cost of every transition, (num_times - 1,)."""
     key_noise, key_place = jax.random.split(key)
     noise = jax.random.normal(key_noise, (len(levels) - 1, *x.shape), x.dtype)
     spans = 2.0 * jnp.log(levels[:-1] / levels[1:])  # in log-SNR
@@ -323,18 +316,18 @@ def _transition_costs(
         places = jax.random.uniform(key_place, spans.shape, x.dtype)
         drawn = levels[:-1] * jnp.exp(-0.5 * places * spans)
         drawn_times = denoiser.schedule.inverse_noise_level(drawn)
-        return 0.5 * spans * _squared_errors(denoiser, x, noise, drawn, drawn_times, cond) / drawn**2
+        return 0.5 * spans * _squared_errors(denoiser, x, noise, drawn, drawn_times) / drawn**2
     variances = _variances(levels, transition)
     shrink = 1.0 - (levels[1:] / levels[:-1]) ** 2
     ratio = _variances(levels, "posterior") / variances
-    errors = _squared_errors(denoiser, x, noise, levels[:-1], times[:-1], cond)
+    errors = _squared_errors(denoiser, x, noise, levels[:-1], times[:-1])
     return 0.5 * shrink**2 / variances * errors + 0.5 * x.size * (ratio - 1.0 - jnp.log(ratio))
 
 
-def _squared_errors(denoiser, x, noise, levels, times, cond) -> jax.Array:
+def _squared_errors(denoiser, x, noise, levels, times) -> jax.Array:
     """Squared errors of the posterior mean at each level, (levels,)."""
     u = x + levels.reshape(-1, *(1,) * x.ndim) * noise
-    return jnp.sum((_denoise(denoiser, u, times, cond) - x) ** 2, axis=tuple(range(1, x.ndim + 1)))
+    return jnp.sum((_denoise(denoiser, u, times) - x) ** 2, axis=tuple(range(1, x.ndim + 1)))
 
 
 def _standard_error(samples: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 r"""The log-density of a diffusion model, by its probability flow.
 
-Along the flow $\dot w(\varphi)$ of `solve.ode` the density changes by the divergence of the velocity. It ends in
+Along the flow $\dot w(\varphi)$ of `solve.flow` the density changes by the divergence of the velocity. It ends in
 $N(0, I)$ and starts at $w = (x - m) / \rho_0$, so
 
 $$\log p(x) = \log N(w_1; 0, I) + \int_{\varphi_0}^{\varphi_1} \mathrm{tr}\, \frac{\partial \dot w}{\partial w}\,
@@ -16,7 +16,7 @@ the truth is the data's law under the largest noise. The last is zero only for a
 $(s / \lambda_1)^2$ in nats.
 
 The gradient in $x$ is *defined* as the score, in forward and reverse mode, and is never taken through the solve. In the
-denoiser's own arrays the derivative is that of the solve.
+denoiser's own arrays, a condition among them (`denoise.Conditioned`), the derivative is that of the solve.
 
 References:
     Chen et al., Neural ordinary differential equations, 2018, https://arxiv.org/abs/1806.07366.
@@ -36,10 +36,10 @@ from jax.custom_derivatives import SymbolicZero
 from jax.scipy.stats import norm
 from jax.typing import ArrayLike
 
-from numpyro_diffusion import _checks
+from numpyro_diffusion import _checks, _precision
 from numpyro_diffusion.denoise import Denoiser, Product
 from numpyro_diffusion.denoise.wrapped import inside
-from numpyro_diffusion.solve import AdaptiveFlow, Heun, ode
+from numpyro_diffusion.solve import AdaptiveFlow, Heun, flow
 
 
 class LogProb(NamedTuple):
@@ -58,7 +58,6 @@ def log_prob(
     num_probes: int | None = None,
     key: jax.Array | None = None,
     probes: Literal["rademacher", "normal"] = "rademacher",
-    cond: ArrayLike | None = None,
 ) -> LogProb:
     r"""The normalised log-density of a clean point under the model's probability flow.
 
@@ -69,11 +68,10 @@ def log_prob(
         num_probes: number of Hutchinson probes; None for the exact trace.
         key: random key of the probes.
         probes: their law; Rademacher probes have the smaller variance.
-        cond: what a conditional denoiser is conditioned on.
 
     Returns:
         A `LogProb`. The gradient of its value in `x` is the score at the smallest noise level, that in the arrays of
-        the denoiser and in `cond` is the solve's.
+        the denoiser is the solve's.
 
     Raises:
         ValueError: if `x` is not of `event_shape`, `num_probes` is below one or `probes` unknown, or a key is missing
@@ -98,7 +96,7 @@ def log_prob(
             "is known up to a constant; kernels take it with Density(), NUTS with infer.with_density(model)"
         )
     drawn = _draw_probes(x, num_probes, key, probes)
-    value, standard_error, num_evals = _log_prob(solver, (denoiser, cond), x, drawn)
+    value, standard_error, num_evals = _log_prob(solver, denoiser, x, drawn)
     return LogProb(value, standard_error, num_evals)
 
 
@@ -116,12 +114,12 @@ def _draw_probes(x: jax.Array, num_probes: int | None, key: jax.Array | None, la
 
 
 def _velocity_and_traces(
-    denoiser: Denoiser, cond: ArrayLike | None, w: jax.Array, t: ArrayLike, probes: jax.Array | None
+    denoiser: Denoiser, w: jax.Array, t: ArrayLike, probes: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """The velocity of the flow and its divergence: one number if exact, one per probe if not."""
 
     def flat_velocity(w: jax.Array) -> jax.Array:
-        return ode.velocity(denoiser, w.reshape(denoiser.event_shape), t, cond).reshape(-1).astype(w.dtype)
+        return flow.velocity(denoiser, w.reshape(denoiser.event_shape), t).reshape(-1)
 
     value, jvp = jax.linearize(flat_velocity, w)
     if probes is None:
@@ -130,21 +128,20 @@ def _velocity_and_traces(
 
 
 def _solve(
-    solver: Heun | AdaptiveFlow, model: tuple[Denoiser, ArrayLike | None], x: jax.Array, probes: jax.Array | None
+    solver: Heun | AdaptiveFlow, denoiser: Denoiser, x: jax.Array, probes: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    denoiser, cond = model
     times = solver.times(denoiser)[::-1]
-    start = ode.to_rest(denoiser, denoiser.schedule.alpha(times[0]) * x, times[0]).reshape(-1).astype(x.dtype)
+    start = flow.to_rest(denoiser, denoiser.schedule.alpha(times[0]) * x, times[0]).reshape(-1).astype(x.dtype)
     state = start, jnp.zeros(1 if probes is None else len(probes), x.dtype)
 
     def slopes(t: ArrayLike, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _velocity_and_traces(denoiser, cond, w, t, probes)
+        return _velocity_and_traces(denoiser, w, t, probes)
 
     if isinstance(solver, AdaptiveFlow):
         velocity = lambda t, state: slopes(t, state[0])  # noqa: E731
         (w, integrals), num_evals = solver.follow(denoiser, velocity, state, times[0], times[-1])
     else:
-        ticks = jnp.diff(ode.clock(denoiser, times)).astype(x.dtype)
+        ticks = jnp.diff(flow.clock(denoiser, times)).astype(x.dtype)
 
         def step(state, k):
             w, integrals = state
@@ -153,9 +150,9 @@ def _solve(
             w = w + 0.5 * ticks[k] * (velocity + velocity_there)
             return (w, integrals + 0.5 * ticks[k] * (traces + traces_there)), None
 
-        (w, integrals), _ = jax.lax.scan(step, state, jnp.arange(solver.num_steps - 1))
-        num_evals = jnp.asarray(2 * (solver.num_steps - 1))
-    log_start = norm.logpdf(w).sum() - x.size * jnp.log(ode.spread(denoiser, times[0])).astype(x.dtype)
+        (w, integrals), _ = jax.lax.scan(step, state, jnp.arange(solver.num_times - 1))
+        num_evals = jnp.asarray(2 * (solver.num_times - 1))
+    log_start = norm.logpdf(w).sum() - x.size * jnp.log(flow.spread(denoiser, times[0])).astype(x.dtype)
     if probes is None:
         standard_error = jnp.zeros((), x.dtype)
     else:
@@ -164,36 +161,53 @@ def _solve(
     return log_start + jnp.mean(integrals), jax.lax.stop_gradient(standard_error), num_evals
 
 
+def clean_score(denoiser: Denoiser, x: jax.Array) -> jax.Array:
+    """The gradient of log p at a clean point of `event_shape`, read off at the smallest noise level."""
+    t = denoiser.schedule.t_min
+    alpha = denoiser.schedule.alpha(t).astype(x.dtype)
+    return (alpha * denoiser((alpha * x).astype(x.dtype), t).score).astype(x.dtype)
+
+
+def clean_log_density(denoiser: Denoiser, x: jax.Array) -> jax.Array:
+    r"""A denoiser's own log-density at a clean point of `event_shape`, $\log p_t(\alpha_t x) + d \log \alpha_t$.
+
+    Like the flow's it is that of the law under the smallest noise; it is normalised if the denoiser's is.
+    """
+    t = denoiser.schedule.t_min
+    alpha = denoiser.schedule.alpha(t)
+    return (denoiser.log_density((alpha * x).astype(x.dtype), t) + x.size * jnp.log(alpha)).astype(x.dtype)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _log_prob(solver, model, x, probes):
-    return _solve(solver, model, x, probes)
+def _log_prob(solver, denoiser, x, probes):
+    with _precision.highest():
+        return _solve(solver, denoiser, x, probes)
 
 
 @partial(_log_prob.defjvp, symbolic_zeros=True)
 def _log_prob_jvp(solver, primals, tangents):
-    model, x, probes = primals
-    model_dot, x_dot, _ = tangents
-    leaves, structure = jax.tree.flatten(model)
-    dots = jax.tree.leaves(model_dot, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
+    denoiser, x, probes = primals
+    denoiser_dot, x_dot, _ = tangents
+    leaves, structure = jax.tree.flatten(denoiser)
+    dots = jax.tree.leaves(denoiser_dot, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
     moving = [i for i, dot in enumerate(dots) if not isinstance(dot, SymbolicZero)]
 
     def in_arrays(*moved: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         replaced = list(leaves)
         for i, leaf in zip(moving, moved, strict=True):
             replaced[i] = leaf
-        value, *rest = _solve(solver, jax.tree.unflatten(structure, replaced), x, probes)
+        with _precision.highest():  # a rule is traced where the derivative is taken
+            value, *rest = _solve(solver, jax.tree.unflatten(structure, replaced), x, probes)
         return value, tuple(rest)
 
     if moving:
         value, dot, rest = jax.jvp(in_arrays, [leaves[i] for i in moving], [dots[i] for i in moving], has_aux=True)
     else:
-        value, *rest = _log_prob(solver, model, x, probes)
+        value, *rest = _log_prob(solver, denoiser, x, probes)
         dot = jnp.zeros((), x.dtype)
     if not isinstance(x_dot, SymbolicZero):
-        denoiser, cond = model
-        alpha = denoiser.schedule.alpha(denoiser.schedule.t_min)
-        score = alpha * denoiser(alpha * x, denoiser.schedule.t_min).score
-        dot = dot + jnp.vdot(score, x_dot)
+        with _precision.highest():
+            dot = dot + jnp.vdot(clean_score(denoiser, x), x_dot)
     standard_error, num_evals = rest
     still = jnp.zeros_like(standard_error), np.zeros(jnp.shape(num_evals), jax.dtypes.float0)
     return (value, standard_error, num_evals), (dot.astype(value.dtype), *still)

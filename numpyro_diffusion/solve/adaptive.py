@@ -1,6 +1,6 @@
 r"""The probability flow with the step size left to an error estimate, by diffrax.
 
-The flow of `ode` in its own coordinates and clock, where an embedded Runge-Kutta pair estimates the error of each step
+The flow of `flow` in its own coordinates and clock, where an embedded Runge-Kutta pair estimates the error of each step
 and a controller keeps it below `rtol` and `atol`. The map from noise to data is then smooth only up to those
 tolerances, which is what a gradient-based kernel on it sees; and its number of evaluations differs from point to point,
 so that under `jax.vmap` every point waits for the slowest. A fixed grid has neither trouble: this one is for reference
@@ -23,8 +23,8 @@ from jax.typing import ArrayLike
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.noise import TimeGrid, UniformLogSNR
-from numpyro_diffusion.solve import ode
-from numpyro_diffusion.solve.base import Solver
+from numpyro_diffusion.solve import flow
+from numpyro_diffusion.solve.base import Memory, Solver
 
 
 @jax.tree_util.register_static
@@ -46,31 +46,28 @@ class AdaptiveFlow(Solver):
     atol: float = 1e-5
     max_steps: int = 1024
 
-    num_steps = 2  # it visits the two ends of the ladder, and what lies between as it sees fit
+    num_times = 2  # it visits the two ends of the ladder, and what lies between as it sees fit
     grid: TimeGrid = UniformLogSNR()
-    stochastic = False
+    law = "flow"
+    order = 5
+    evaluations_per_step = None  # known after it ran: see `integrate`
 
     def __post_init__(self) -> None:
         _checks.positive(rtol=self.rtol, atol=self.atol)
         _checks.at_least(1, max_steps=self.max_steps)
 
-    def evaluations(self, start: ArrayLike = 0) -> ArrayLike:
-        raise NotImplementedError("an adaptive flow's number of evaluations is known after it ran: see `integrate`")
-
     def step(
         self,
         denoiser: Denoiser,
         x_t: jax.Array,
+        memory: Memory,
         t: ArrayLike,
         s: ArrayLike,
-        key: None = None,
-        cond: jax.Array | None = None,
-    ) -> jax.Array:
-        return self.integrate(denoiser, x_t, t, s, cond)[0]
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Memory]:
+        return self.integrate(denoiser, x_t, t, s)[0], memory
 
-    def integrate(
-        self, denoiser: Denoiser, x_t: jax.Array, t: ArrayLike, s: ArrayLike, cond: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
+    def integrate(self, denoiser: Denoiser, x_t: jax.Array, t: ArrayLike, s: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """Moves one point along the flow from time `t` to time `s`, in either direction.
 
         Returns:
@@ -78,15 +75,15 @@ class AdaptiveFlow(Solver):
         """
 
         def velocity(time: jax.Array, w: jax.Array) -> jax.Array:
-            return ode.velocity(denoiser, w, time, cond)
+            return flow.velocity(denoiser, w, time)
 
-        w, evaluations = self.follow(denoiser, velocity, ode.to_rest(denoiser, x_t, t).astype(x_t.dtype), t, s)
-        return ode.from_rest(denoiser, w, s).astype(x_t.dtype), evaluations
+        w, evaluations = self.follow(denoiser, velocity, flow.to_rest(denoiser, x_t, t).astype(x_t.dtype), t, s)
+        return flow.from_rest(denoiser, w, s).astype(x_t.dtype), evaluations
 
     def follow(
         self, denoiser: Denoiser, velocity: Callable[[jax.Array, Any], Any], start: Any, t: ArrayLike, s: ArrayLike
     ) -> tuple[Any, jax.Array]:
-        """Solves an equation in the clock of `ode`.
+        """Solves an equation in the clock of `flow`.
 
         Args:
             denoiser: the model, for its schedule and scale.
@@ -107,8 +104,8 @@ class AdaptiveFlow(Solver):
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
             diffrax.Tsit5(),
-            ode.clock(denoiser, t),
-            ode.clock(denoiser, s),
+            flow.clock(denoiser, t),
+            flow.clock(denoiser, s),
             None,
             start,
             stepsize_controller=diffrax.PIDController(rtol=self.rtol, atol=self.atol),

@@ -3,20 +3,29 @@ r"""What a solver is: a step from a time to an earlier one, and the loop that wa
 Divide a noisy point by its signal, $u = x_t / \alpha_t$, and clock it by its noise level
 $\lambda = \sigma_t / \alpha_t$: then every schedule is the same process, $u = x + \lambda \varepsilon$, with the
 probability flow $\mathrm{d}u / \mathrm{d}\lambda = \hat\varepsilon$. All solvers step in these coordinates or in ones
-derived from them, so that a schedule is a choice of clock and of nothing else. A solver with `num_steps = n` visits $n$
+derived from them, so that a schedule is a choice of clock and of nothing else. A solver with `num_times = n` visits $n$
 times: $n - 1$ steps down to `t_min`, and there the posterior mean, which is the answer.
+
+As steps grow fine, a walk tends to one of three things, and a solver says to which, by its `law`:
+
+* "flow": the probability flow, a smooth map from noise to data without noise on the way;
+* "reverse": the noising process run backwards, so that what it draws from a noisy point is the law of $x$ given $x_t$;
+* "marginals": a process with the marginals $p_t$ and another joint law. Its draws are right; $x$ given $x_t$ is not.
+
+A move that noises a point and denoises it again needs the second. `order` is the order of the error in that law: with
+64 times the variance of $x$ given $x_t$ is off by about 2 % at order 2, and by 13 to 32 % at order 1
+(`docs/concepts/exactness.md`).
 
 Solvers start from the terminal law $N(\alpha_1 m, \alpha_1^2 s^2 + \sigma_1^2)$ with the denoiser's location $m$ and
 scale $s$. The true law at $t = 1$ has these moments on average but is not Gaussian: what this costs shrinks with
 $\alpha_1 s / \sigma_1$, 0.013 for `VE()` on standardised data.
 
 The loop is written once, here, for one point; a step never allocates more than the next point, whatever the number of
-steps. Which step to take is the matter of the other files. Most steps depend on the point alone; a solver that looks
-back, or carries moments, has a memory (`remember`, `advance`).
+steps. The other files of this folder say which step to take.
 """
 
 import abc
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,57 +36,50 @@ from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.noise import TimeGrid
 
 Memory = Any  # a pytree of arrays that a solver carries from step to step
+Law = Literal["flow", "reverse", "marginals"]
 
 
 class Solver(abc.ABC):
     """One way to walk from noise to data: a frozen dataclass of plain numbers, registered as a static pytree.
 
     Attributes:
-        num_steps: number of times visited, at least 2.
+        num_times: number of times visited, at least 2.
         grid: where these times lie.
-        stochastic: whether a step draws noise.
-        evaluations_per_step: denoiser evaluations in a step.
+        law: what the walk tends to as its steps grow fine: "flow", "reverse" or "marginals"; see the module.
+        order: order of the error in that law: of the point for a flow, of means over draws for the others.
+        evaluations_per_step: denoiser evaluations in a step; None if that is not known before.
     """
 
-    num_steps: int
+    num_times: int
     grid: TimeGrid
-    stochastic: ClassVar[bool]
-    evaluations_per_step: ClassVar[int]
+    law: ClassVar[Law]
+    order: ClassVar[int]
+    evaluations_per_step: ClassVar[int | None]
 
     def __post_init__(self) -> None:
-        _checks.at_least(2, num_steps=self.num_steps)
+        _checks.at_least(2, num_times=self.num_times)
         if not isinstance(self.grid, TimeGrid):
             raise TypeError(f"grid must be a TimeGrid such as noise.Karras(); got {self.grid!r}")
 
-    @abc.abstractmethod
-    def step(
-        self,
-        denoiser: Denoiser,
-        x_t: jax.Array,
-        t: ArrayLike,
-        s: ArrayLike,
-        key: jax.Array | None = None,
-        cond: jax.Array | None = None,
-    ) -> jax.Array:
-        """Moves one point from time `t` to the earlier time `s`.
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step draws noise: unless the walk is the flow."""
+        return self.law != "flow"
+
+    def init(self, denoiser: Denoiser, x_t: jax.Array) -> Memory:
+        """The memory before the first step.
 
         Args:
             denoiser: the model.
-            x_t: point of `event_shape` at time `t`.
-            t: where it is, a scalar.
-            s: where it goes, a scalar below `t`.
-            key: random key; deterministic solvers take None.
-            cond: what a conditional denoiser is conditioned on.
+            x_t: the point that the walk starts from, of `event_shape`.
 
         Returns:
-            The point at time `s`.
+            A pytree of arrays of fixed shapes, empty for a solver that looks at nothing but the point.
         """
-
-    def remember(self, denoiser: Denoiser, x_t: jax.Array) -> Memory:
-        """What a solver with a memory knows before its first step, of fixed shapes; the others remember nothing."""
         return ()
 
-    def advance(
+    @abc.abstractmethod
+    def step(
         self,
         denoiser: Denoiser,
         x_t: jax.Array,
@@ -85,18 +87,30 @@ class Solver(abc.ABC):
         t: ArrayLike,
         s: ArrayLike,
         key: jax.Array | None = None,
-        cond: jax.Array | None = None,
     ) -> tuple[jax.Array, Memory]:
-        """`step` with a memory of the steps before: the point at time `s`, and what to remember."""
-        return self.step(denoiser, x_t, t, s, key, cond), memory
+        """Moves one point from time `t` to the earlier time `s`.
 
-    def evaluations(self, start: ArrayLike = 0) -> ArrayLike:
-        """Number of denoiser evaluations of a walk that begins at the `start`-th time of the grid."""
-        return (self.num_steps - 1 - start) * self.evaluations_per_step + 1
+        Args:
+            denoiser: the model.
+            x_t: point of `event_shape` at time `t`.
+            memory: what `init` or the step before returned.
+            t: where it is, a scalar.
+            s: where it goes, a scalar below `t`.
+            key: random key; deterministic solvers take None.
+
+        Returns:
+            The point at time `s` and the memory after the step, both of the shapes and in the precision they had.
+        """
+
+    def evaluations(self, start: ArrayLike = 0) -> ArrayLike | None:
+        """Denoiser evaluations of a walk from the `start`-th time of the grid; None if not known before."""
+        if self.evaluations_per_step is None:
+            return None
+        return (self.num_times - 1 - start) * self.evaluations_per_step + 1
 
     def times(self, denoiser: Denoiser) -> jax.Array:
-        """The `num_steps` times visited, decreasing."""
-        return self.grid(denoiser.schedule, self.num_steps)
+        """The `num_times` times visited, decreasing."""
+        return self.grid(denoiser.schedule, self.num_times)
 
 
 def terminal_moments(denoiser: Denoiser) -> tuple[jax.Array, jax.Array]:
@@ -118,7 +132,6 @@ def solve(
     x_t: jax.Array,
     key: jax.Array | None = None,
     start: ArrayLike = 0,
-    cond: jax.Array | None = None,
     times: jax.Array | None = None,
 ) -> jax.Array:
     """Walks one point from the `start`-th time of the solver's grid down to a clean point.
@@ -130,11 +143,10 @@ def solve(
         key: random key; deterministic solvers take None.
         start: index into the grid. The default walks the whole grid and can be differentiated in reverse mode at the
             memory cost of one point per step. A traced index runs only the steps that are left.
-        cond: what a conditional denoiser is conditioned on.
         times: decreasing times to visit, down to where the posterior mean is taken; None takes the solver's grid.
 
     Returns:
-        The clean point.
+        The clean point, in the precision of `x_t`.
     """
     times = solver.times(denoiser) if times is None else times
     num_steps = len(times) - 1
@@ -142,16 +154,15 @@ def solve(
     def step(k: ArrayLike, carry: tuple[jax.Array, Memory]) -> tuple[jax.Array, Memory]:
         x_t, memory = carry
         step_key = None if key is None else jax.random.fold_in(key, k)
-        x_s, memory = solver.advance(denoiser, x_t, memory, times[k], times[k + 1], step_key, cond)
-        return x_s.astype(x_t.dtype), memory
+        return solver.step(denoiser, x_t, memory, times[k], times[k + 1], step_key)
 
-    carry = x_t, solver.remember(denoiser, x_t)
+    carry = x_t, solver.init(denoiser, x_t)
     if isinstance(start, int) and start == 0:
         body = jax.checkpoint(lambda carry, k: (step(k, carry), None))
         (x_t, _), _ = jax.lax.scan(body, carry, jnp.arange(num_steps))
     else:
         x_t, _ = jax.lax.fori_loop(start, num_steps, step, carry)
-    return denoiser(x_t, times[-1]).x0
+    return denoiser(x_t, times[-1]).x0.astype(x_t.dtype)
 
 
 def sample(
@@ -159,7 +170,6 @@ def sample(
     denoiser: Denoiser,
     key: jax.Array,
     sample_shape: tuple[int, ...] = (),
-    cond: jax.Array | None = None,
 ) -> jax.Array:
     """Draws clean points: noise from the terminal law, walked down the whole grid.
 
@@ -168,7 +178,6 @@ def sample(
         denoiser: the model.
         key: random key.
         sample_shape: how many independent points.
-        cond: what a conditional denoiser is conditioned on, the same for all of them.
 
     Returns:
         Points of shape `sample_shape + event_shape`.
@@ -177,14 +186,14 @@ def sample(
         >>> import jax
         >>> from numpyro_diffusion.denoise import Gaussian
         >>> from numpyro_diffusion.solve import Ancestral, sample
-        >>> sample(Ancestral(num_steps=20), Gaussian([1.0, 2.0]), jax.random.key(0), (5,)).shape
+        >>> sample(Ancestral(num_times=20), Gaussian([1.0, 2.0]), jax.random.key(0), (5,)).shape
         (5, 2)
     """
 
     def one(key: jax.Array) -> jax.Array:
         key_noise, key_steps = jax.random.split(key)
         x_1 = terminal_point(denoiser, jax.random.normal(key_noise, denoiser.event_shape))
-        return solve(solver, denoiser, x_1, key_steps if solver.stochastic else None, cond=cond)
+        return solve(solver, denoiser, x_1, key_steps if solver.stochastic else None)
 
     for _ in sample_shape:
         one = jax.vmap(one)

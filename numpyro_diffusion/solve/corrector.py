@@ -20,8 +20,8 @@ from jax.typing import ArrayLike
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.noise import TimeGrid
-from numpyro_diffusion.solve.ancestral import Ancestral
 from numpyro_diffusion.solve.base import Memory, Solver
+from numpyro_diffusion.solve.gaussian import Ancestral
 from numpyro_diffusion.solve.langevin import langevin_step, snr_step_size
 
 
@@ -44,7 +44,8 @@ class PredictorCorrector(Solver):
     num_corrections: int = 1
     snr: float = 0.16
 
-    stochastic = True
+    law = "marginals"
+    order = 1  # over a flow of order two the corrector's own
 
     def __post_init__(self) -> None:
         if not isinstance(self.predictor, Solver):
@@ -53,32 +54,22 @@ class PredictorCorrector(Solver):
         _checks.positive(snr=self.snr)
 
     @property
-    def num_steps(self) -> int:
-        return self.predictor.num_steps
+    def num_times(self) -> int:
+        return self.predictor.num_times
 
     @property
     def grid(self) -> TimeGrid:
         return self.predictor.grid
 
     @property
-    def evaluations_per_step(self) -> int:
-        return self.predictor.evaluations_per_step + self.num_corrections
+    def evaluations_per_step(self) -> int | None:
+        predicting = self.predictor.evaluations_per_step
+        return None if predicting is None else predicting + self.num_corrections
 
-    def remember(self, denoiser: Denoiser, x_t: jax.Array) -> Memory:
-        return self.predictor.remember(denoiser, x_t)
+    def init(self, denoiser: Denoiser, x_t: jax.Array) -> Memory:
+        return self.predictor.init(denoiser, x_t)
 
     def step(
-        self,
-        denoiser: Denoiser,
-        x_t: jax.Array,
-        t: ArrayLike,
-        s: ArrayLike,
-        key: jax.Array | None = None,
-        cond: jax.Array | None = None,
-    ) -> jax.Array:
-        return self.advance(denoiser, x_t, self.remember(denoiser, x_t), t, s, key, cond)[0]
-
-    def advance(
         self,
         denoiser: Denoiser,
         x_t: jax.Array,
@@ -86,15 +77,12 @@ class PredictorCorrector(Solver):
         t: ArrayLike,
         s: ArrayLike,
         key: jax.Array | None = None,
-        cond: jax.Array | None = None,
     ) -> tuple[jax.Array, Memory]:
         keys = jax.random.split(key, self.num_corrections + 1)
-        x_s, memory = self.predictor.advance(
-            denoiser, x_t, memory, t, s, keys[0] if self.predictor.stochastic else None, cond
-        )
+        x_s, memory = self.predictor.step(denoiser, x_t, memory, t, s, keys[0] if self.predictor.stochastic else None)
         step_size = snr_step_size(denoiser.schedule.sigma(s), self.snr)
 
         def correct(x: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
             return langevin_step(key, x, denoiser(x, s).score, step_size).astype(x.dtype), None
 
-        return jax.lax.scan(correct, x_s.astype(x_t.dtype), keys[1:])[0], memory
+        return jax.lax.scan(correct, x_s, keys[1:])[0], memory

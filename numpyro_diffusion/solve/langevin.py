@@ -13,7 +13,7 @@ $$h = 2 r^2 \sigma_t^2,$$
 
 the same for all points of a level and never beyond the stable range of a score whose slope is at most $1 / \sigma_t^2$.
 
-Where the step is to be accepted or rejected is the matter of `infer`.
+The kernels of `infer` accept or reject such steps.
 
 References:
     Song et al., Score-based generative modeling through stochastic differential equations, 2021, algorithms 4 and 5,

@@ -188,12 +188,12 @@ class AnnealedLangevin(AnnealedKernel):
     def _ladder(self, site: PriorSite) -> jax.Array:
         """The times of the levels on a site's own clock."""
         if self._levels is None:
-            return UniformLogSNR()(site.prior.denoiser.schedule, self._num_levels)
-        return time_of(self._levels, site.prior.denoiser.schedule)
+            return UniformLogSNR()(site.denoiser.schedule, self._num_levels)
+        return time_of(self._levels, site.denoiser.schedule)
 
     def _steps(self, site: PriorSite, times: jax.Array) -> jax.Array:
         """The step at each level, in squared units of the noisy point."""
-        sigma = site.prior.denoiser.schedule.sigma(times)
+        sigma = site.denoiser.schedule.sigma(times)
         if self._step_rule == "snr":
             return snr_step_size(sigma, self._step_size)
         return self._step_size * (sigma / sigma[-1]) ** 2
@@ -235,7 +235,7 @@ class AnnealedLangevin(AnnealedKernel):
         if self._restart_level is None:
             return 0
         name, site = next(iter(posterior.sites.items()))
-        levels = site.prior.denoiser.schedule.noise_level(times[name])
+        levels = site.denoiser.schedule.noise_level(times[name])
         return jnp.minimum(jnp.sum(levels > self._restart_level * (1 + 1e-5)), self._num_levels - 1)
 
     def _walk(

@@ -130,13 +130,13 @@ class GuidedReverse(AnnealedKernel):
         posterior = self._posterior(reading)
         solver = self._solver_of(posterior.sites)
         key, key_start, key_walk = jax.random.split(state.rng_key, 3)
-        times = {name: solver.times(site.prior.denoiser) for name, site in posterior.sites.items()}
+        times = {name: solver.times(site.denoiser) for name, site in posterior.sites.items()}
         x_t = posterior.from_noise(key_start, _at(times, 0))
         x_t = self._walk(key_walk, solver, posterior, x_t, times)
         clean = posterior.guided(x_t, _at(times, -1))
         z = posterior.to_unconstrained({name: prediction.x0 for name, prediction in clean.items()})
         z, diverging = keep_finite(z, state.z)
-        evaluations = solver.evaluations() + (solver.num_steps - 1) * self._num_corrections
+        evaluations = solver.evaluations() + (solver.num_times - 1) * self._num_corrections
         return GuidedReverseState(z, jnp.asarray(evaluations, jnp.int32), diverging, key)
 
     def _walk(
@@ -153,19 +153,19 @@ class GuidedReverse(AnnealedKernel):
             for name, x in x_t.items():
                 site = GuidedSite(posterior, name, x_t, t)
                 noise = keys[name] if solver.stochastic else None
-                x_s, remembered = solver.advance(site, x, memory[name], t[name], s[name], noise)
+                x_s, remembered = solver.step(site, x, memory[name], t[name], s[name], noise)
                 moved[name] = x_s.astype(x.dtype), remembered
             memory = {name: remembered for name, (_, remembered) in moved.items()}
             x_s = self._correct(key_correct, posterior, {name: x for name, (x, _) in moved.items()}, s)
             return (x_s, memory), None
 
         first = _at(times, 0)
-        memory = {name: solver.remember(GuidedSite(posterior, name, x_t, first), x) for name, x in x_t.items()}
-        return jax.lax.scan(step, (x_t, memory), jnp.arange(solver.num_steps - 1))[0][0]
+        memory = {name: solver.init(GuidedSite(posterior, name, x_t, first), x) for name, x in x_t.items()}
+        return jax.lax.scan(step, (x_t, memory), jnp.arange(solver.num_times - 1))[0][0]
 
     def _correct(self, key: jax.Array, posterior: NoisyPosterior, x_t: Point, t: dict[str, jax.Array]) -> Point:
         """Langevin steps at one level."""
-        schedules = {name: site.prior.denoiser.schedule for name, site in posterior.sites.items()}
+        schedules = {name: site.denoiser.schedule for name, site in posterior.sites.items()}
         step_size = {name: snr_step_size(schedules[name].sigma(t[name]), self._snr) for name in x_t}
 
         def correct(x_t: Point, key: jax.Array) -> tuple[Point, None]:

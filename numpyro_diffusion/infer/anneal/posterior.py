@@ -28,7 +28,6 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from numpyro_diffusion.denoise import Denoiser, Prediction
-from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.guidance import Guided
 from numpyro_diffusion.infer.model.observation import guided_site
 from numpyro_diffusion.infer.model.record import Reading
@@ -83,7 +82,7 @@ class NoisyPosterior:
         """Log of the noised prior's density times the guidance's likelihood, where all denoisers have a density."""
         total = self.noisy_log_likelihood(x_t, t)[0]
         for name, site in self.sites.items():
-            density = site.over_points(lambda prior, x, n=name: prior.denoiser.log_density(x, t[n]), x_t[name])
+            density = site.over_points(lambda denoiser, x, n=name: denoiser.log_density(x, t[n]), x_t[name])
             total += jnp.sum(density)
         return total
 
@@ -92,7 +91,7 @@ class NoisyPosterior:
         keys = dict(zip(self.sites, jax.random.split(key, len(self.sites)), strict=True))
         clean = {name: site.to_denoiser(z[name]) for name, site in self.sites.items()}
         return {
-            name: perturb(keys[name], site.prior.denoiser.schedule, clean[name], t[name]).astype(clean[name].dtype)
+            name: perturb(keys[name], site.denoiser.schedule, clean[name], t[name]).astype(clean[name].dtype)
             for name, site in self.sites.items()
         }
 
@@ -177,7 +176,7 @@ class GuidedSite:
     def __init__(self, posterior: NoisyPosterior, name: str, x_t: Point, t: Mapping[str, ArrayLike]) -> None:
         self._posterior, self._name, self._x_t, self._t = posterior, name, x_t, t
         site = posterior.sites[name]
-        self._denoiser: Denoiser = site.prior.denoiser
+        self._denoiser: Denoiser = site.denoiser
         self.event_shape = (*site.batch_shape, *self._denoiser.event_shape)
 
     @property
@@ -197,15 +196,15 @@ class GuidedSite:
 
 
 def _predict(site: PriorSite, x_t: jax.Array, t: ArrayLike) -> Prediction:
-    def predict(prior: DiffusionPrior, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        prediction = prior.denoiser(x, t)
+    def predict(denoiser: Denoiser, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        prediction = denoiser(x, t)
         return prediction.x0.astype(x.dtype), prediction.eps.astype(x.dtype)
 
-    return Prediction(*site.over_points(predict, x_t), x_t, t, site.prior.denoiser.schedule)
+    return Prediction(*site.over_points(predict, x_t), x_t, t, site.denoiser.schedule)
 
 
 def _terminal(key: jax.Array, site: PriorSite, t: ArrayLike) -> jax.Array:
-    denoiser = site.prior.denoiser
+    denoiser = site.denoiser
     alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
     z = jax.random.normal(key, (*site.batch_shape, *site.prior.noise_shape))
     return (alpha * denoiser.location + jnp.hypot(alpha * denoiser.scale, sigma) * z).astype(z.dtype)

@@ -22,10 +22,9 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import block_diag
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.denoise import covariance
+from numpyro_diffusion.denoise import Denoiser, covariance
 from numpyro_diffusion.infer.kernel.adapt import Root
 from numpyro_diffusion.infer.model.record import Reading
-from numpyro_diffusion.infer.model.sites import PriorSite
 
 _FLOOR = 1e-4
 """Least eigenvalue, as a share of the squared level."""
@@ -59,9 +58,8 @@ class Tweedie:
                     'for it. Use preconditioner="dense"'
                 )
 
-    def _point_root(self, site: PriorSite, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _point_root(self, denoiser: Denoiser, u: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Eigenvalues and eigenvectors of the covariance at one point of the denoiser's space."""
-        denoiser = site.prior.denoiser
         level = jnp.asarray(self.level * denoiser.scale, u.dtype)
         t = denoiser.schedule.inverse_noise_level(level)
         matrix = covariance(denoiser, (denoiser.schedule.alpha(t) * u).astype(u.dtype), t).dense()
@@ -77,8 +75,8 @@ class Tweedie:
                 identity = jnp.eye(jnp.size(z[name]), dtype=z[name].dtype)
                 roots, inverses = [*roots, identity], [*inverses, identity]
                 continue
-            points = z[name].reshape(-1, *sites[name].prior.denoiser.event_shape)
-            values, vectors = jax.vmap(lambda u, site=sites[name]: self._point_root(site, u))(points)
+            values, vectors = sites[name].over_points(self._point_root, z[name])
+            values, vectors = values.reshape(-1, values.shape[-1]), vectors.reshape(-1, *vectors.shape[-2:])
             for value, vector in zip(values, vectors, strict=True):
                 roots.append(jnp.sqrt(value)[:, None] * vector.T)
                 inverses.append(vector / jnp.sqrt(value))

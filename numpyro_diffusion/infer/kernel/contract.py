@@ -14,12 +14,14 @@ each its own, every chain would wait for the longest. They may also pool a stati
 import abc
 import copy
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
+from numpyro_diffusion import _precision
 from numpyro_diffusion.infer.kernel.start import Strategy
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading, Record
@@ -42,6 +44,17 @@ def _across_chains(collective: Callable[[jax.Array], jax.Array], value: jax.Arra
         return collective(value)
     except NameError:  # no such axis: the chain runs alone
         return value
+
+
+def _precise(function: Callable) -> Callable:
+    """The function with its matrix products in full precision, those of networks excepted."""
+
+    @wraps(function)
+    def precise(*args: Any) -> Any:
+        with _precision.highest():
+            return function(*args)
+
+    return precise
 
 
 def _any_traced(tree: Any) -> bool:
@@ -148,6 +161,7 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
     def _start_all(self, keys: jax.Array, init_params: Any, args: tuple, kwargs: dict) -> NamedTuple:
         reading = self.read(args, kwargs)
 
+        @_precise
         def start(key: jax.Array, init_params: Any) -> NamedTuple:
             return self._start(key, init_params, reading)
 
@@ -160,6 +174,7 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
         """Called by `MCMC`: the next state."""
         reading = self.read(model_args, model_kwargs)
 
+        @_precise
         def step(state: NamedTuple) -> NamedTuple:
             return self._step(state, reading)
 

@@ -42,6 +42,7 @@ from numpyro.infer.reparam import Reparam
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.denoise.prediction import density_kind
+from numpyro_diffusion.density import clean_score
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer.model.handlers import Model, as_written, is_diffusion_site
 
@@ -77,9 +78,14 @@ class Provider(abc.ABC):
 
     @abc.abstractmethod
     def log_density(self, prior: DiffusionPrior, u: jax.Array) -> jax.Array:
-        """A scalar of one point `u` of the denoiser's space whose gradient there is the score.
+        """A function of points of the denoiser's space whose gradient is the score.
 
-        Its value is the log-density if `has_density`, and means nothing if not.
+        Args:
+            prior: the prior.
+            u: points of shape `(..., *noise_shape)`.
+
+        Returns:
+            The log-density of each if `has_density`; if not, values that mean nothing.
         """
 
     @abc.abstractmethod
@@ -98,8 +104,11 @@ class Score(Provider):
     status = Status("score", False, "moves by the score and tests nothing: biased by the order of its step")
 
     def log_density(self, prior: DiffusionPrior, u: jax.Array) -> jax.Array:
-        score = jax.lax.stop_gradient(_score(prior.denoiser, u))
-        return jnp.vdot(score, u).astype(u.dtype)
+        def one(denoiser: Denoiser, u: jax.Array) -> jax.Array:
+            score = jax.lax.stop_gradient(clean_score(denoiser, u))
+            return jnp.vdot(score, u).astype(u.dtype)
+
+        return prior.over_points(one, u.shape[: u.ndim - len(prior.noise_shape)], u)
 
     def check(self, name: str, prior: DiffusionPrior, depends: bool, kernel: str) -> None:
         if depends:
@@ -134,20 +143,15 @@ class Density(Provider):
 
     def source_of(self, prior: DiffusionPrior) -> str | None:
         """Where the density of a prior comes from: "denoiser", "flow", or None if it has none."""
-        has = {"denoiser": density_kind(prior.denoiser) is not None, "flow": prior.density == "ode"}
+        has = {"denoiser": density_kind(prior.denoisers) is not None, "flow": prior.density in ("auto", "flow")}
         return next((source for source in has if has[source] and self.source in ("auto", source)), None)
 
     def log_density(self, prior: DiffusionPrior, u: jax.Array) -> jax.Array:
-        denoiser = prior.denoiser
-        if self.source_of(prior) == "flow":
-            return DiffusionPrior._log_density(prior, u)
-        t = denoiser.schedule.t_min
-        alpha = denoiser.schedule.alpha(t)
-        return (denoiser.log_density(alpha * u, t) + u.size * jnp.log(alpha)).astype(u.dtype)
+        return DiffusionPrior.log_density(prior, u, self.source_of(prior))
 
     def check(self, name: str, prior: DiffusionPrior, depends: bool, kernel: str) -> None:
         source = self.source_of(prior)
-        if depends and source == "denoiser" and density_kind(prior.denoiser) == "unnormalized":
+        if depends and source == "denoiser" and density_kind(prior.denoisers) == "unnormalized":
             raise ValueError(
                 f"the density at site {name!r} is known but for a constant that depends on other latent sites: "
                 f'{kernel} cannot move these by it. Use Density("flow"), NoiseSpace(model) or DiffusionGibbs(model)'
@@ -155,14 +159,13 @@ class Density(Provider):
         if source is None:
             raise ValueError(
                 f"{kernel} needs a density, and the DiffusionPrior at site {name!r} has a score but no density for "
-                f'{self}. Give the prior density="ode", or the kernel provider=LineIntegral() (approximate), or take '
+                f'{self}. Give the prior density="auto", or the kernel provider=LineIntegral() (approximate), or take '
                 f"another kernel: {_WITHOUT_DENSITY}"
             )
 
     def evaluations(self, prior: DiffusionPrior) -> int:
-        return (
-            1 if self.source_of(prior) == "denoiser" else 2 * (prior.density_solver.num_steps - 1) + 1
-        )  # and the score
+        solved = 2 * (prior.density_solver.num_times - 1)
+        return 1 if self.source_of(prior) == "denoiser" else solved + 1  # and the score
 
 
 @dataclass(frozen=True)
@@ -237,7 +240,8 @@ def with_density(model: Model, source: Literal["auto", "denoiser", "flow"] = "au
         >>> import numpyro.distributions as dist
         >>> from numpyro.infer import MCMC, NUTS
         >>> from numpyro_diffusion.denoise import Gaussian
-        >>> from numpyro_diffusion.distributions import DiffusionPrior
+        >>> from numpyro_diffusion.density import clean_score
+    from numpyro_diffusion.distributions import DiffusionPrior
         >>> from numpyro_diffusion.infer import with_density
         >>> def model(y):
         ...     x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0])))
@@ -281,15 +285,5 @@ class _ProvidedPrior(DiffusionPrior):
         vars(self).update(vars(prior), provider=provider)
         return self
 
-    def _log_density(self, u: jax.Array) -> jax.Array:
-        function = partial(self.provider.log_density, self)
-        for _ in range(jnp.ndim(u) - len(self.denoiser.event_shape)):
-            function = jax.vmap(function)
-        return function(u)
-
-
-def _score(denoiser: Denoiser, u: jax.Array) -> jax.Array:
-    """The gradient of log p at a clean point, read off at the smallest noise level."""
-    t = denoiser.schedule.t_min
-    alpha = denoiser.schedule.alpha(t).astype(u.dtype)
-    return (alpha * denoiser((alpha * u).astype(u.dtype), t).score).astype(u.dtype)
+    def log_density(self, u: jax.Array, source: str | None = None) -> jax.Array:
+        return self.provider.log_density(self, u)

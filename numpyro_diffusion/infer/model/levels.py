@@ -44,7 +44,7 @@ def decreasing(name: str, levels: Sequence[float]) -> tuple[float, ...]:
 
 def check_within(argument: str, levels: Sequence[float], name: str, site: PriorSite) -> None:
     """Raises `ValueError` unless all levels lie on the schedule of the prior at a site, as far as it is known."""
-    schedule = site.prior.denoiser.schedule
+    schedule = site.denoiser.schedule
     ends = [schedule.noise_level(t) for t in (schedule.t_min, schedule.t_max)]
     if any(isinstance(end, jax.core.Tracer) for end in ends):
         return

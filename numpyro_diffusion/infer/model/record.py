@@ -29,6 +29,7 @@ from numpyro.infer.gibbs import conditioned
 from numpyro.infer.util import _unconstrain_reparam, compute_log_probs
 from numpyro.primitives import Messenger
 
+from numpyro_diffusion import _precision
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer.model.handlers import Model, as_written, drop_prior, is_diffusion_site, prior_inside
 from numpyro_diffusion.infer.model.sites import PriorSite
@@ -212,7 +213,7 @@ def _evaluate(model: Model, args: tuple, kwargs: dict[str, Any], z: dict[str, ja
         return _unconstrain_reparam(z, site)
 
     at_point = substitute(seed(drop_prior(model), jax.random.key(0)), substitute_fn=reparametrised)
-    with jax.default_matmul_precision("highest"):  # likelihoods of precise data lose their digits in less
+    with _precision.highest():  # likelihoods of precise data lose their digits in less
         log_probs, sites = compute_log_probs(at_point, args, kwargs, {})
     log_jacobian = {name: log_probs.pop(f"_{name}_log_det") for name in z if f"_{name}_log_det" in log_probs}
     latent = {name: s for name, s in sites.items() if s["type"] == "sample" and not s["is_observed"]}

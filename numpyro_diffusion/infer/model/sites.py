@@ -17,7 +17,6 @@ This file only reads models; it moves nothing.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -30,7 +29,7 @@ from numpyro.infer.gibbs import conditioned
 from numpyro.infer.util import log_density
 from numpyro.ops.provenance import eval_provenance
 
-from numpyro_diffusion.denoise import Product
+from numpyro_diffusion.denoise import Denoiser, Product
 from numpyro_diffusion.denoise.wrapped import inside
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer.model.handlers import Model, as_written, drop_prior, is_diffusion_site, prior_inside
@@ -85,21 +84,21 @@ class PriorSite:
         return jnp.zeros(()) if transform is None else jnp.sum(transform.log_abs_det_jacobian(u, transform(u)))
 
     def over_points(self, function: Callable[..., Any], *arrays: jax.Array) -> Any:
-        """Maps a function of the prior of one point, and that point's part of each array, over all points.
+        """Maps a function of the denoiser of one point, and that point's part of each array, over all points.
 
         Args:
-            function: of a `DiffusionPrior` and one point's values, to a pytree of arrays.
+            function: of a denoiser and one point's values, to a pytree of arrays.
             *arrays: values of all points, `batch_shape` first.
 
         Returns:
             Its values, `batch_shape` first.
         """
-        if self.prior.batch_shape:
-            raise NotImplementedError("a batch of conditions")
-        one = partial(function, self.prior)
-        for _ in self.batch_shape:
-            one = jax.vmap(one)
-        return one(*arrays)
+        return self.prior.over_points(function, self.batch_shape, *arrays)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """For what all points have in common: schedule, shape, location and scale."""
+        return self.prior.denoisers
 
     @property
     def same_coordinates(self) -> bool:
@@ -186,7 +185,7 @@ def check_walkable(kernel: str, sites: Mapping[str, PriorSite]) -> None:
         kernel: the kernel that walks it, for the message.
         sites: the diffusion sites.
     """
-    products = [name for name, site in sites.items() if isinstance(inside(site.prior.denoiser), Product)]
+    products = [name for name, site in sites.items() if isinstance(inside(site.denoiser), Product)]
     if products:
         raise ValueError(
             f"the priors of sites {products} are a Product, whose reverse process and flow do not end at the product: "

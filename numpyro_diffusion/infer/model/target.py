@@ -49,7 +49,7 @@ class Target:
         for name, prior in parts.priors.items():
             site = PriorSite.of(prior, jnp.shape(parts.values[name]))
             u = site.to_denoiser(z[name])
-            total += jnp.sum(site.over_points(self._provider.log_density, u))
+            total += jnp.sum(self._provider.log_density(site.prior, u))
             if not site.same_coordinates:
                 total += parts.log_jacobian.get(name, 0.0) - jnp.sum(site.log_det(u))
         return total

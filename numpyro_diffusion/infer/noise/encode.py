@@ -1,7 +1,7 @@
 r"""The noise behind a point: the flow $x = F(z)$ walked backwards, $z = F^{-1}(x)$, to the order of a solver.
 
 A chain in noise space that is to start at a given image starts at its noise. The probability flow is walked up from the
-smallest noise level by Heun's method in the coordinates of `solve.ode`, finer than a flow solver usually walks down:
+smallest noise level by Heun's method in the coordinates of `solve.flow`, finer than a flow solver usually walks down:
 what comes back through the flow solver is the image to that solver's error, and to the smallest noise level.
 """
 
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from numpyro_diffusion.denoise import Denoiser
-from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer.model.sites import PriorSite
 from numpyro_diffusion.solve import Heun, terminal_moments
 
@@ -27,18 +26,14 @@ def noise_behind(site: PriorSite, u: jax.Array) -> jax.Array:
     Returns:
         Noise of the same shape.
     """
-
-    def one(prior: DiffusionPrior, u: jax.Array) -> jax.Array:
-        return _walk_up(prior.denoiser, u)
-
-    return site.over_points(one, u)
+    return site.over_points(_walk_up, u)
 
 
 def _walk_up(denoiser: Denoiser, u: jax.Array) -> jax.Array:
     times = _SOLVER.times(denoiser)[::-1]
 
     def step(x_t: jax.Array, k: ArrayLike) -> tuple[jax.Array, None]:
-        return _SOLVER.step(denoiser, x_t, times[k], times[k + 1]).astype(x_t.dtype), None
+        return _SOLVER.step(denoiser, x_t, (), times[k], times[k + 1])[0], None
 
     start = (denoiser.schedule.alpha(times[0]) * u).astype(u.dtype)
     x_t, _ = jax.lax.scan(step, start, jnp.arange(len(times) - 1))

@@ -24,6 +24,7 @@ from numpyro.infer.gibbs import conditioned
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import constrain_fn
 
+from numpyro_diffusion import _precision
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
 from numpyro_diffusion.infer.kernel.inner import KernelLike, bind, build, started
 from numpyro_diffusion.infer.kernel.start import Strategy, is_block, start
@@ -68,7 +69,7 @@ def _in_noise_space(model: Model, *args: Any, **kwargs: Any) -> Any:
             return None
         return lambda name, fn, obs: NoiseReparam()(name, as_written(site), obs)
 
-    with jax.default_matmul_precision("highest"):  # the networks have a precision of their own
+    with _precision.highest():
         return reparam(model, config=config)(*args, **kwargs)
 
 
@@ -166,7 +167,8 @@ class NoiseSpace(DiffusionKernel):
         sites = reading.sites_in_the_abstract()
         shown = {*reading.structure.latent, *reading.structure.deterministic}
         solves = getattr(inner_state, "num_steps", 1) + 1
-        evaluations = sum(site.prior.flow_solver.evaluations() for site in sites.values())
+        counts = [site.prior.flow_solver.evaluations() for site in sites.values()]
+        evaluations = 0 if None in counts else sum(counts)  # an adaptive solver's are not known
         return NoiseSpaceState(
             z={name: value for name, value in values.items() if name in shown},
             inner_state=inner_state,

@@ -177,7 +177,7 @@ class TwistedSMC(ParticleSampler):
         islands, n = self._shape
         noise = jax.random.normal(key_start, (islands * n, *guided.event_shape))
         points = jax.vmap(partial(terminal_point, guided))(noise)
-        memory = jax.vmap(partial(solver.remember, guided))(points)
+        memory = jax.vmap(partial(solver.init, guided))(points)
         cloud = _Cloud(points, memory, jnp.zeros(islands * n), jnp.zeros(self._shape), jnp.zeros(islands))
 
         def down(cloud: _Cloud, k: jax.Array) -> tuple[_Cloud, Level]:

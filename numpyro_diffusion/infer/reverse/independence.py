@@ -39,7 +39,7 @@ from numpyro.infer.gibbs import conditioned
 from numpyro.infer.util import log_density
 from numpyro.primitives import Messenger
 
-from numpyro_diffusion import _checks
+from numpyro_diffusion import _checks, _precision
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer.kernel.adapt import running_mean
 from numpyro_diffusion.infer.kernel.choose import metropolised_gibbs
@@ -132,7 +132,7 @@ class Independence(DiffusionKernel):
             if isinstance(fn, DiffusionPrior) and fn.density == "none":
                 raise ValueError(
                     'Independence divides by the density of a proposal, and this DiffusionPrior has density="none". '
-                    'Give it density="ode"; or leave it out where it is the prior of its site, which then cancels'
+                    'Give it density="auto"; or leave it out where it is the prior of its site, which then cancels'
                 )
 
     def _proposals(self, reading: Reading) -> dict[str, dist.Distribution]:
@@ -189,7 +189,7 @@ class Independence(DiffusionKernel):
         """The log-weight of a point given by constrained values, as the model gives it."""
         proposals = self._proposals(reading)
         model = seed(_Uncancelled(conditioned(reading.model), proposals), jax.random.key(0))
-        with jax.default_matmul_precision("highest"):
+        with _precision.highest():
             log_target, _ = log_density(model, reading.args, reading.kwargs, values)
         log_weight = jnp.asarray(log_target, jnp.result_type(float))
         for name, fn in proposals.items():

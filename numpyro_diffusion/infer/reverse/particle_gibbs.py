@@ -49,7 +49,7 @@ from numpyro_diffusion.infer.model.observation import check_moment, guided_site
 from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.model.sites import PriorSite
 from numpyro_diffusion.infer.reverse.walk import Transition, check_solver, log_worth, outlooks, transition
-from numpyro_diffusion.solve import ExponentialEuler, Solver, terminal_point
+from numpyro_diffusion.solve import GaussianSolver, Solver, terminal_point
 
 _ESS_THRESHOLD = 0.5
 """Share of the particles below which their effective number makes them resampled."""
@@ -144,7 +144,7 @@ class ParticleGibbs(DiffusionKernel):
         check_walk(type(self).__name__, reading)
         self._parts(reading)
 
-    def _parts(self, reading: Reading) -> tuple[str, PriorSite, Guided, ExponentialEuler]:
+    def _parts(self, reading: Reading) -> tuple[str, PriorSite, Guided, GaussianSolver]:
         name, site, guided = guided_site(self._model, reading.args, reading.kwargs, *self._look_ahead)
         return name, site, guided, check_solver(site.prior.sampler if self._solver is None else self._solver)
 
@@ -196,7 +196,7 @@ def _noised(key: jax.Array, guided: Guided, x: jax.Array, times: jax.Array) -> j
 
 
 def _conditional_walks(
-    key: jax.Array, solver: ExponentialEuler, guided: Guided, kept: jax.Array, count: int
+    key: jax.Array, solver: GaussianSolver, guided: Guided, kept: jax.Array, count: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Walks of all particles given the kept one, (levels, N, ...), their ancestors (levels - 1, N) and last weights."""
     times = solver.times(guided)
@@ -204,7 +204,7 @@ def _conditional_walks(
     key_start, key_steps = jax.random.split(key)
     noise = jax.random.normal(key_start, (count, *guided.event_shape), kept.dtype)
     points = jax.vmap(partial(terminal_point, guided))(noise).astype(kept.dtype).at[0].set(kept[0])
-    memory = jax.vmap(partial(solver.remember, guided))(points)
+    memory = jax.vmap(partial(solver.init, guided))(points)
 
     def down(cloud: _Cloud, k: jax.Array) -> tuple[_Cloud, tuple[jax.Array, jax.Array]]:
         log_twist, step, memory = outlooks(solver, guided, cloud.points, cloud.memory, times[k], times[k + 1])
@@ -229,7 +229,7 @@ def _conditional_walks(
 
 
 def _log_future(
-    solver: ExponentialEuler,
+    solver: GaussianSolver,
     guided: Guided,
     kept: jax.Array,
     kept_means: jax.Array,

@@ -35,12 +35,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.infer.kernel.adapt import running_mean
 from numpyro_diffusion.infer.kernel.choose import metropolised_gibbs, without_improper
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel, pooled, shared
 from numpyro_diffusion.infer.kernel.start import MAX_TRIES, Strategy, start
-from numpyro_diffusion.infer.model.checks import check_walk, check_walkable
+from numpyro_diffusion.infer.model.checks import check_reverse, check_walk, check_walkable
 from numpyro_diffusion.infer.model.density import Status
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
@@ -106,7 +106,7 @@ class DiffusionPCN(DiffusionKernel):
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> from numpyro.infer import MCMC
         >>> from numpyro_diffusion.denoise import Gaussian
-        >>> from numpyro_diffusion.distributions import DiffusionPrior
+        >>> from numpyro_diffusion.denoise import Denoiser
         >>> from numpyro_diffusion.infer import DiffusionPCN
         >>> def model(y):
         ...     x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0])))
@@ -150,7 +150,7 @@ class DiffusionPCN(DiffusionKernel):
         check_walk(kernel, reading)
         sites = reading.sites_in_the_abstract()
         check_walkable(kernel, sites)
-        self._solver_of(sites)
+        check_reverse(kernel, self._solver_of(sites))
 
     def _check_start(self, state: PCNState) -> None:
         bad = int(jnp.sum(~jnp.isfinite(state.log_likelihood)))
@@ -167,8 +167,8 @@ class DiffusionPCN(DiffusionKernel):
         if len(solvers) > 1:
             raise ValueError(f"diffusion sites have different samplers; give one for all by {kernel}(solver=...)")
         solver = solvers.pop()
-        if solver.num_steps < _MIN_STEPS + 2:
-            raise ValueError(f"{kernel} needs a solver with num_steps >= {_MIN_STEPS + 2}; got {solver.num_steps}")
+        if solver.num_times < _MIN_STEPS + 2:
+            raise ValueError(f"{kernel} needs a solver with num_times >= {_MIN_STEPS + 2}; got {solver.num_times}")
         return solver
 
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> PCNState:
@@ -253,8 +253,8 @@ class DiffusionPCN(DiffusionKernel):
 
 def _ladder(solver: Solver, sites: dict[str, PriorSite]) -> jax.Array:
     """Noise levels from which a move may start, decreasing, in the units of the first site's data."""
-    denoiser = next(iter(sites.values())).prior.denoiser
-    last = max(1, solver.num_steps - _MIN_STEPS)
+    denoiser = next(iter(sites.values())).denoiser
+    last = max(1, solver.num_times - _MIN_STEPS)
     return denoiser.schedule.noise_level(solver.times(denoiser)[:last])
 
 
@@ -269,11 +269,11 @@ def _candidates(
         noise = jax.random.normal(key_noise, u.shape, u.dtype)
         keys = jax.random.split(key_solve, (*site.batch_shape, count))
 
-        def denoise(prior: DiffusionPrior, u: jax.Array, noise: jax.Array, keys: jax.Array) -> jax.Array:
-            t = solver.times(prior.denoiser)[first]
-            schedule = prior.denoiser.schedule
+        def denoise(denoiser: Denoiser, u: jax.Array, noise: jax.Array, keys: jax.Array) -> jax.Array:
+            t = solver.times(denoiser)[first]
+            schedule = denoiser.schedule
             x_t = (schedule.alpha(t) * u + schedule.sigma(t) * noise).astype(u.dtype)
-            return jax.vmap(lambda key: solve(solver, prior.denoiser, x_t, key, first))(keys)
+            return jax.vmap(lambda key: solve(solver, denoiser, x_t, key, first))(keys)
 
         clean = jnp.moveaxis(site.over_points(denoise, u, noise, keys), len(site.batch_shape), 0)
         moved[name] = jax.vmap(site.from_denoiser)(clean.astype(u.dtype))

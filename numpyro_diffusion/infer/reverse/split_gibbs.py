@@ -50,7 +50,7 @@ from numpyro.infer import NUTS
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.infer.kernel.choose import keep_finite
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
 from numpyro_diffusion.infer.kernel.inner import KernelLike, build
@@ -60,6 +60,7 @@ from numpyro_diffusion.infer.model.checks import (
     check_fixed,
     check_has_prior,
     check_names,
+    check_reverse,
     check_walkable,
 )
 from numpyro_diffusion.infer.model.density import Status
@@ -111,7 +112,7 @@ class SplitGibbs(DiffusionKernel):
             half; None takes the largest scale among the priors, if that exceeds `rho`.
         couplings: decreasing couplings above `rho` that every draw passes through first (DAPS); warm-up has no
             annealing then.
-        solver: stochastic solver, whose `num_steps` times all lie at level `rho` and below. What counts is the law of
+        solver: stochastic solver, whose `num_times` times all lie at level `rho` and below. What counts is the law of
             its clean point given the noisy one, not that of its draws: see the module.
         num_inner: draws of the rest-kernel for each denoising.
         rest_kernel: the kernel of the likelihood side: a class, a factory or a kernel that can be a block of NumPyro's
@@ -129,7 +130,7 @@ class SplitGibbs(DiffusionKernel):
         >>> import jax, numpyro, numpyro.distributions as dist
         >>> from numpyro.infer import MCMC
         >>> from numpyro_diffusion.denoise import Gaussian
-        >>> from numpyro_diffusion.distributions import DiffusionPrior
+        >>> from numpyro_diffusion.denoise import Denoiser
         >>> from numpyro_diffusion.infer import SplitGibbs
         >>> def model(y):
         ...     x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0]), density="none"))
@@ -190,6 +191,7 @@ class SplitGibbs(DiffusionKernel):
         check_names("SplitGibbs", structure, map(offset_name, structure.diffusion))
         sites = reading.sites()
         check_walkable("SplitGibbs", sites)
+        check_reverse("SplitGibbs", self._solver)
         if structure.dependent:
             raise ValueError(
                 f"the priors of {structure.dependent} depend on other latent sites, whose law given x needs the "
@@ -205,7 +207,7 @@ class SplitGibbs(DiffusionKernel):
         couplings = jnp.asarray(self._couplings, jnp.result_type(float))
         if not self._anneals_warmup:
             return couplings
-        denoisers = [site.prior.denoiser for site in sites.values()]
+        denoisers = [site.denoiser for site in sites.values()]
         start = jnp.asarray([d.scale for d in denoisers]).max() if self._rho_start is None else self._rho_start
         highest = jnp.asarray([d.schedule.noise_level(d.schedule.t_max) for d in denoisers]).min()
         ratio = jnp.maximum(jnp.minimum(start, highest) / couplings, 1.0)
@@ -300,11 +302,11 @@ class SplitGibbs(DiffusionKernel):
         denoised = {}
         for key_site, (name, site) in zip(jax.random.split(key, len(sites)), sites.items(), strict=True):
 
-            def denoise(prior: DiffusionPrior, centre: jax.Array, key: jax.Array) -> jax.Array:
-                schedule = prior.denoiser.schedule
-                times = grid_from(self._solver, schedule, time_of(rho, schedule), self._solver.num_steps)
+            def denoise(denoiser: Denoiser, centre: jax.Array, key: jax.Array) -> jax.Array:
+                schedule = denoiser.schedule
+                times = grid_from(self._solver, schedule, time_of(rho, schedule), self._solver.num_times)
                 x_t = (schedule.alpha(times[0]) * centre).astype(centre.dtype)
-                return solve(self._solver, prior.denoiser, x_t, key, times=times)
+                return solve(self._solver, denoiser, x_t, key, times=times)
 
             keys = jax.random.split(key_site, site.batch_shape)
             denoised[name] = site.from_denoiser(site.over_points(denoise, side[name], keys))

@@ -34,7 +34,7 @@ from jax.typing import ArrayLike
 
 from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.guidance import Guided
-from numpyro_diffusion.solve import ExponentialEuler, Solver
+from numpyro_diffusion.solve import Ancestral, GaussianSolver, Solver
 from numpyro_diffusion.solve.base import Memory
 
 _UNGUIDED = 0.1
@@ -71,22 +71,22 @@ class Transition(NamedTuple):
         return -0.5 * jnp.sum((x_s - self.mean) ** 2) / self.deviation**2
 
 
-def check_solver(solver: Solver) -> ExponentialEuler:
+def check_solver(solver: Solver) -> GaussianSolver:
     """The solver, if its steps are Gaussians of known mean and deviation.
 
     Raises:
         TypeError: if they are not.
     """
-    if not (isinstance(solver, ExponentialEuler) and solver.stochastic):
+    if not (isinstance(solver, GaussianSolver) and solver.stochastic):
         raise TypeError(
             "a guided walk needs steps whose density is known: solver must be solve.DPMSolverPP(eta=1.0) or "
-            f"solve.ExponentialEuler(eta=1.0); got {solver!r}"
+            f"solve.Ancestral(); got {solver!r}"
         )
     return solver
 
 
 def transition(
-    solver: ExponentialEuler,
+    solver: GaussianSolver,
     denoiser: Denoiser,
     x0: jax.Array,
     guided: jax.Array,
@@ -118,12 +118,12 @@ def transition(
 
 def bridge(key: jax.Array, denoiser: Denoiser, x: jax.Array, x_t: jax.Array, t: ArrayLike, s: ArrayLike) -> jax.Array:
     r"""Draws $x_s \mid x_t, x$, exactly: the noising process of a clean point that is known, seen backwards."""
-    mean, deviation = ExponentialEuler(eta=1.0).transition(denoiser, x, x_t, t, s)
+    mean, deviation = Ancestral().transition(denoiser, x, x_t, t, s)
     return (mean + deviation * jax.random.normal(key, x_t.shape)).astype(x_t.dtype)
 
 
 def guided_walks(
-    key: jax.Array, solver: ExponentialEuler, guided: Guided, x: jax.Array, start: ArrayLike, count: int
+    key: jax.Array, solver: GaussianSolver, guided: Guided, x: jax.Array, start: ArrayLike, count: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Noises a clean point once, and walks down again `count` times under the guidance.
 
@@ -162,7 +162,7 @@ def guided_walks(
         return jax.vmap(one, (0, 0, 0, 0, 0, None))(keys, *carry, is_back, k)
 
     is_back = jnp.arange(count + 1) == count
-    memory = jax.vmap(lambda x_t: solver.remember(denoiser, x_t))(points)
+    memory = jax.vmap(lambda x_t: solver.init(denoiser, x_t))(points)
     carry = points, memory, jnp.zeros(count + 1, x.dtype)
     points, _, log_ratio = jax.lax.fori_loop(start, len(times) - 1, step, carry)
     clean = jax.vmap(lambda x_t: denoiser(x_t, times[-1]).x0)(points[:-1])
@@ -171,7 +171,7 @@ def guided_walks(
 
 
 def outlooks(
-    solver: ExponentialEuler, guided: Guided, points: jax.Array, memory: Memory, t: ArrayLike, s: ArrayLike
+    solver: GaussianSolver, guided: Guided, points: jax.Array, memory: Memory, t: ArrayLike, s: ArrayLike
 ) -> tuple[jax.Array, Transition, Memory]:
     """What particles can expect, and where they go next: one call of the network for all of them.
 

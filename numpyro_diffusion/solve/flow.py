@@ -28,7 +28,7 @@ from jax.typing import ArrayLike
 
 from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.noise import Karras, TimeGrid
-from numpyro_diffusion.solve.base import Solver
+from numpyro_diffusion.solve.base import Memory, Solver
 
 
 def clock(denoiser: Denoiser, t: ArrayLike) -> jax.Array:
@@ -51,11 +51,11 @@ def from_rest(denoiser: Denoiser, w: jax.Array, t: ArrayLike) -> jax.Array:
     return denoiser.schedule.alpha(t) * (denoiser.location + spread(denoiser, t) * w)
 
 
-def velocity(denoiser: Denoiser, w: jax.Array, t: ArrayLike, cond: jax.Array | None = None) -> jax.Array:
+def velocity(denoiser: Denoiser, w: jax.Array, t: ArrayLike) -> jax.Array:
     r"""$\mathrm{d}w / \mathrm{d}\varphi$ of the probability flow."""
-    prediction = denoiser(from_rest(denoiser, w, t), t)
+    prediction = denoiser(from_rest(denoiser, w, t).astype(w.dtype), t)
     drawn = denoiser.schedule.noise_level(t) * (prediction.x0 - denoiser.location)
-    return (denoiser.scale**2 * prediction.eps - drawn) / spread(denoiser, t) ** 2
+    return ((denoiser.scale**2 * prediction.eps - drawn) / spread(denoiser, t) ** 2).astype(w.dtype)
 
 
 @jax.tree_util.register_static
@@ -64,29 +64,31 @@ class Heun(Solver):
     """Heun's method for the probability flow, of order two.
 
     Args:
-        num_steps: number of times visited, two denoiser evaluations a step.
+        num_times: number of times visited, two denoiser evaluations a step.
         grid: where the times lie.
 
     Raises:
-        ValueError: if `num_steps` is below 2.
+        ValueError: if `num_times` is below 2.
     """
 
-    num_steps: int = 18
+    num_times: int = 18
     grid: TimeGrid = Karras()
 
-    stochastic = False
+    law = "flow"
+    order = 2
     evaluations_per_step = 2
 
     def step(
         self,
         denoiser: Denoiser,
         x_t: jax.Array,
+        memory: Memory,
         t: ArrayLike,
         s: ArrayLike,
-        key: None = None,
-        cond: jax.Array | None = None,
-    ) -> jax.Array:
-        w, tick = to_rest(denoiser, x_t, t), clock(denoiser, s) - clock(denoiser, t)
-        here = velocity(denoiser, w, t, cond)
-        there = velocity(denoiser, w + tick * here, s, cond)
-        return from_rest(denoiser, w + 0.5 * tick * (here + there), s)
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Memory]:
+        w = to_rest(denoiser, x_t, t).astype(x_t.dtype)
+        tick = (clock(denoiser, s) - clock(denoiser, t)).astype(x_t.dtype)
+        here = velocity(denoiser, w, t)
+        there = velocity(denoiser, w + tick * here, s)
+        return from_rest(denoiser, w + 0.5 * tick * (here + there), s).astype(x_t.dtype), memory
