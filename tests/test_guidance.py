@@ -34,10 +34,10 @@ def errors(schedule, t=0.45):
     points = np.random.default_rng(0).normal(size=(20, 3)) * np.hypot(alpha, sigma) + alpha * np.asarray(MEAN)
     truth = np.stack([conditional_mean(x_t, alpha, sigma) for x_t in points])
     found = {}
-    for moment in ("dps", "pigdm", "tmpd", "mmps"):
-        guided = Guided(prior, linear(A, jnp.array(Y), jnp.array(SCALE)), moment)
+    for guidance in ("dps", "pigdm", "tmpd", "mmps"):
+        guided = Guided(prior, linear(A, jnp.array(Y), jnp.array(SCALE)), guidance)
         x0 = jax.vmap(lambda x_t, guided=guided: guided(x_t, t).x0)(jnp.asarray(points))
-        found[moment] = float(np.linalg.norm(x0 - truth, axis=1).mean())
+        found[guidance] = float(np.linalg.norm(x0 - truth, axis=1).mean())
     return found
 
 
@@ -69,8 +69,8 @@ def test_a_nonlinear_observation_is_linearised(x64):
     x0 = prior(x_t, t).x0
     squares = Observation(jnp.array([0.7]), jnp.array(0.3), lambda x, _: jnp.sum(x**2)[None])
     tangent = linear(2.0 * x0[None], jnp.array([0.7]) + jnp.sum(x0**2), 0.3)
-    for moment in ("dps", "pigdm", "tmpd", "mmps"):
-        found, expected = (Guided(prior, seen, moment)(x_t, t).x0 for seen in (squares, tangent))
+    for guidance in ("dps", "pigdm", "tmpd", "mmps"):
+        found, expected = (Guided(prior, seen, guidance)(x_t, t).x0 for seen in (squares, tangent))
         np.testing.assert_allclose(found, expected, rtol=1e-9)
     likelihood = Likelihood(lambda x, y: -0.5 * ((y - jnp.sum(x**2)) / 0.3) ** 2, jnp.array(0.7))
     np.testing.assert_allclose(Guided(prior, likelihood, "dps")(x_t, t).x0, Guided(prior, squares, "dps")(x_t, t).x0)
@@ -93,9 +93,9 @@ def test_guided_score_of_an_informative_mixture_is_near_the_truth(x64):
     points = jax.random.normal(jax.random.key(0), (30, 2)) + means[1]
     truth = jax.vmap(jax.grad(log_posterior))(points)
     off = {}
-    for moment in ("dps", "pigdm", "mmps"):
-        scores = jax.vmap(lambda x, m=moment: Guided(prior, observation, m)(x, t).score)(points)
-        off[moment] = float(jnp.linalg.norm(scores - truth, axis=1).mean() / jnp.linalg.norm(truth, axis=1).mean())
+    for guidance in ("dps", "pigdm", "mmps"):
+        scores = jax.vmap(lambda x, g=guidance: Guided(prior, observation, g)(x, t).score)(points)
+        off[guidance] = float(jnp.linalg.norm(scores - truth, axis=1).mean() / jnp.linalg.norm(truth, axis=1).mean())
     assert off["mmps"] < 0.2 * off["dps"] and off["mmps"] < off["pigdm"]
 
 
@@ -119,7 +119,7 @@ def test_reconstruction_puts_known_entries_in_place():
 
 
 REFUSED = {
-    "moment": (lambda: Guided(Gaussian([0.0]), linear([[1.0]], [1.0], 1.0), "ddrm"), "moment must be one of"),
+    "guidance": (lambda: Guided(Gaussian([0.0]), linear([[1.0]], [1.0], 1.0), "ddrm"), "guidance must be one of"),
     "likelihood": (lambda: Guided(Gaussian([0.0]), Likelihood(lambda x, _: 0.0), "mmps"), 'must be "dps" for a Like'),
     "iterations": (lambda: Guided(Gaussian([0.0]), linear([[1.0]], [1.0], 1.0), num_iterations=0), "at least 1"),
     "shapes": (lambda: linear([[1.0, 0.0]], [1.0, 2.0], 1.0), r"matrix must be \(m, d\)"),

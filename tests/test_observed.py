@@ -7,10 +7,10 @@ import numpyro.distributions as dist
 import pytest
 from numpyro.distributions import transforms
 
-from numpyro_diffusion.denoise import Gaussian, GaussianMixture
+from numpyro_diffusion.denoise import GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.guidance import Guided, Likelihood, Observation, linear
-from numpyro_diffusion.infer.model.observation import guided_site
+from numpyro_diffusion.infer.model.observation import guided_site, guided_sites
 from numpyro_diffusion.infer.model.tempering import TEMPERATURE, temper
 from numpyro_diffusion.noise import VE
 
@@ -45,23 +45,77 @@ def with_a_covariance(x):
     numpyro.sample("y", dist.MultivariateNormal(A @ x, jnp.diag(SCALE**2)), obs=Y)
 
 
+def with_a_precision(x):
+    precision = jnp.diag(SCALE**-2)
+    numpyro.sample("y", dist.MultivariateNormal(A @ x, precision_matrix=precision).expand([1]).to_event(1), obs=Y[None])
+
+
+def with_a_low_rank(x):
+    factor = jnp.zeros((3, 1)).at[0, 0].set(0.3)
+    diagonal = SCALE**2 - factor[:, 0] ** 2
+    numpyro.sample("y", dist.LowRankMultivariateNormal(A @ x, factor, diagonal), obs=Y)
+
+
+def under_a_mask(x):
+    """Entries that are not there, one of them not a number."""
+    mean, y = jnp.append(A @ x, jnp.array([x[0], x[1]])), jnp.append(Y, jnp.array([jnp.nan, -100.0]))
+    seen = jnp.arange(5) < 3
+    with numpyro.plate("entries", 5), numpyro.handlers.mask(mask=seen):
+        numpyro.sample("y", dist.Normal(mean, jnp.append(SCALE, jnp.zeros(2))), obs=y)
+
+
+def under_masks_of_a_law(x):
+    twice = dist.Normal(jnp.stack([A @ x, A @ x]), SCALE).mask(jnp.array([[True, True, False]] * 2)).to_event(1)
+    numpyro.sample("two", twice.mask(jnp.array([False, True])), obs=jnp.stack([jnp.full(3, jnp.nan), Y]))
+    vectors = dist.MultivariateNormal(jnp.stack([A @ x, A @ x]), jnp.diag(SCALE**2))
+    numpyro.sample("none", vectors.mask(False), obs=jnp.full((2, 3), jnp.nan))
+    numpyro.sample("third", dist.Normal(A[2] @ x, SCALE[2]).mask(True), obs=Y[2])
+
+
 def with_what_has_nothing_to_do_with_it(x):
     in_one_site(x)
     numpyro.sample("other", dist.Poisson(2.0), obs=3)
     numpyro.factor("constant", 1.0)
 
 
-SAME = [in_one_site, in_a_plate, in_several_sites, with_a_covariance, with_what_has_nothing_to_do_with_it]
+SAME = [
+    in_one_site,
+    in_a_plate,
+    in_several_sites,
+    with_a_covariance,
+    with_a_precision,
+    with_a_low_rank,
+    under_a_mask,
+    under_masks_of_a_law,
+    with_what_has_nothing_to_do_with_it,
+]
 
 
 @pytest.mark.parametrize("rest", SAME, ids=lambda rest: rest.__name__)
 def test_reads_what_is_written(rest, x64):
     _, _, guided = guided_site(with_prior(rest), (), {})
-    assert isinstance(guided.observation, Observation) and guided.moment == "mmps"
+    assert isinstance(guided.observation, Observation) and guided.guidance == "mmps"
     found, expected = guided.outlook(X_T, T), Guided(MIXTURE, linear(A, Y, SCALE)).outlook(X_T, T)
     np.testing.assert_allclose(found.guided, expected.guided, rtol=1e-6)
-    shift = jnp.log(SCALE).sum()  # read in units of the noise
+    hidden = guided.observation.y.size - 3  # read as zeros of unit noise
+    shift = jnp.log(SCALE).sum() - 0.5 * hidden * jnp.log(2.0 * jnp.pi)  # read in units of the noise
     np.testing.assert_allclose(found.log_twist - shift, expected.log_twist, rtol=1e-6)
+
+
+def test_a_factor_shared_in_a_plate_is_a_factor(x64):
+    """As many points as dimensions: the factor's shape is that of the data, and it is no standard deviation."""
+    factor, y = jnp.array([[1.0, 0.0], [0.6, 0.8]]), jnp.array([[1.0, -0.5], [0.3, 2.0]])
+
+    def model():
+        with numpyro.plate("x_points", 2):
+            x = numpyro.sample("x", DiffusionPrior(MIXTURE))
+        with numpyro.plate("points", 2):
+            numpyro.sample("y", dist.MultivariateNormal(x, scale_tril=factor), obs=y)
+
+    observation = guided_site(model, (), {})[2].observation
+    np.testing.assert_allclose(observation.y, (y @ jnp.linalg.inv(factor).T).reshape(-1), rtol=1e-12)
+    x = jnp.array([[0.2, 1.0], [-3.0, 0.5]])
+    np.testing.assert_allclose(observation.mean_of(x), (x @ jnp.linalg.inv(factor).T).reshape(-1), rtol=1e-12)
 
 
 def test_a_tempered_likelihood_is_one_of_more_noise(x64):
@@ -106,25 +160,50 @@ def varying_noise(x):
     numpyro.sample("y", dist.Normal(x[0], jnp.exp(x[1])), obs=1.0)
 
 
+def varying_mask(x):
+    numpyro.sample("y", dist.Normal(x, 1.0).mask(x > 0.0).to_event(1), obs=Y[:2])
+
+
 def gaussian_and_factor(x):
     in_one_site(x)
     numpyro.factor("constraint", -jnp.abs(x[0]))
 
 
-@pytest.mark.parametrize("rest", [counts, varying_noise, gaussian_and_factor], ids=lambda rest: rest.__name__)
+@pytest.mark.parametrize(
+    "rest", [counts, varying_noise, varying_mask, gaussian_and_factor], ids=lambda rest: rest.__name__
+)
 def test_other_likelihoods_steer_by_their_gradient(rest):
     _, _, guided = guided_site(with_prior(rest), (), {})
-    assert isinstance(guided.observation, Likelihood) and guided.moment == "dps"
-    with pytest.raises(ValueError, match=r"moment 'mmps' needs a Gaussian observation of site 'x'.*Use moment=\"dps\""):
+    assert isinstance(guided.observation, Likelihood) and guided.guidance == "dps"
+    with pytest.raises(ValueError, match=r"guidance='mmps' needs a Gaussian observation of \['x'\].*guidance=\"dps\""):
         guided_site(with_prior(rest), (), {}, "mmps")
     given = linear(jnp.eye(2), jnp.zeros(2), 1.0)
     assert guided_site(with_prior(rest), (), {}, "mmps", given)[2].observation is given
 
 
-def test_several_sites_are_refused():
-    def model():
-        x, z = (numpyro.sample(name, DiffusionPrior(Gaussian([0.0]))) for name in "xz")
-        numpyro.sample("y", dist.Normal(x + z, 1.0).to_event(1), obs=jnp.ones(1))
+def test_several_sites_are_one_point(x64):
+    """In the units of their ladders: the guided denoiser of the pair is that of a plate, where they are alike."""
+    scaled = DiffusionPrior(GaussianMixture([0.3, 0.7], 100.0 * MIXTURE.means, 0.5e4, VE(1.0, 8000.0)))
 
-    with pytest.raises(ValueError, match=r"guidance moves one diffusion site; the model has \['x', 'z'\]"):
-        guided_site(model, (), {})
+    def model():
+        x, z = numpyro.sample("x", DiffusionPrior(MIXTURE)), numpyro.sample("z", scaled)
+        numpyro.sample("y", dist.Normal(A @ (x + z / 100.0), SCALE).to_event(1), obs=Y)
+
+    def plate():
+        with numpyro.plate("points", 2):
+            x = numpyro.sample("x", DiffusionPrior(MIXTURE))
+        numpyro.sample("y", dist.Normal(A @ x.sum(0), SCALE).to_event(1), obs=Y)
+
+    found, pair = guided_sites(model, (), {}), jnp.stack([X_T, -X_T])
+    expected = guided_site(plate, (), {})[2].outlook(pair, T)
+    outlook = found.guided.outlook(pair.reshape(-1), T)
+    np.testing.assert_allclose(outlook.guided, expected.guided.reshape(-1), rtol=1e-6)
+    np.testing.assert_allclose(outlook.log_twist, expected.log_twist, rtol=1e-6)
+    z = {"x": X_T, "z": 100.0 * X_T}
+    np.testing.assert_allclose(found.to_denoiser(z), jnp.tile(X_T, 2), rtol=1e-12)
+    np.testing.assert_allclose(found.from_denoiser(found.to_denoiser(z))["z"], z["z"], rtol=1e-12)
+    given = Observation(Y[:2], jnp.ones(2), lambda points, _: points["x"] + points["z"] / 100.0)
+    seen = guided_sites(model, (), {}, observation=given).guided.observation
+    np.testing.assert_allclose(seen.mean_of(pair.reshape(-1)), jnp.zeros(2), atol=1e-12)
+    with pytest.raises(ValueError, match=r"takes one diffusion site here; the model has \['x', 'z'\]"):
+        guided_site(model, (), {}, "mmps")

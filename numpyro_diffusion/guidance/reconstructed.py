@@ -36,7 +36,7 @@ class Reconstructed(Around):
     known: jax.Array
     y: jax.Array
 
-    def __call__(self, x_t: jax.Array, t: ArrayLike, cond: ArrayLike | None = None) -> Prediction:
+    def __call__(self, x_t: jax.Array, t: ArrayLike, cond: None = None) -> Prediction:
         """The prediction with the known entries in place."""
-        x0 = self.base(x_t, t, cond).x0
+        x0 = self.base(x_t, t).x0
         return Prediction(jnp.where(self.known, jnp.asarray(self.y, x0.dtype), x0), x_t, t, self.schedule)

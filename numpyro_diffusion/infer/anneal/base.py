@@ -12,7 +12,7 @@ from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 
 from numpyro_diffusion.infer.anneal.posterior import Guidance, NoisyPosterior, Point, noisy_posterior
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
-from numpyro_diffusion.infer.model.observation import check_moment
+from numpyro_diffusion.infer.model.observation import check_guidance
 from numpyro_diffusion.infer.model.sites import (
     Model,
     PriorSite,
@@ -47,18 +47,18 @@ class TrajectoryKernel(DiffusionKernel):
 
     Args:
         model: NumPyro model whose latent sites are all diffusion sites.
-        guidance: what stands for the likelihood of noisy points, see `noisy`, or a moment of `guidance.MOMENTS`; None
+        guidance: what stands for the likelihood of noisy points, see `noisy`, or one of `guidance.GUIDANCES`; None
             takes `at_clean_point`.
 
     Raises:
         TypeError: for a model or a guidance that is not callable.
-        ValueError: for an unknown moment; when run, for one that cannot handle the likelihood.
+        ValueError: for an unknown guidance; when run, for one that cannot handle the likelihood.
     """
 
     def __init__(self, model: Model, guidance: Guidance | str | None) -> None:
         super().__init__(model)
         if isinstance(guidance, str):
-            check_moment(guidance)
+            check_guidance(guidance)
         elif not (guidance is None or callable(guidance)):
             raise TypeError(f"guidance must be callable, as infer.at_clean_point is; got {type(guidance).__name__}")
         self._guidance = guidance

@@ -136,14 +136,14 @@ def noisy_posterior(
         model: NumPyro model.
         args: its arguments.
         kwargs: its keyword arguments, with the values that a composite kernel conditions on.
-        guidance: what stands for the likelihood of noisy points, or a moment of `guidance.MOMENTS`; None takes
+        guidance: what stands for the likelihood of noisy points, or one of `guidance.GUIDANCES`; None takes
             `at_clean_point`.
 
     Returns:
         A `NoisyPosterior`.
 
     Raises:
-        ValueError: for a model without a latent `DiffusionPrior` site, or a moment that cannot handle the likelihood.
+        ValueError: for a model without a latent `DiffusionPrior` site, or a guidance that cannot handle the likelihood.
     """
     sites = prior_sites(model, args, kwargs)
 
