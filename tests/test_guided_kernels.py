@@ -84,10 +84,10 @@ def test_steps_keep_the_law_of_a_rough_walk(kind, options):
     state = kernel.init(jax.random.split(jax.random.key(3), COUNT), 0, {"x": x}, (y,), {})
     state = state._replace(walk=walk)
     step = jax.jit(lambda state: kernel.sample(state, (y,), {}))
-    for _ in range(2):
+    for _ in range(4):
         state = step(state)
     moved = state.z["x"]
-    assert float(jnp.mean(jnp.any(moved != x, axis=1))) > 0.5
+    assert float(jnp.mean(jnp.any(moved != x, axis=1))) > 0.4
     for direction in jnp.array([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0]]):
         a, b = np.sort(moved @ direction), np.sort(fresh @ direction)
         grid = np.concatenate([a, b])
@@ -98,19 +98,19 @@ def test_steps_keep_the_law_of_a_rough_walk(kind, options):
 @SLOW
 @each_kernel
 def test_an_unknown_noise_level_does_not_collapse(make):
-    """Thirty pixels and their noise, against quadrature: an error of the walk would feed on itself in the sweep."""
-    y = np.random.default_rng(3).normal(size=(2, 30)).T @ [1.0, 0.5]
+    """Ten pixels and their noise, against quadrature: an error of the walk would feed on itself in the sweep."""
+    y = np.random.default_rng(3).normal(size=(2, 10)).T @ [1.0, 0.5]
 
     def model(y):
         s = numpyro.sample("s", dist.HalfNormal(1.0))
-        x = numpyro.sample("x", DiffusionPrior(Gaussian(jnp.zeros(30)), sampler=FINE, density="none"))
+        x = numpyro.sample("x", DiffusionPrior(Gaussian(jnp.zeros(10)), sampler=FINE, density="none"))
         numpyro.sample("y", dist.Normal(x, s).to_event(1), obs=y)
 
     s = np.linspace(0.005, 3.0, 4000)
     log_weight = -0.5 * (s**2 + ((y**2)[:, None] / (1 + s**2) + np.log1p(s**2)).sum(0))
     weight = np.exp(log_weight - log_weight.max())
     mean, square = (weight @ s**n / weight.sum() for n in (1, 2))
-    draws = run(DiffusionGibbs(model, x_kernel=make), jnp.array(y), num_warmup=300, num_samples=1500)
+    draws = run(DiffusionGibbs(model, x_kernel=make), jnp.array(y), num_warmup=200, num_samples=600, chains=32)
     assert_moments(draws.get_samples(group_by_chain=True)["s"], mean, square - mean**2)
 
 
@@ -182,17 +182,20 @@ def rooted(y):
     numpyro.sample("y", dist.Normal(jnp.where(x > 0.0, jnp.sqrt(x), 0.0), 0.5).to_event(1), obs=y)
 
 
-@pytest.mark.parametrize("guidance", ["mmps", "dps"])
-@each_kernel
-def test_a_guidance_that_is_not_a_number_counts_as_none(make, guidance):
-    """And is counted; the posterior is that of quadrature."""
-    mcmc = run(make(rooted, guidance=guidance), jnp.array([0.4]))
+def test_a_guidance_that_is_not_a_number_counts_as_none():
+    """And is counted; posterior and evidence are those of quadrature."""
     x = np.linspace(-8.0, 8.0, 8001)
     weight = np.exp(-0.5 * x**2 - 0.5 * ((0.4 - np.sqrt(np.maximum(x, 0.0))) / 0.5) ** 2)
     mean, square = (weight @ x**n / weight.sum() for n in (1, 2))
-    assert_moments(mcmc.get_samples(group_by_chain=True)["x"], mean, square - mean**2)
-    fields = mcmc.get_extra_fields()
-    assert fields["num_unguided"].sum() > 0 and not fields["diverging"].any()
+    for make in GUIDED.values():
+        mcmc = run(make(rooted), jnp.array([0.4]))
+        assert_moments(mcmc.get_samples(group_by_chain=True)["x"], mean, square - mean**2)
+        fields = mcmc.get_extra_fields()
+        assert fields["num_unguided"].sum() > 0 and not fields["diverging"].any()
+    smc = TwistedSMC(rooted, 2000).run(jax.random.key(0), jnp.array([0.4]))
+    truth = np.log(weight.sum() * 0.002 / (2.0 * np.pi * 0.5))
+    assert abs(smc.log_evidence.value - truth) < 4.0 * smc.log_evidence.standard_error + 0.02
+    assert smc.levels.unguided.max() > 0.0
 
 
 def copies(y):

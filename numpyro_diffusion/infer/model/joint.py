@@ -82,11 +82,15 @@ class Joint:
         return [level / highest[0] for level in highest]
 
 
-def spans_agree(denoisers: Sequence[Denoiser]) -> bool:
-    """Whether the ladders of noise levels differ by a unit only."""
+def spans(denoisers: Sequence[Denoiser]) -> list[float]:
+    """Ratios of the highest noise level of each denoiser to its lowest."""
     with jax.ensure_compile_time_eval():  # schedules are plain numbers, also inside jit
-        spans = [_span(d.schedule) for d in denoisers]
-    return bool(np.allclose(spans, spans[0], rtol=_TOLERANCE))
+        return [_span(d.schedule) for d in denoisers]
+
+
+def are_equal(values: Sequence[float]) -> bool:
+    """Whether spans are so nearly equal that the ladders differ by a unit only."""
+    return bool(np.allclose(values, values[0], rtol=_TOLERANCE))
 
 
 def _span(schedule: Schedule) -> float:

@@ -27,7 +27,7 @@ from numpyro.ops.provenance import eval_provenance
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser, Repeated
 from numpyro_diffusion.guidance import GUIDANCES, Guided, Likelihood, Observation
-from numpyro_diffusion.infer.model.joint import Joint, spans_agree
+from numpyro_diffusion.infer.model.joint import Joint, are_equal, spans
 from numpyro_diffusion.infer.model.sites import Model, PriorSite, check_walkable, log_rest, prior_sites, traced
 
 Point = dict[str, jax.Array]
@@ -119,11 +119,13 @@ def guided_sites(
         Repeated(site.prior.denoiser, site.batch_shape) if site.batch_shape else site.prior.denoiser
         for site in sites.values()
     ]
-    if not spans_agree(denoisers):
+    ratios = spans(denoisers)
+    if not are_equal(ratios):
         raise ValueError(
             f"a guided walk takes all diffusion sites down one ladder, so the schedules of {list(sites)} must have the "
-            "same ratio of highest to lowest noise level. Give them such schedules (denoise.reschedule), or give each "
-            "site its own block of numpyro.infer.Gibbs, or use NoiseSpace(model)"
+            f"same ratio of highest to lowest noise level; got {[round(ratio) for ratio in ratios]}. Give them such "
+            "schedules (denoise.reschedule), or give each site its own block of numpyro.infer.Gibbs, or use "
+            "NoiseSpace(model)"
         )
     denoiser = denoisers[0] if len(denoisers) == 1 else Joint(tuple(denoisers))
     if observation is None:

@@ -53,6 +53,7 @@ class Level(NamedTuple):
     effective_size: jax.Array  # of all islands together, before resampling
     resampled: jax.Array  # share of the islands
     blind: jax.Array  # share of the particles whose predicted clean point the likelihood gives no weight at all
+    unguided: jax.Array | float = 0.0  # share of the particles whose guidance was not finite: they went without it
 
 
 class _Cloud(NamedTuple):
@@ -194,7 +195,8 @@ class TwistedSMC(ParticleSampler):
             gained = log_worth(log_ratio) - log_worth(before) - log_twist
             log_weights = cloud.log_weights + gained.reshape(self._shape)
             cloud = _Cloud(points, memory, log_ratio, log_weights, cloud.log_evidence)
-            return cloud, level._replace(noise_level=guided.schedule.noise_level(t))
+            unguided = jnp.mean(step.is_lost, dtype=points.dtype)
+            return cloud, level._replace(noise_level=guided.schedule.noise_level(t), unguided=unguided)
 
         cloud, levels = jax.lax.scan(down, cloud, jnp.arange(len(times) - 1))
         clean = jax.vmap(lambda x_t: guided.base(x_t, times[-1]).x0)(cloud.points)
