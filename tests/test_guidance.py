@@ -1,5 +1,7 @@
 """Guided denoisers against conditional laws in closed form, and the order of their errors."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,26 +29,31 @@ def conditional_mean(x_t, alpha, sigma):
     return np.asarray(MEAN) + gain @ (seen - both @ np.asarray(MEAN))
 
 
-def errors(schedule, t=0.45):
-    """Distance of each method's prediction from the truth, as a mean over noisy points."""
+@partial(jax.jit, static_argnames=("guidance",))
+def guided_means(prior, guidance, points, t):
+    guided = Guided(prior, linear(A, jnp.array(Y), jnp.array(SCALE)), guidance)
+    return jax.vmap(lambda x_t: guided(x_t, t).x0)(points)
+
+
+def error(schedule, guidance, t=0.45):
+    """Distance of a method's predictions from the truth, as a mean over noisy points."""
     prior = Gaussian(jnp.array(MEAN), jnp.array(COVARIANCE), schedule)
     alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
     points = np.random.default_rng(0).normal(size=(20, 3)) * np.hypot(alpha, sigma) + alpha * np.asarray(MEAN)
     truth = np.stack([conditional_mean(x_t, alpha, sigma) for x_t in points])
-    found = {}
-    for moment in ("dps", "pigdm", "tmpd", "mmps"):
-        guided = Guided(prior, linear(A, jnp.array(Y), jnp.array(SCALE)), moment)
-        x0 = jax.vmap(lambda x_t, guided=guided: guided(x_t, t).x0)(jnp.asarray(points))
-        found[moment] = float(np.linalg.norm(x0 - truth, axis=1).mean())
-    return found
+    return float(np.linalg.norm(guided_means(prior, guidance, jnp.asarray(points), t) - truth, axis=1).mean())
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_the_full_covariance_is_exact_for_a_gaussian(schedule, x64):
-    """Other moments are near it, and without one it is far off."""
-    found = errors(schedule)
-    assert found["mmps"] < 1e-6
-    assert max(found["tmpd"], found["pigdm"]) < 0.3 * found["dps"]
+def test_the_full_covariance_is_exact_for_a_gaussian(schedule):
+    """To single precision."""
+    assert error(schedule, "mmps") < 2e-5
+
+
+def test_other_covariances_are_near_it():
+    """And without one it is far off."""
+    dps = error(VP(), "dps")
+    assert max(error(VP(), "tmpd"), error(VP(), "pigdm")) < 0.3 * dps
 
 
 def test_solvers_walk_a_guided_denoiser_to_the_posterior():
@@ -62,21 +69,22 @@ def test_solvers_walk_a_guided_denoiser_to_the_posterior():
     assert (abs(draws.var(0) / sd**2 - 1.0) < 4.5 * np.sqrt(2.0 / 4000) + 0.02).all()
 
 
-def test_a_nonlinear_observation_is_linearised(x64):
+def test_a_nonlinear_observation_is_linearised():
     """At a point where the map is linear to first order the two agree; the gradient form is dps."""
     prior = GaussianMixture([0.5, 0.5], jnp.array([[-1.0, 0.0, 0.0], [1.0, 0.0, 1.0]]), 0.5, VP())
     x_t, t = jnp.array([0.3, -0.2, 0.5]), 0.4
     x0 = prior(x_t, t).x0
     squares = Observation(jnp.array([0.7]), jnp.array(0.3), lambda x, _: jnp.sum(x**2)[None])
     tangent = linear(2.0 * x0[None], jnp.array([0.7]) + jnp.sum(x0**2), 0.3)
-    for moment in ("dps", "pigdm", "tmpd", "mmps"):
-        found, expected = (Guided(prior, seen, moment)(x_t, t).x0 for seen in (squares, tangent))
-        np.testing.assert_allclose(found, expected, rtol=1e-9)
+    for guidance in ("dps", "pigdm", "tmpd", "mmps"):
+        found, expected = (Guided(prior, seen, guidance)(x_t, t).x0 for seen in (squares, tangent))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     likelihood = Likelihood(lambda x, y: -0.5 * ((y - jnp.sum(x**2)) / 0.3) ** 2, jnp.array(0.7))
-    np.testing.assert_allclose(Guided(prior, likelihood, "dps")(x_t, t).x0, Guided(prior, squares, "dps")(x_t, t).x0)
+    found, expected = (Guided(prior, seen, "dps")(x_t, t).x0 for seen in (likelihood, squares))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_guided_score_of_an_informative_mixture_is_near_the_truth(x64):
+def test_guided_score_of_an_informative_mixture_is_near_the_truth():
     """A mixture, where no method is exact: at small noise all but dps are near, and the full covariance nearest."""
     means = jnp.array([[-2.0, 0.0], [2.0, 1.0]])
     prior, t = GaussianMixture([0.4, 0.6], means, 0.5, VE()), 0.55
@@ -93,9 +101,9 @@ def test_guided_score_of_an_informative_mixture_is_near_the_truth(x64):
     points = jax.random.normal(jax.random.key(0), (30, 2)) + means[1]
     truth = jax.vmap(jax.grad(log_posterior))(points)
     off = {}
-    for moment in ("dps", "pigdm", "mmps"):
-        scores = jax.vmap(lambda x, m=moment: Guided(prior, observation, m)(x, t).score)(points)
-        off[moment] = float(jnp.linalg.norm(scores - truth, axis=1).mean() / jnp.linalg.norm(truth, axis=1).mean())
+    for guidance in ("dps", "pigdm", "mmps"):
+        scores = jax.vmap(lambda x, g=guidance: Guided(prior, observation, g)(x, t).score)(points)
+        off[guidance] = float(jnp.linalg.norm(scores - truth, axis=1).mean() / jnp.linalg.norm(truth, axis=1).mean())
     assert off["mmps"] < 0.2 * off["dps"] and off["mmps"] < off["pigdm"]
 
 
@@ -119,7 +127,7 @@ def test_reconstruction_puts_known_entries_in_place():
 
 
 REFUSED = {
-    "moment": (lambda: Guided(Gaussian([0.0]), linear([[1.0]], [1.0], 1.0), "ddrm"), "moment must be one of"),
+    "guidance": (lambda: Guided(Gaussian([0.0]), linear([[1.0]], [1.0], 1.0), "ddrm"), "guidance must be one of"),
     "likelihood": (lambda: Guided(Gaussian([0.0]), Likelihood(lambda x, _: 0.0), "mmps"), 'must be "dps" for a Like'),
     "iterations": (lambda: Guided(Gaussian([0.0]), linear([[1.0]], [1.0], 1.0), num_iterations=0), "at least 1"),
     "shapes": (lambda: linear([[1.0, 0.0]], [1.0, 2.0], 1.0), r"matrix must be \(m, d\)"),

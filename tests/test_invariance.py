@@ -11,7 +11,7 @@ import pytest
 
 from numpyro_diffusion.denoise import GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.infer import DiffusionPCN, GuidedPCN
+from numpyro_diffusion.infer import DiffusionPCN
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import DPMSolverPP
 
@@ -38,12 +38,7 @@ def exact_draws(key):
     return centre + jax.random.normal(key_x, (COUNT, 2)) @ jnp.linalg.cholesky(covariance).T
 
 
-KERNELS = {
-    "pcn": DiffusionPCN,
-    "pcn_3_proposals": partial(DiffusionPCN, num_proposals=3),
-    "guided": GuidedPCN,
-    "guided_3_proposals": partial(GuidedPCN, num_proposals=3),
-}
+KERNELS = {"pcn": DiffusionPCN, "pcn_3_proposals": partial(DiffusionPCN, num_proposals=3)}
 
 
 @pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS)

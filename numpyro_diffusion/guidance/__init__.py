@@ -1,12 +1,12 @@
 """Guidance: conditioned denoisers, which are denoisers."""
 
 from numpyro_diffusion.guidance.classifier_free import ClassifierFree
-from numpyro_diffusion.guidance.guided import MOMENTS, Guided, Outlook
+from numpyro_diffusion.guidance.guided import GUIDANCES, Guided, Outlook
 from numpyro_diffusion.guidance.observation import Likelihood, Observation, linear
 from numpyro_diffusion.guidance.reconstructed import Reconstructed
 
 __all__ = [
-    "MOMENTS",
+    "GUIDANCES",
     "ClassifierFree",
     "Guided",
     "Likelihood",

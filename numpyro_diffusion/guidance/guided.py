@@ -20,7 +20,7 @@ denoiser is a proposal, a twisting function or an approximation, and kernels tha
 network for no derivative; it is how MCGDiff looks ahead.
 
 A nonlinear observation is linearised at $\hat x_0$. A likelihood that is no Gaussian has its gradient there, which is
-the dps form; the other moments need a Gaussian. A guided denoiser is a denoiser: any solver walks it.
+the dps form; the other choices need a Gaussian. A guided denoiser is a denoiser: any solver walks it.
 
 The Gaussian behind the formula has a value too, the log of the *twisting function*
 $\hat p(y \mid x_t) = N(y; A \hat x_0, S_y + A V A^\top)$, which says how well a noisy point will explain the data.
@@ -50,9 +50,9 @@ from numpyro_diffusion.denoise import Denoiser, Prediction
 from numpyro_diffusion.denoise.wrapped import Around
 from numpyro_diffusion.guidance.observation import Likelihood, Observation
 
-MOMENTS = ("dps", "pigdm", "tmpd", "mmps", "flat")
+GUIDANCES = ("dps", "pigdm", "tmpd", "mmps", "flat")
 LOG_FLOOR = -1e5
-"""A twisting function is positive: a likelihood of zero at the predicted point counts as this much."""
+"""A twisting function is positive: where it is zero, or not a number, it counts as this much."""
 
 LinearMap = Callable[[jax.Array], jax.Array]
 
@@ -86,11 +86,11 @@ class Guided(Around):
     Args:
         base: the denoiser of the prior.
         observation: an `Observation`, or, for "dps" alone, a `Likelihood`.
-        moment: the second moment: "dps", "pigdm", "tmpd", "mmps" or "flat".
+        guidance: the choice of $V$: "dps", "pigdm", "tmpd", "mmps" or "flat".
         num_iterations: conjugate gradient steps of all but "dps"; as many as `y` has entries make them exact.
 
     Raises:
-        ValueError: if the moment is unknown, or is not "dps" for a likelihood that is no Gaussian observation.
+        ValueError: if the guidance is unknown, or is not "dps" for a likelihood that is no Gaussian observation.
 
     Example:
         >>> import jax.numpy as jnp
@@ -103,15 +103,15 @@ class Guided(Around):
 
     base: Denoiser
     observation: Observation | Likelihood
-    moment: str = field(default="mmps", metadata={"static": True})
+    guidance: str = field(default="mmps", metadata={"static": True})
     num_iterations: int = field(default=8, metadata={"static": True})
 
     def __post_init__(self) -> None:
-        _checks.one_of("moment", self.moment, MOMENTS)
+        _checks.one_of("guidance", self.guidance, GUIDANCES)
         _checks.at_least(1, num_iterations=self.num_iterations)
-        if isinstance(self.observation, Likelihood) and self.moment != "dps":
+        if isinstance(self.observation, Likelihood) and self.guidance != "dps":
             raise ValueError(
-                f'moment must be "dps" for a Likelihood: {self.moment!r} needs the noise of a Gaussian Observation'
+                f'guidance must be "dps" for a Likelihood: {self.guidance!r} needs the noise of a Gaussian Observation'
             )
 
     def __call__(self, x_t: jax.Array, t: ArrayLike) -> Prediction:
@@ -145,15 +145,14 @@ class Guided(Around):
         view, observation = self._view(x_t, t), self.observation
         if isinstance(observation, Likelihood):
             log_density, direction = jax.value_and_grad(observation.log_density)(view.centre, observation.parameters)
-            log_twist = jnp.maximum(jnp.nan_to_num(log_density, nan=LOG_FLOOR, posinf=LOG_FLOOR), LOG_FLOOR)
-            direction = jnp.where(jnp.isfinite(direction), direction, 0.0)
         else:
-            log_twist, direction = self._solve(view)
+            log_density, direction = self._solve(view)
+        log_twist = jnp.maximum(jnp.nan_to_num(log_density, nan=LOG_FLOOR, posinf=LOG_FLOOR), LOG_FLOOR)
         return Outlook(view.x0, view.x0 + view.pull(direction), log_twist)
 
     def _view(self, x_t: jax.Array, t: ArrayLike) -> _View:
         schedule = self.schedule
-        if self.moment == "flat":
+        if self.guidance == "flat":
             level = schedule.noise_level(t).astype(x_t.dtype)
             centre = x_t / schedule.alpha(t).astype(x_t.dtype)
             return _View(self.base(x_t, t), centre, lambda v: level**2 * v, lambda v: level**2 * v)
@@ -170,12 +169,12 @@ class Guided(Around):
 
     def _spread(self, x0: jax.Array, covariance: LinearMap, t: ArrayLike) -> LinearMap:
         """The second moment V as a linear map of `event_shape`."""
-        if self.moment == "mmps":
+        if self.guidance == "mmps":
             return covariance
-        if self.moment == "tmpd":
+        if self.guidance == "tmpd":
             rows = jnp.maximum(covariance(jnp.ones_like(x0)), 0.0)
             return lambda v: rows * v
-        if self.moment == "dps":
+        if self.guidance == "dps":
             return jnp.zeros_like
         level, scale = self.schedule.noise_level(t), self.scale
         width = ((level * scale) ** 2 / (level**2 + scale**2)).astype(x0.dtype)
@@ -193,7 +192,7 @@ class Guided(Around):
     def _direction(self, view: _View) -> jax.Array:
         """The gradient of the observation's log-density in the clean point's mean, of `event_shape`."""
         residual, scale, see, unsee = self._linearised(view)
-        if self.moment == "dps":
+        if self.guidance == "dps":
             return unsee(residual / scale**2)
         inner = lambda v: scale**2 * v + see(view.spread(unsee(v)))  # noqa: E731
         return unsee(jax.scipy.sparse.linalg.cg(inner, residual, maxiter=self.num_iterations)[0])

@@ -96,7 +96,7 @@ class AnnealedLangevin(AnnealedKernel):
         step_size: $r$ of the signal-to-noise rule (Song et al. take 0.16 for images, where it leaves a walk of a few
             steps too short here), or $\epsilon$ in squared units of the noisy point.
         restart_level: noise level to which the last draw is noised to begin the next; None begins from noise.
-        guidance: what stands for the likelihood of noisy points, see `noisy`, or a moment of `guidance.MOMENTS` such as
+        guidance: what stands for the likelihood of noisy points, see `noisy`, or one of `guidance.GUIDANCES` such as
             "mmps", for one site with Gaussian data; None takes the likelihood at the predicted clean point.
         metropolis: whether to test each step. Needs priors with a density at every level.
 

@@ -9,7 +9,7 @@ from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
 from numpyro_diffusion.infer.kernel.start import Strategy
 from numpyro_diffusion.infer.model.checks import check_walk
 from numpyro_diffusion.infer.model.handlers import Model
-from numpyro_diffusion.infer.model.observation import check_moment
+from numpyro_diffusion.infer.model.observation import check_guidance
 from numpyro_diffusion.infer.model.record import Reading
 
 
@@ -18,19 +18,19 @@ class AnnealedKernel(DiffusionKernel):
 
     Args:
         model: NumPyro model whose latent sites are all diffusion sites.
-        guidance: what stands for the likelihood of noisy points, see `posterior`, or a moment of `guidance.MOMENTS`;
+        guidance: what stands for the likelihood of noisy points, see `posterior`, or one of `guidance.GUIDANCES`;
             None takes `at_clean_point`.
         init_strategy: where chains start, as in NumPyro; None draws the priors.
 
     Raises:
         TypeError: for a model or a guidance that is not callable.
-        ValueError: for an unknown moment; when run, for one that cannot handle the likelihood.
+        ValueError: for an unknown guidance; when run, for one that cannot handle the likelihood.
     """
 
     def __init__(self, model: Model, guidance: Guidance | str | None, init_strategy: Strategy | None) -> None:
         super().__init__(model, init_strategy)
         if isinstance(guidance, str):
-            check_moment(guidance)
+            check_guidance(guidance)
         elif not (guidance is None or callable(guidance)):
             raise TypeError(f"guidance must be callable, as infer.at_clean_point is; got {type(guidance).__name__}")
         self._guidance = guidance

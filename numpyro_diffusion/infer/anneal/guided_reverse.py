@@ -62,7 +62,7 @@ class GuidedReverse(AnnealedKernel):
         predictor: any solver of `solve`; None takes each prior's own `sampler`.
         num_corrections: Langevin steps at each level reached; 0 for a guided solver alone.
         snr: their size, the ratio $r$ of `solve.langevin.snr_step_size`.
-        guidance: what stands for the likelihood of noisy points, see `noisy`, or a moment of `guidance.MOMENTS` such as
+        guidance: what stands for the likelihood of noisy points, see `noisy`, or one of `guidance.GUIDANCES` such as
             "mmps", for one site with Gaussian data; None takes the likelihood at the predicted clean point.
 
     Raises:

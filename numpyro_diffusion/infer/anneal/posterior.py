@@ -132,14 +132,14 @@ def noisy_posterior(reading: Reading, guidance: Guidance | str | None = None) ->
 
     Args:
         reading: the model at its arguments.
-        guidance: what stands for the likelihood of noisy points, or a moment of `guidance.MOMENTS`; None takes
+        guidance: what stands for the likelihood of noisy points, or one of `guidance.GUIDANCES`; None takes
             `at_clean_point`.
 
     Returns:
         A `NoisyPosterior`.
 
     Raises:
-        ValueError: for a moment that cannot handle the likelihood.
+        ValueError: for a guidance that cannot handle the likelihood.
     """
     sites = reading.sites()
 
@@ -147,7 +147,7 @@ def noisy_posterior(reading: Reading, guidance: Guidance | str | None = None) ->
         return reading.log_rest({name: site.from_denoiser(u[name]) for name, site in sites.items()})
 
     if isinstance(guidance, str):
-        _, _, denoiser = guided_site(reading.model, reading.args, reading.kwargs, guidance)
+        _, _, denoiser = guided_site(reading, guidance)
         return MomentPosterior(sites, log_likelihood, at_clean_point, denoiser)
     return NoisyPosterior(sites, log_likelihood, at_clean_point if guidance is None else guidance)
 

@@ -64,11 +64,12 @@ def check_diffusion_only(kernel: str, structure: Structure) -> None:
     """Raises `ValueError` if there is a latent site that is no diffusion site, or a prior that moves with another."""
     check_continuous(kernel, structure)
     if structure.others:
-        hidden = [name for name in structure.others if name.endswith("_unobserved")]
-        if hidden == structure.others:
+        copied = [name.removesuffix("_unobserved") for name in structure.others if name.endswith("_unobserved")]
+        if copied:
             raise ValueError(
-                f"{kernel} moves DiffusionPrior sites only; obs_mask= has made latent copies {hidden} of missing data. "
-                "Leave missing data out by numpyro.handlers.mask instead"
+                f"sites {copied} are sampled with obs_mask=, which adds latent copies of the data "
+                f"({copied[0]}_unobserved). Leave what is missing out by a mask instead: "
+                f"with numpyro.handlers.mask(mask=...): numpyro.sample({copied[0]!r}, ..., obs=y)"
             )
         x_kernel = "" if kernel == "DiffusionPCN" else f", x_kernel={kernel}"
         raise ValueError(

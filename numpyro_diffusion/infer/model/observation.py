@@ -1,18 +1,22 @@
-r"""What a NumPyro model observes of its diffusion site, read off the model for guidance.
+r"""What a NumPyro model observes of its diffusion sites, read off the model for guidance.
 
 Guidance wants the data as $y = h(x) + s \varepsilon$. A model says it in its own words: a site whose distribution is
-`Normal` or `MultivariateNormal`, whose mean depends on the diffusion site and whose spread does not. Several such sites
-are one observation with more entries, each divided by its own scale, so that
+`Normal`, `MultivariateNormal` or `LowRankMultivariateNormal`, whose mean depends on a diffusion site and whose spread
+does not. Several such sites are one observation with more entries, each divided by its own spread, so that
 
 $$\log L(x) = -\tfrac12 \left\| \tilde y - \tilde h(x) \right\|^2 + \text{const.}$$
 
-Any other term that depends on the diffusion site (a `factor`, a Poisson count, a scale that varies with $x$) makes the
-likelihood one that only its gradient can tell of. What does not depend on the site is left out. Reading is for
-proposals: kernels weigh with the model as it stands.
+Entries under a mask (`handlers.mask`, `Distribution.mask`) have no term in the likelihood: their data and their mean
+are read as zero, whatever they are, NaN included.
+
+Any other term that depends on a diffusion site (a `factor`, a Poisson count, a scale or a mask that varies with $x$)
+leaves a likelihood of which only the gradient can be used. What does not depend on the sites is left out. Reading is
+for proposals: kernels weigh with the model as it stands.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,85 +25,164 @@ from jax.scipy.linalg import solve_triangular
 from numpyro.ops.provenance import eval_provenance
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.denoise import Repeated
-from numpyro_diffusion.guidance import MOMENTS, Guided, Likelihood, Observation
-from numpyro_diffusion.infer.model.sites import Model, PriorSite, check_walkable, log_rest, prior_sites, traced
+from numpyro_diffusion.denoise import Denoiser, Repeated
+from numpyro_diffusion.guidance import GUIDANCES, Guided, Likelihood, Observation
+from numpyro_diffusion.infer.model.checks import check_walkable
+from numpyro_diffusion.infer.model.joint import Joint, are_equal, spans
+from numpyro_diffusion.infer.model.record import Reading
+from numpyro_diffusion.infer.model.sites import PriorSite, traced
+
+Point = dict[str, jax.Array]
 
 
-def check_moment(moment: str | None) -> None:
-    """Raises unless it is one of `guidance.MOMENTS`, or None."""
-    if moment is not None:
-        _checks.one_of("moment", moment, MOMENTS)
+def check_guidance(guidance: str | None) -> None:
+    """Raises unless it is one of `guidance.GUIDANCES`, or None."""
+    if guidance is not None:
+        _checks.one_of("guidance", guidance, GUIDANCES)
+
+
+@dataclass(frozen=True)
+class GuidedSites:
+    """The diffusion sites of a model as one point of a denoiser that the rest of the model guides.
+
+    Args:
+        sites: the sites, by name.
+        guided: the guided denoiser of all of them, plates included.
+    """
+
+    sites: dict[str, PriorSite]
+    guided: Guided
+
+    def to_denoiser(self, z: Mapping[str, jax.Array]) -> jax.Array:
+        """From NumPyro's unconstrained coordinates to a point of the denoiser, of `event_shape`."""
+        points = [site.to_denoiser(z[name]) for name, site in self.sites.items()]
+        joint = _joint_of(self.guided.base)
+        return points[0] if joint is None else joint.join(points)
+
+    def from_denoiser(self, u: jax.Array) -> Point:
+        """From a point of the denoiser to NumPyro's unconstrained coordinates."""
+        points = _split(self.guided.base, self.sites, u)
+        return {name: site.from_denoiser(points[name]) for name, site in self.sites.items()}
+
+    def constrain(self, z: Mapping[str, jax.Array]) -> Point:
+        """From NumPyro's unconstrained coordinates to the supports."""
+        return {name: site.constrain(z[name]) for name, site in self.sites.items()}
+
+
+def _joint_of(denoiser: Denoiser) -> Joint | None:
+    return denoiser if isinstance(denoiser, Joint) else None
+
+
+def _split(denoiser: Denoiser, sites: Mapping[str, PriorSite], u: jax.Array) -> Point:
+    """A point of the denoiser by site, each in its own denoiser's space."""
+    joint = _joint_of(denoiser)
+    return dict(zip(sites, [u] if joint is None else joint.split(u), strict=True))
+
+
+def guided_sites(
+    reading: Reading,
+    guidance: str | None = None,
+    observation: Observation | Likelihood | None = None,
+) -> GuidedSites:
+    """The diffusion sites of a model, with a denoiser of all of them that the rest of the model guides.
+
+    Args:
+        reading: the model at its arguments.
+        guidance: one of `guidance.GUIDANCES`; None takes "mmps" for a Gaussian observation and "dps" for another.
+        observation: what is observed of a point of the denoiser's own space, plates included, or, of several sites, of
+            a dict of such points; None reads the model.
+
+    Returns:
+        The `GuidedSites`.
+
+    Raises:
+        ValueError: for a guidance that cannot handle the likelihood, or several sites whose ladders of noise levels
+            have different spans.
+    """
+    sites = reading.sites()
+    check_walkable("a guided walk", sites)
+    denoisers = [
+        Repeated(site.prior.denoiser, site.batch_shape) if site.batch_shape else site.prior.denoiser
+        for site in sites.values()
+    ]
+    ratios = spans(denoisers)
+    if not are_equal(ratios):
+        raise ValueError(
+            f"a guided walk takes all diffusion sites down one ladder, so the schedules of {list(sites)} must have the "
+            f"same ratio of highest to lowest noise level; got {[round(ratio) for ratio in ratios]}. Give them such "
+            "schedules (denoise.reschedule), or give each site its own block of numpyro.infer.Gibbs, or use "
+            "NoiseSpace(model)"
+        )
+    denoiser = denoisers[0] if len(denoisers) == 1 else Joint(tuple(denoisers))
+    if observation is None:
+        observation = read_observation(reading, sites, denoiser)
+    elif len(sites) > 1:
+        observation = _of_joint(observation, denoiser, sites)
+    is_gaussian = isinstance(observation, Observation)
+    if guidance not in (None, "dps") and not is_gaussian:
+        raise ValueError(
+            f"guidance={guidance!r} needs a Gaussian observation of {list(sites)}; the model has another term that "
+            'depends on them. Use guidance="dps", or give an `observation` that is near enough to steer by'
+        )
+    return GuidedSites(sites, Guided(denoiser, observation, guidance or ("mmps" if is_gaussian else "dps")))
 
 
 def guided_site(
-    model: Model,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    moment: str | None = None,
+    reading: Reading,
+    guidance: str | None = None,
     observation: Observation | Likelihood | None = None,
 ) -> tuple[str, PriorSite, Guided]:
-    """The one diffusion site of a model, with its denoiser guided by the rest.
-
-    Args:
-        model: NumPyro model.
-        args: its arguments.
-        kwargs: its keyword arguments, with the values that a composite kernel conditions on.
-        moment: the second moment of `Guided`; None takes "mmps" for a Gaussian observation and "dps" for another.
-        observation: what is observed of a point of the denoiser's own space, plates included; None reads the model.
-
-    Returns:
-        The site's name, the site, and the guided denoiser of all points in its plates.
+    """The same for a model with one diffusion site: its name, the site, and the guided denoiser of its points.
 
     Raises:
-        ValueError: for a model with several diffusion sites, or a moment that cannot handle the likelihood.
+        ValueError: as `guided_sites`, and for a model with several diffusion sites.
     """
-    sites = prior_sites(model, args, kwargs)
-    if len(sites) > 1:
+    found = guided_sites(reading, guidance, observation)
+    if len(found.sites) > 1:
         raise ValueError(
-            f"guidance moves one diffusion site; the model has {sorted(sites)}. Give each its own block of "
-            "numpyro.infer.Gibbs, or use NoiseSpace(model)"
+            f"guidance={guidance!r} takes one diffusion site here; the model has {sorted(found.sites)}. Use "
+            "guidance=None, or GuidedPCN(model) or ParticleGibbs(model), which take several"
         )
-    check_walkable("a guided walk", sites)
-    ((name, site),) = sites.items()
-    denoiser = site.prior.denoiser
-    if site.batch_shape:
-        denoiser = Repeated(denoiser, site.batch_shape)
-    if observation is None:
-        observation = read_observation(model, args, kwargs, name, site)
-    is_gaussian = isinstance(observation, Observation)
-    if moment not in (None, "dps") and not is_gaussian:
-        raise ValueError(
-            f"moment {moment!r} needs a Gaussian observation of site {name!r}; the model has another term that depends "
-            'on it. Use moment="dps", or give an `observation` that is near enough to steer by'
-        )
-    return name, site, Guided(denoiser, observation, moment or ("mmps" if is_gaussian else "dps"))
+    ((name, site),) = found.sites.items()
+    return name, site, found.guided
 
 
-def read_observation(
-    model: Model, args: tuple, kwargs: Mapping[str, Any], name: str, site: PriorSite
+def _of_joint(
+    observation: Observation | Likelihood, denoiser: Joint, sites: Mapping[str, PriorSite]
 ) -> Observation | Likelihood:
+    """An observation of a dict of points as one of the joint point."""
+    if isinstance(observation, Likelihood):
+        log_density = observation.log_density
+        return Likelihood(lambda u, p: log_density(_split(denoiser, sites, u), p), observation.parameters)
+    y, scale, mean, parameters = observation.y, observation.scale, observation.mean, observation.parameters
+    return Observation(y, scale, lambda u, p: mean(_split(denoiser, sites, u), p), parameters)
+
+
+def read_observation(reading: Reading, sites: Mapping[str, PriorSite], denoiser: Denoiser) -> Observation | Likelihood:
     """The data as an observation of the denoiser's own space, or as a likelihood if they are not Gaussian."""
 
-    def constrained(u: jax.Array) -> dict[str, jax.Array]:
-        return {name: site.constrain(site.from_denoiser(u))}
+    def point(u: jax.Array) -> Point:
+        points = _split(denoiser, sites, u)
+        return {name: site.from_denoiser(points[name]) for name, site in sites.items()}
 
     def sites_at(u: jax.Array) -> dict[str, Any]:
-        trace = traced(model, args, kwargs, constrained(u))
+        values = {name: sites[name].constrain(z) for name, z in point(u).items()}
+        trace = traced(reading.model, reading.args, reading.kwargs, values)
         return {n: s for n, s in trace.items() if s["type"] == "sample" and s["is_observed"]}
 
-    origin = jnp.zeros((*site.batch_shape, *site.prior.noise_shape))
+    origin = jnp.zeros(denoiser.event_shape)
     seen = _depending(sites_at, origin)
-    gaussian = {n: _gaussian(sites_at(origin)[n]) for n in seen}
+    found = sites_at(origin)
+    gaussian = {n: _gaussian(found[n]) for n in seen}
     if not seen or any(entry is None for entry in gaussian.values()) or _depending(sites_at, origin, _spread) & seen:
-        return Likelihood(lambda u, _: log_rest(model, args, kwargs, constrained(u)).astype(jnp.result_type(float)))
+        return Likelihood(lambda u, _: reading.log_rest(point(u)))
 
     def mean(u: jax.Array, _: Any) -> jax.Array:
         found = sites_at(u)
-        return jnp.concatenate([_whiten(found[n], _gaussian(found[n])[0]) for n in sorted(seen)])
+        laws = {n: _gaussian(found[n]) for n in sorted(seen)}
+        return jnp.concatenate([law.whiten(law.mean) for law in laws.values()])
 
-    found = sites_at(origin)
-    y = jnp.concatenate([_whiten(found[n], found[n]["value"]) for n in sorted(seen)])
+    y = jnp.concatenate([gaussian[n].whiten(found[n]["value"]) for n in sorted(seen)])
     return Observation(y, jnp.ones(()), mean)
 
 
@@ -108,37 +191,53 @@ def _depending(
     u: jax.Array,
     leaves: Callable[[Mapping[str, Any]], Any] = lambda site: (jax.tree.leaves(site["fn"]), site["value"]),
 ) -> set[str]:
-    """Names of the observed sites whose arrays depend on the diffusion site."""
+    """Names of the observed sites whose arrays depend on a diffusion site."""
     found = eval_provenance(lambda u: {n: leaves(s) for n, s in sites_at(u).items()}, u=u)
     return {n for n, tree in found.items() if any(jax.tree.leaves(tree, is_leaf=lambda v: isinstance(v, frozenset)))}
 
 
-def _gaussian(site: Mapping[str, Any]) -> tuple[jax.Array, jax.Array] | None:
-    """Mean, and standard deviations or Cholesky factor, of a site's normal distribution; None if it has another."""
-    fn = site["fn"]
-    while isinstance(fn, dist.Independent | dist.ExpandedDistribution):
+class _Gaussian(NamedTuple):
+    """The normal law of an observed site; `scale` or `factor` is None."""
+
+    mean: jax.Array  # of the site's shape
+    scale: jax.Array | None  # standard deviations, of the site's shape
+    factor: jax.Array | None  # lower Cholesky factors, (*shape, shape[-1])
+    mask: jax.Array  # which entries count, of the site's shape
+    power: jax.Array | float  # of a scale handler: a scaled log-density is one of another spread
+
+    def whiten(self, value: jax.Array) -> jax.Array:
+        """Values of the site in units of its spread, flat; zero under the mask."""
+        value = jnp.where(self.mask, jnp.asarray(value, jnp.result_type(float)), 0.0)
+        if self.factor is None:
+            whitened = value / jnp.where(self.mask, self.scale, 1.0)
+        else:
+            factor = jnp.where(self.mask[..., None], self.factor, jnp.eye(value.shape[-1], dtype=value.dtype))
+            whitened = solve_triangular(factor, value[..., None], lower=True)[..., 0]
+        return (jnp.sqrt(self.power) * whitened).reshape(-1)
+
+
+def _gaussian(site: Mapping[str, Any]) -> _Gaussian | None:
+    """The law of a site if it is normal, in plates and under masks; None if it is not."""
+    shape, fn, mask = site["fn"].shape(), site["fn"], jnp.ones((), bool)
+    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        if isinstance(fn, dist.MaskedDistribution):
+            kept = jnp.asarray(fn._mask)
+            mask = mask & kept.reshape(kept.shape + (1,) * fn.event_dim * (kept.ndim > 0))
         fn = fn.base_dist
+    power = 1.0 if site["scale"] is None else site["scale"]
+    mask = jnp.broadcast_to(mask, shape)
     if isinstance(fn, dist.Normal):
-        return jnp.broadcast_to(fn.loc, site["fn"].shape()), jnp.broadcast_to(fn.scale, site["fn"].shape())
+        return _Gaussian(jnp.broadcast_to(fn.loc, shape), jnp.broadcast_to(fn.scale, shape), None, mask, power)
     if isinstance(fn, dist.MultivariateNormal):
-        return jnp.broadcast_to(fn.loc, site["fn"].shape()), fn.scale_tril
-    return None
+        factor = fn.scale_tril
+    elif isinstance(fn, dist.LowRankMultivariateNormal):
+        factor = jnp.linalg.cholesky(fn.covariance_matrix)
+    else:
+        return None
+    return _Gaussian(jnp.broadcast_to(fn.loc, shape), None, jnp.broadcast_to(factor, (*shape, shape[-1])), mask, power)
 
 
 def _spread(site: Mapping[str, Any]) -> Any:
-    """What must not depend on the diffusion site: the data, their spread, and a handler's scale."""
-    gaussian = _gaussian(site)
-    return site["value"], None if gaussian is None else gaussian[1], site["scale"]
-
-
-def _whiten(site: Mapping[str, Any], value: jax.Array) -> jax.Array:
-    """Values of a site in units of its spread, flat; a scaled log-density is one of another spread."""
-    spread = _gaussian(site)[1]
-    value = jnp.asarray(value, jnp.result_type(float))
-    if jnp.shape(spread) == jnp.shape(value):
-        whitened = value / spread
-    else:
-        factor = jnp.broadcast_to(spread, (*value.shape, value.shape[-1]))
-        whitened = solve_triangular(factor, value[..., None], lower=True)
-    power = 1.0 if site["scale"] is None else site["scale"]
-    return (jnp.sqrt(power) * whitened).reshape(-1)
+    """What must not depend on the diffusion sites: the data, and all of their law but the mean."""
+    law = _gaussian(site)
+    return site["value"], site["scale"], None if law is None else law[1:]

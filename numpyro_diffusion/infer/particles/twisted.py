@@ -2,7 +2,7 @@ r"""Twisted sequential Monte Carlo: particles walk down the reverse process, loo
 
 The solver's walk is a Markov chain $p(x_T) \prod p(x_s \mid x_t)$ that ends at a clean point, which the model weighs by
 $L(x)$. A *twisting function* $\psi_t(x_t) \approx E[L(x) \mid x_t]$, from any guidance, says on the way how well a
-point will do. Particles step by the guided transition $q$, a tenth of them by $p$ (`reverse_path` has the reason, and
+point will do. Particles step by the guided transition $q$, a tenth of them by $p$ (`reverse.walk` has the reason, and
 what then takes the place of $q$), and are weighted by
 
 $$w_s = \frac{p(x_s \mid x_t)}{q(x_s \mid x_t)} \frac{\psi_s(x_s)}{\psi_t(x_t)}, \qquad \psi_0 = L,$$
@@ -38,9 +38,12 @@ from jax.scipy.special import logsumexp
 from numpyro_diffusion.guidance import Likelihood, Observation
 from numpyro_diffusion.guidance.guided import LOG_FLOOR
 from numpyro_diffusion.infer.kernel.choose import effective_size, systematic, without_improper
-from numpyro_diffusion.infer.model.observation import check_moment, guided_site
-from numpyro_diffusion.infer.model.sites import Model, PriorSite, log_rest, other_latent_sites, with_deterministic
+from numpyro_diffusion.infer.model.checks import check_walk
+from numpyro_diffusion.infer.model.observation import GuidedSites, check_guidance, guided_sites
+from numpyro_diffusion.infer.model.record import Record
+from numpyro_diffusion.infer.model.sites import Model, log_rest, other_latent_sites, with_deterministic
 from numpyro_diffusion.infer.particles.evidence import ParticleSampler, evidence_of
+from numpyro_diffusion.infer.reverse.base import solver_of
 from numpyro_diffusion.infer.reverse.walk import Transition, check_solver, log_worth, outlooks
 from numpyro_diffusion.solve import Solver, terminal_point
 
@@ -52,6 +55,7 @@ class Level(NamedTuple):
     effective_size: jax.Array  # of all islands together, before resampling
     resampled: jax.Array  # share of the islands
     blind: jax.Array  # share of the particles whose predicted clean point the likelihood gives no weight at all
+    unguided: jax.Array | float = 0.0  # share of the particles whose guidance was not finite: they went without it
 
 
 class _Cloud(NamedTuple):
@@ -111,7 +115,7 @@ class TwistedSMC(ParticleSampler):
         ess_threshold: float = 0.5,
     ) -> None:
         super().__init__(model, num_particles, num_islands, ess_threshold)
-        check_moment(moment)
+        check_guidance(moment)
         if solver is not None:
             check_solver(solver)
         self._guidance = moment, observation
@@ -129,10 +133,11 @@ class TwistedSMC(ParticleSampler):
         Returns:
             This object, which then holds draws and evidence.
         """
+        check_walk("TwistedSMC", Record(self._model).at(args, kwargs))
         others = other_latent_sites(self._model, args, kwargs)
         if others:
             raise ValueError(
-                f"TwistedSMC moves one diffusion site; the model also has latent sites {others}. Use "
+                f"TwistedSMC moves DiffusionPrior sites only; the model also has latent sites {others}. Use "
                 "DiffusionGibbs(model, x_kernel=ParticleGibbs), which moves these by NUTS, or TemperedSMC(model)"
             )
         samples, islands, levels = self._compiled(rng_key, args, kwargs)
@@ -170,8 +175,9 @@ class TwistedSMC(ParticleSampler):
         )
 
     def _run(self, key: jax.Array, args: tuple, kwargs: dict) -> tuple[dict[str, jax.Array], jax.Array, Level]:
-        name, site, guided = guided_site(self._model, args, kwargs, *self._guidance)
-        solver = check_solver(site.prior.sampler if self._solver is None else self._solver)
+        reading = Record(self._model).at(args, kwargs)
+        found = guided_sites(reading, *self._guidance)
+        guided, solver = found.guided, solver_of(found, self._solver, "TwistedSMC")
         times = solver.times(guided)
         key_start, key_steps, key_draws = jax.random.split(key, 3)
         islands, n = self._shape
@@ -192,11 +198,12 @@ class TwistedSMC(ParticleSampler):
             gained = log_worth(log_ratio) - log_worth(before) - log_twist
             log_weights = cloud.log_weights + gained.reshape(self._shape)
             cloud = _Cloud(points, memory, log_ratio, log_weights, cloud.log_evidence)
-            return cloud, level._replace(noise_level=guided.schedule.noise_level(t))
+            unguided = jnp.mean(step.is_lost, dtype=points.dtype)
+            return cloud, level._replace(noise_level=guided.schedule.noise_level(t), unguided=unguided)
 
         cloud, levels = jax.lax.scan(down, cloud, jnp.arange(len(times) - 1))
         clean = jax.vmap(lambda x_t: guided.base(x_t, times[-1]).x0)(cloud.points)
-        return *self._weigh(key_draws, name, site, clean, cloud, args, kwargs), levels
+        return *self._weigh(key_draws, found, clean, cloud, args, kwargs), levels
 
     def _resample(self, key: jax.Array, cloud: _Cloud, log_twist: jax.Array) -> tuple[_Cloud, jax.Array, Level]:
         """Weighs by what lies ahead, and copies where the weights have become uneven."""
@@ -218,10 +225,10 @@ class TwistedSMC(ParticleSampler):
         )
 
     def _weigh(
-        self, key: jax.Array, name: str, site: PriorSite, clean: jax.Array, cloud: _Cloud, args: tuple, kwargs: dict
+        self, key: jax.Array, found: GuidedSites, clean: jax.Array, cloud: _Cloud, args: tuple, kwargs: dict
     ) -> tuple[dict[str, jax.Array], jax.Array]:
         """Weighs clean points by the model: draws by island in proportion to its evidence, and the evidence of each."""
-        values = jax.vmap(lambda u: {name: site.constrain(site.from_denoiser(u))})(clean)
+        values = jax.vmap(lambda u: found.constrain(found.from_denoiser(u)))(clean)
         log_likelihoods = jax.vmap(lambda x: log_rest(self._model, args, kwargs, x))(values)
         log_weights = without_improper(cloud.log_weights + log_likelihoods.reshape(self._shape))
         log_evidence = cloud.log_evidence + logsumexp(log_weights, axis=1) - jnp.log(self._shape[1])

@@ -4,7 +4,7 @@ The state is a walk $x_T \to \dots \to x_0$ of the solver. Its law under the mod
 
 $$\pi(x_{T:0}) \propto p(x_T) \prod p(x_s \mid x_t)\; L(x_0),$$
 
-is what `twisted_smc` approximates with many particles. Conditional SMC makes a Markov kernel of it: the current walk is
+is what `TwistedSMC` approximates with many particles. Conditional SMC makes a Markov kernel of it: the current walk is
 kept as one of $N$ particles, the others walk beside it, guided and weighted, and a new walk is drawn from the others by
 its final weight and tested against the kept one. **This leaves $\pi$ in place for any $N \ge 2$**: no bias of order
 $1 / N$. Particles are resampled where their weights have become uneven, and there the kept walk draws its own past anew
@@ -12,7 +12,7 @@ among all of them (ancestor sampling) with weights
 
 $$\tilde w^i \propto w^i \frac{p(x'_s \mid x_t^i)}{\psi_t(x_t^i)},$$
 
-$x'$ the kept walk, $\psi$ the twisting function. A walk in ten goes unguided (`reverse_path`), so that a kept walk that
+$x'$ the kept walk, $\psi$ the twisting function. A walk in ten goes unguided (`walk`), so that a kept walk that
 the guidance would hardly take does not stay for that. A solver that remembers one step has a second factor
 $p(x'_r \mid x'_s, x_t^i)$, of the step after.
 
@@ -38,17 +38,17 @@ import jax.numpy as jnp
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.guidance import Guided, Likelihood, Observation
-from numpyro_diffusion.infer.kernel.choose import conditional_systematic, effective_size, metropolised_gibbs
-from numpyro_diffusion.infer.kernel.choose import without_improper as proper
-from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
-from numpyro_diffusion.infer.kernel.start import Strategy, start
-from numpyro_diffusion.infer.model.checks import check_walk
-from numpyro_diffusion.infer.model.density import Status
+from numpyro_diffusion.infer.kernel.choose import (
+    conditional_systematic,
+    effective_size,
+    metropolised_gibbs,
+    without_improper,
+)
+from numpyro_diffusion.infer.kernel.start import Strategy
 from numpyro_diffusion.infer.model.handlers import Model
-from numpyro_diffusion.infer.model.observation import check_moment, guided_site
 from numpyro_diffusion.infer.model.record import Reading
-from numpyro_diffusion.infer.model.sites import PriorSite
-from numpyro_diffusion.infer.reverse.walk import Transition, check_solver, log_worth, outlooks, transition
+from numpyro_diffusion.infer.reverse.base import WalkKernel
+from numpyro_diffusion.infer.reverse.walk import Transition, log_worth, outlooks, transition
 from numpyro_diffusion.solve import GaussianSolver, Solver, terminal_point
 
 _ESS_THRESHOLD = 0.5
@@ -63,6 +63,7 @@ class ParticleGibbsState(NamedTuple):
         z: the clean end of the walk, by site, in NumPyro's unconstrained coordinates.
         walk: the walk in the denoiser's space, at all times of the solver's grid, noisiest first.
         renewed: share of the walk's points that the last step has changed.
+        num_unguided: steps of the last walks at which the guidance was not finite; they went without it.
         num_score_evals: denoiser evaluations of the last step.
         diverging: whether the log-density of a particle was NaN or plus infinity; it was given no weight.
         rng_key: random key.
@@ -72,6 +73,7 @@ class ParticleGibbsState(NamedTuple):
     z: dict[str, jax.Array]
     walk: jax.Array
     renewed: jax.Array
+    num_unguided: jax.Array
     num_score_evals: jax.Array
     diverging: jax.Array
     rng_key: jax.Array
@@ -86,23 +88,24 @@ class _Cloud(NamedTuple):
     log_ratio: jax.Array  # (N,), of the walks so far, the prior's density over the guidance's
 
 
-class ParticleGibbs(DiffusionKernel):
-    """Draws the diffusion site of a model by conditional SMC with ancestor sampling over the reverse process.
+class ParticleGibbs(WalkKernel):
+    """Draws all diffusion sites of a model by conditional SMC with ancestor sampling over the reverse process.
 
     Leaves the posterior under the solver's walk in place for any number of particles.
 
     Args:
-        model: NumPyro model whose only latent site is a diffusion site, possibly in plates.
+        model: NumPyro model whose latent sites are all diffusion sites, possibly in plates; `DiffusionGibbs` takes the
+            others.
         num_particles: particles with the kept one, at least 2.
-        moment: how the guidance looks ahead, see `guidance.Guided`; None takes "mmps" for a Gaussian observation and
-            "dps" for any other likelihood.
-        observation: what is observed of a point of the denoiser's own space; None reads the model. It steers; the
-            weights are the model's.
-        solver: a solver whose steps have a density; None takes the prior's own `sampler`.
+        guidance: how to look ahead, see `guidance.Guided`; None takes "mmps" for a Gaussian observation and "dps" for
+            any other likelihood.
+        observation: what is observed of a point of the denoiser's own space (of several sites: of a dict of them);
+            None reads the model. It steers; the weights are the model's.
+        solver: a solver whose steps have a density; None takes the priors' own `sampler`.
 
     Raises:
-        ValueError: for `num_particles` below 2 or an unknown moment; when run, for a model with other latent sites or
-            several diffusion sites, or a moment that cannot handle the likelihood.
+        ValueError: for `num_particles` below 2 or an unknown guidance; when run, for a model with other latent sites,
+            diffusion sites whose ladders of noise levels differ, or a guidance that cannot handle the likelihood.
         TypeError: for a model that is not callable or a solver whose steps have no density.
 
     Example:
@@ -120,85 +123,62 @@ class ParticleGibbs(DiffusionKernel):
         True
     """
 
-    statistics = ("renewed", "num_score_evals")
-    status = Status("reverse process", True, "exact for the law of the solver's walk, which is the prior to its order")
+    statistics = ("renewed", "num_unguided", "num_score_evals")
 
     def __init__(
         self,
         model: Model,
         *,
         num_particles: int = 10,
-        moment: str | None = None,
+        guidance: str | None = None,
         observation: Observation | Likelihood | None = None,
         solver: Solver | None = None,
         init_strategy: Strategy | None = None,
     ) -> None:
-        super().__init__(model, init_strategy)
+        super().__init__(model, guidance=guidance, observation=observation, solver=solver, init_strategy=init_strategy)
         _checks.at_least(2, num_particles=num_particles)
-        check_moment(moment)
         self._num_particles = num_particles
-        self._look_ahead = moment, observation
-        self._solver = None if solver is None else check_solver(solver)
-
-    def _check_model(self, reading: Reading) -> None:
-        check_walk(type(self).__name__, reading)
-        self._parts(reading)
-
-    def _parts(self, reading: Reading) -> tuple[str, PriorSite, Guided, GaussianSolver]:
-        name, site, guided = guided_site(self._model, reading.args, reading.kwargs, *self._look_ahead)
-        return name, site, guided, check_solver(site.prior.sampler if self._solver is None else self._solver)
 
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> ParticleGibbsState:
         """The noising process of where the chain begins."""
-        name, site, guided, solver = self._parts(reading)
-        key, key_point, key_noise = jax.random.split(key, 3)
-        z = start(key_point, reading, init_params, self._init_strategy)
-        walk = _noised(key_noise, guided, site.to_denoiser(z[name]), solver.times(guided))
+        key, key_start = jax.random.split(key)
+        z, walk = self._start_walk(key_start, init_params, reading)
         zero, count = jnp.zeros((), walk.dtype), jnp.zeros((), jnp.int32)
-        return ParticleGibbsState(count, z, walk, zero, count, jnp.array(False), key)
-
-    def refresh(self, state: ParticleGibbsState, model_args: tuple, model_kwargs: dict | None) -> ParticleGibbsState:
-        """The identity: nothing that depends on the conditioning is kept between draws."""
-        return state
+        return ParticleGibbsState(count, z, walk, zero, count, count, jnp.array(False), key)
 
     def _step(self, state: ParticleGibbsState, reading: Reading) -> ParticleGibbsState:
-        name, site, guided, solver = self._parts(reading)
+        found, solver = self._parts(reading)
+        guided, times = found.guided, solver.times(found.guided)
         key, key_walk, key_choice = jax.random.split(state.rng_key, 3)
-        points, ancestors, log_weights = _conditional_walks(key_walk, solver, guided, state.walk, self._num_particles)
-        times = solver.times(guided)
-        clean = jax.vmap(lambda x_t: guided.base(x_t, times[-1]).x0)(points[-1])
-        z = jax.vmap(site.from_denoiser)(clean)
-        weights = log_weights + jax.vmap(lambda z: reading.log_rest({name: z}))(z)
-        others = jnp.arange(1, self._num_particles)
-        choice = metropolised_gibbs(key_choice, weights[1:], proper(weights[0]), others, jnp.zeros_like(others[0]))
-        chosen = choice.point
-        indices = _lineage(ancestors, chosen)
+        points, ancestors, log_weights, num_unguided = _conditional_walks(
+            key_walk, solver, guided, state.walk, self._num_particles
+        )
+        z, raw = self._weigh(found, points[-1], times[-1], reading)
+        weights, others = log_weights + raw, jnp.arange(1, self._num_particles)
+        choice = metropolised_gibbs(
+            key_choice, weights[1:], without_improper(weights[0]), others, jnp.zeros_like(others[0])
+        )
+        chosen, indices = choice.point, _lineage(ancestors, choice.point)
         walk = jax.vmap(lambda points, index: points[index])(points, indices)
         return ParticleGibbsState(
             i=state.i + 1,
-            z={name: z[chosen]},
+            z=jax.tree.map(lambda leaf: leaf[chosen], z),
             walk=walk,
             renewed=jnp.mean(indices != 0, dtype=walk.dtype),
+            num_unguided=num_unguided,
             num_score_evals=jnp.asarray((self._num_particles + 1) * len(times), jnp.int32),
             diverging=choice.diverging,
             rng_key=key,
         )
 
 
-def _noised(key: jax.Array, guided: Guided, x: jax.Array, times: jax.Array) -> jax.Array:
-    """The noising process of a clean point, at all times."""
-    schedule = guided.schedule
-    levels = jax.vmap(schedule.noise_level)(times)
-    growth = jnp.sqrt(jnp.maximum(levels**2 - jnp.append(levels[1:], 0.0) ** 2, 0.0))
-    steps = jax.vmap(lambda g, key: g * jax.random.normal(key, x.shape))(growth, jax.random.split(key, len(times)))
-    noise = jnp.cumsum(steps[::-1], axis=0)[::-1]
-    return jax.vmap(lambda t, noise: schedule.alpha(t) * (x + noise))(times, noise).astype(x.dtype)
-
-
 def _conditional_walks(
     key: jax.Array, solver: GaussianSolver, guided: Guided, kept: jax.Array, count: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Walks of all particles given the kept one, (levels, N, ...), their ancestors (levels - 1, N) and last weights."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """All particles given the kept walk, (levels, N, ...), and their ancestors (levels - 1, N).
+
+    Also returns their last weights, and the number of steps whose guidance was not finite.
+    """
     times = solver.times(guided)
     kept_means = jax.vmap(lambda x_t, t: guided.base(x_t, t).x0)(kept, times)
     key_start, key_steps = jax.random.split(key)
@@ -206,13 +186,13 @@ def _conditional_walks(
     points = jax.vmap(partial(terminal_point, guided))(noise).astype(kept.dtype).at[0].set(kept[0])
     memory = jax.vmap(partial(solver.init, guided))(points)
 
-    def down(cloud: _Cloud, k: jax.Array) -> tuple[_Cloud, tuple[jax.Array, jax.Array]]:
+    def down(cloud: _Cloud, k: jax.Array) -> tuple[_Cloud, tuple[jax.Array, jax.Array, jax.Array]]:
         log_twist, step, memory = outlooks(solver, guided, cloud.points, cloud.memory, times[k], times[k + 1])
-        log_weights = proper(cloud.log_weights + log_twist)
+        log_weights = without_improper(cloud.log_weights + log_twist)
         key_copies, key_draw = jax.random.split(jax.random.fold_in(key_steps, k))
         log_future = _log_future(solver, guided, kept, kept_means, times, k, step, memory)
         uneven = effective_size(log_weights) < _ESS_THRESHOLD * count
-        copies = _ancestors(key_copies, log_weights, proper(log_weights + log_future - log_twist))
+        copies = _ancestors(key_copies, log_weights, without_improper(log_weights + log_future - log_twist))
         ancestors = jnp.where(uneven, copies, jnp.arange(count))
         log_weights = jnp.where(uneven, 0.0, log_weights)
         moving = log_twist, step, memory, cloud.log_ratio
@@ -220,12 +200,17 @@ def _conditional_walks(
         points = jax.vmap(Transition.draw)(step, jax.random.split(key_draw, count), before).at[0].set(kept[k + 1])
         log_ratio = before + jax.vmap(Transition.log_ratio)(step, points)
         log_weights += log_worth(log_ratio) - log_worth(before) - log_twist
-        return _Cloud(points, memory, log_weights, log_ratio), (cloud.points, ancestors)
+        return _Cloud(points, memory, log_weights, log_ratio), (cloud.points, ancestors, step.is_lost)
 
     none = jnp.zeros(count, kept.dtype)
     cloud = _Cloud(points, memory, none, none)
-    cloud, (points, ancestors) = jax.lax.scan(down, cloud, jnp.arange(len(times) - 1))
-    return jnp.concatenate([points, cloud.points[None]]), ancestors, cloud.log_weights
+    cloud, (points, ancestors, is_lost) = jax.lax.scan(down, cloud, jnp.arange(len(times) - 1))
+    return (
+        jnp.concatenate([points, cloud.points[None]]),
+        ancestors,
+        cloud.log_weights,
+        jnp.sum(is_lost, dtype=jnp.int32),
+    )
 
 
 def _log_future(

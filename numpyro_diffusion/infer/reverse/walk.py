@@ -19,7 +19,10 @@ $$\log \frac{\prod p}{(1 - \epsilon) \prod q + \epsilon \prod p} =
 A mixture of walks has steps of its own: from a walk with $r$ so far, the next goes by $q$ with the probability that the
 walk so far has been one of $q$, $(1 - \epsilon)\, e^{-r} / ((1 - \epsilon)\, e^{-r} + \epsilon)$.
 
-Who weighs what with them is the matter of `guided_pcn`, `twisted_smc` and `particle_gibbs`.
+A shift that is not finite (a likelihood whose gradient is NaN at the predicted point) counts as none: that step goes by
+$p$, for every walk that comes by the same points, so that the weights stay right; and it is counted.
+
+For what is weighed with them see `guided_pcn`, `particle_gibbs` and `particles.twisted`.
 
 References:
     Hesterberg, Weighted average importance sampling and defensive mixture distributions, 1995,
@@ -34,7 +37,7 @@ from jax.typing import ArrayLike
 
 from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.guidance import Guided
-from numpyro_diffusion.solve import Ancestral, GaussianSolver, Solver
+from numpyro_diffusion.solve import GaussianSolver, Solver
 from numpyro_diffusion.solve.base import Memory
 
 _UNGUIDED = 0.1
@@ -52,13 +55,21 @@ class Transition(NamedTuple):
     mean: jax.Array  # under the prior, of `event_shape`
     shift: jax.Array  # from there to the mean under the guidance
     deviation: jax.Array  # of both, a scalar
+    is_lost: jax.Array  # whether the guidance was not finite and the shift is none for that
 
     def draw(self, key: jax.Array, log_ratio: jax.Array) -> jax.Array:
         """A next point of a walk of the mixture whose log-ratio so far is given."""
         key_kind, key_noise = jax.random.split(key)
-        log_odds = jnp.log1p(-_UNGUIDED) - jnp.log(_UNGUIDED) - log_ratio
-        is_guided = jax.random.bernoulli(key_kind, jax.nn.sigmoid(log_odds))
         noise = jax.random.normal(key_noise, self.mean.shape, self.mean.dtype)
+        return self.reach(self.draw_kind(key_kind, log_ratio), noise)
+
+    def draw_kind(self, key: jax.Array, log_ratio: jax.Array) -> jax.Array:
+        """Whether the next step of a walk of the mixture, whose log-ratio so far is given, is a guided one."""
+        log_odds = jnp.log1p(-_UNGUIDED) - jnp.log(_UNGUIDED) - log_ratio
+        return jax.random.bernoulli(key, jax.nn.sigmoid(log_odds))
+
+    def reach(self, is_guided: jax.Array, noise: jax.Array) -> jax.Array:
+        """The next point, by standard normal noise."""
         return self.mean + jnp.where(is_guided, self.shift, 0.0) + self.deviation.astype(noise.dtype) * noise
 
     def log_ratio(self, x_s: jax.Array) -> jax.Array:
@@ -113,61 +124,9 @@ def transition(
     held, memory = solver.held(denoiser, x0, memory, t, s)
     mean, deviation = solver.transition(denoiser, held, x_t, t, s)
     shifted, _ = solver.transition(denoiser, held + guided - x0, x_t, t, s)
-    return Transition(mean.astype(x_t.dtype), (shifted - mean).astype(x_t.dtype), deviation), memory
-
-
-def bridge(key: jax.Array, denoiser: Denoiser, x: jax.Array, x_t: jax.Array, t: ArrayLike, s: ArrayLike) -> jax.Array:
-    r"""Draws $x_s \mid x_t, x$, exactly: the noising process of a clean point that is known, seen backwards."""
-    mean, deviation = Ancestral().transition(denoiser, x, x_t, t, s)
-    return (mean + deviation * jax.random.normal(key, x_t.shape)).astype(x_t.dtype)
-
-
-def guided_walks(
-    key: jax.Array, solver: GaussianSolver, guided: Guided, x: jax.Array, start: ArrayLike, count: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Noises a clean point once, and walks down again `count` times under the guidance.
-
-    The walk that leads back to the clean point itself is drawn too, as the noising process seen backwards: what it is
-    worth under the prior is what a test needs to know of the current point. All walks are one batch.
-
-    Args:
-        key: random key.
-        solver: how to step, as `check_solver` lets pass.
-        guided: the guided denoiser.
-        x: the clean point, of `event_shape`.
-        start: index of the time to noise to, in the solver's grid.
-        count: number of walks.
-
-    Returns:
-        Clean points (count, ...), the logarithms of what their walks are worth (count,), and that of the walk that
-        leads back, a scalar.
-    """
-    denoiser, times = guided.base, solver.times(guided)
-    key_noise, key_walk = jax.random.split(key)
-    t = times[start]
-    noise = jax.random.normal(key_noise, x.shape, x.dtype)
-    x_t = (denoiser.schedule.alpha(t) * x + denoiser.schedule.sigma(t) * noise).astype(x.dtype)
-    points = jnp.broadcast_to(x_t, (count + 1, *x.shape))
-
-    def one(
-        key: jax.Array, x_t: jax.Array, memory: Memory, log_ratio: jax.Array, is_back: jax.Array, k: ArrayLike
-    ) -> tuple:
-        t, s = times[k], times[k + 1]
-        step, memory = transition(solver, denoiser, *guided.means(x_t, t), x_t, memory, t, s)
-        x_s = jnp.where(is_back, bridge(key, denoiser, x, x_t, t, s), step.draw(key, log_ratio))
-        return x_s, memory, log_ratio + step.log_ratio(x_s)
-
-    def step(k: ArrayLike, carry: tuple) -> tuple:
-        keys = jax.random.split(jax.random.fold_in(key_walk, k), count + 1)
-        return jax.vmap(one, (0, 0, 0, 0, 0, None))(keys, *carry, is_back, k)
-
-    is_back = jnp.arange(count + 1) == count
-    memory = jax.vmap(lambda x_t: solver.init(denoiser, x_t))(points)
-    carry = points, memory, jnp.zeros(count + 1, x.dtype)
-    points, _, log_ratio = jax.lax.fori_loop(start, len(times) - 1, step, carry)
-    clean = jax.vmap(lambda x_t: denoiser(x_t, times[-1]).x0)(points[:-1])
-    worth = log_worth(log_ratio)
-    return clean, worth[:-1], worth[-1]
+    shift = (shifted - mean).astype(x_t.dtype)
+    is_fine = jnp.isfinite(shift).all()
+    return Transition(mean.astype(x_t.dtype), jnp.where(is_fine, shift, 0.0), deviation, ~is_fine), memory
 
 
 def outlooks(
