@@ -17,7 +17,7 @@ from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.guidance import GUIDANCES, linear
 from numpyro_diffusion.infer import DiffusionGibbs, GuidedPCN, ParticleGibbs, TwistedSMC
 from numpyro_diffusion.noise import VE
-from numpyro_diffusion.solve import Ancestral, DPMSolverPP, Heun, StochasticHeun, sample
+from numpyro_diffusion.solve import DPMSolverPP, Heun, StochasticHeun, sample
 
 SLOW = pytest.mark.slow
 SCHEDULE, SAMPLER = VE(0.01, 40.0), DPMSolverPP(48, eta=1.0)
