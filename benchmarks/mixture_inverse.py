@@ -178,7 +178,7 @@ def run_guided(key: jax.Array, problem: Problem, moment: str, num_steps: int) ->
 @cache  # one object a method, so that problems of one size share its programs
 def sampler_of(method: str, num_particles: int) -> TemperedSMC | TwistedSMC:
     if method == "TwistedSMC":
-        return TwistedSMC(model, num_particles)
+        return TwistedSMC(model, num_particles, progress_bar=False)
     return TemperedSMC(model, kernel=GuidedPCN if "guided" in method else None, progress_bar=False)
 
 

@@ -55,7 +55,7 @@ def step_of(num_particles: int, num_steps: int, features: int, **options: Any) -
 
 def bytes_of(num_particles: int, num_steps: int, features: int) -> dict[str, int]:
     smc, shapes = step_of(num_particles, num_steps, features)
-    plan = smc._step_compiled.lower(*shapes).compile().memory_analysis()
+    plan = jax.jit(smc._step).lower(*shapes).compile().memory_analysis()
     return {"arguments": plan.argument_size_in_bytes, "temporaries": plan.temp_size_in_bytes}
 
 
@@ -68,7 +68,7 @@ def seconds(function: Callable[[], object]) -> float:
 def moves_over_network(num_particles: int, features: int, max_moves: int, repeats: int) -> list[float]:
     """Ratios of the interleaved repetitions."""
     smc, (_, _, _, args, _) = step_of(num_particles, 64, features, correlation=1e-6, max_moves=max_moves)
-    population = smc._start_compiled(jax.random.key(0), args, {})
+    population, temperature = jax.jit(smc._start)(jax.random.key(0), args, {}), jax.jit(smc._step)
     denoiser = args[1].denoiser
     graphdef, weights = nnx.split(denoiser.backbone)
     x = population.z["x"]
@@ -81,10 +81,10 @@ def moves_over_network(num_particles: int, features: int, max_moves: int, repeat
     ratios = []
     for key in jax.random.split(jax.random.key(1), repeats + 1):
         arguments = key, population, None, args, {}
-        _, happened = jax.block_until_ready(smc._step_compiled(*arguments))
+        _, happened = jax.block_until_ready(temperature(*arguments))
         count = int(happened.num_score_evals)
         bare = np.median([seconds(lambda: network(weights, x, 0.1)) for _ in range(20)])
-        ratios.append(seconds(lambda arguments=arguments: smc._step_compiled(*arguments)) / count / bare)
+        ratios.append(seconds(lambda arguments=arguments: temperature(*arguments)) / count / bare)
     return ratios[1:]
 
 

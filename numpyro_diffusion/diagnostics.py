@@ -4,27 +4,36 @@ ArviZ's `from_numpyro` reads sites, extra fields and dimensions from an `MCMC` o
 is what stands behind a kernel: whether it tested its moves, and with what. `to_arviz` writes that, the kernel's
 `status`, into the attributes of the posterior group, so that it stays with the draws when they are saved.
 
+Particle samplers (`TemperedSMC`, `TwistedSMC`) are no `MCMC` objects. Their islands take the place of chains, each with
+its own draws, so that R-hat between them says whether they agree; the evidence goes into the attributes.
+
 Nothing is computed here: no flow is solved and no likelihood evaluated, unless it is asked for. Works on ArviZ 0.23
 (`InferenceData`) and 1.x (`DataTree`).
 """
 
+import inspect
 from typing import Any
 
+import numpy as np
 import numpyro
+from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import MCMC, initialization
 
 
-def to_arviz(mcmc: MCMC, *, log_likelihood: bool = False, **options: Any) -> Any:
+def to_arviz(mcmc: MCMC | Any, *, log_likelihood: bool = False, **options: Any) -> Any:
     """Converts a finished run.
 
     Args:
-        mcmc: a run of `numpyro.infer.MCMC` with any kernel.
+        mcmc: a run of `numpyro.infer.MCMC` with any kernel, or a particle sampler that has run.
         log_likelihood: whether to evaluate the likelihood at every draw, which `az.loo` needs.
-        **options: passed on to `arviz.from_numpyro`, such as `coords` and `dims`.
+        **options: passed on to `arviz.from_numpyro`, or `arviz.from_dict` for a particle sampler, such as `coords` and
+            `dims`.
 
     Returns:
         An `InferenceData` or `DataTree`. The attributes of its posterior hold the name of the `kernel` and, for one of
         this library, what it `provides`, whether it is `exact` ("yes" or "no") and the `statement` that says for what.
+        Those of a particle sampler hold its name as the kernel, `log_evidence`, `log_evidence_error` and the
+        `problems` of the run.
 
     Example:
         >>> import jax, numpyro
@@ -42,6 +51,8 @@ def to_arviz(mcmc: MCMC, *, log_likelihood: bool = False, **options: Any) -> Any
     """
     import arviz as az
 
+    if hasattr(mcmc, "log_evidence"):
+        return _from_particles(az, mcmc, log_likelihood, options)
     # ArviZ 1.x loads NumPyro lazily: imported first, it leaves a module unbound that it then asks for (arviz-base 1.3)
     numpyro.infer.initialization = initialization
     data = az.from_numpyro(mcmc, log_likelihood=log_likelihood, **options)
@@ -50,4 +61,36 @@ def to_arviz(mcmc: MCMC, *, log_likelihood: bool = False, **options: Any) -> Any
     if status is not None:
         attributes |= status._asdict() | {"exact": "yes" if status.exact else "no"}
     data["posterior"].attrs.update(attributes)
+    return data
+
+
+def _from_particles(az: Any, sampler: Any, log_likelihood: bool, options: dict[str, Any]) -> Any:
+    """Islands as chains, with the data and, if asked, their log-likelihoods."""
+    posterior = sampler.get_samples(group_by_chain=True)
+    args, kwargs = sampler.arguments
+    one = {name: value[0, 0] for name, value in posterior.items()}
+    sites = trace(substitute(seed(sampler.model, 0), data=one)).get_trace(*args, **kwargs)
+    observed = {
+        name: np.asarray(site["value"])
+        for name, site in sites.items()
+        if site["type"] == "sample" and site["is_observed"] and name not in posterior and np.size(site["value"])
+    }
+    groups = {"posterior": posterior}
+    if observed:
+        groups["observed_data"] = observed
+    if log_likelihood:
+        shape = next(iter(posterior.values())).shape[:2]
+        draws = {name: value.reshape(-1, *value.shape[2:]) for name, value in posterior.items()}
+        values = numpyro.infer.log_likelihood(sampler.model, draws, *args, **kwargs)
+        groups["log_likelihood"] = {name: np.asarray(v).reshape(*shape, *v.shape[1:]) for name, v in values.items()}
+    groups = {group: {name: np.asarray(v) for name, v in values.items()} for group, values in groups.items()}
+    takes_groups = "posterior" in inspect.signature(az.from_dict).parameters  # ArviZ 0.23; 1.x takes one dictionary
+    data = az.from_dict(**groups, **options) if takes_groups else az.from_dict(groups, **options)
+    evidence = sampler.log_evidence
+    data["posterior"].attrs.update(
+        kernel=type(sampler).__name__,
+        log_evidence=float(evidence.value),
+        log_evidence_error=float(evidence.standard_error),
+        problems="; ".join(sampler.problems),
+    )
     return data

@@ -22,6 +22,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_diffusion import _precision
+from numpyro_diffusion.infer.kernel.compiled import Compiled
 from numpyro_diffusion.infer.kernel.start import Strategy
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading, Record
@@ -91,7 +92,7 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
 
     def _forget(self) -> None:
         self._sample_fn = None
-        self._compiled_start = None
+        self._compiled_start = Compiled(self._model, self._start_all)
         self._record = self._lent = None
         self._num_warmup = 0
         self._vectorized = False
@@ -133,9 +134,9 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
     ) -> NamedTuple:
         """Called by `MCMC`: the initial state, batched over chains if `rng_key` is."""
         mode = num_warmup, not is_prng_key(rng_key)
-        if self._compiled_start is None or mode != (self._num_warmup, self._vectorized):
+        if mode != (self._num_warmup, self._vectorized):
             self._num_warmup, self._vectorized = mode
-            self._compiled_start = jax.jit(self._start_all)
+            self._compiled_start = Compiled(self._model, self._start_all)
         self._record = self._lent  # anew for every run: what a model reads from elsewhere may have changed
         reading = self.read(model_args, model_kwargs)
         self._check_model(reading)
@@ -148,15 +149,12 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
         return state
 
     def _run_start(self, keys: jax.Array, init_params: Any, reading: Reading) -> NamedTuple:
-        """Compiled if all arguments are arrays, so that a second run on new data finds it compiled."""
+        """Compiled, so that a second run on new data finds it, unless this happens inside of another program."""
         arguments = keys, init_params, reading.args, reading.kwargs
         if _any_traced(arguments):
             return self._start_all(*arguments)
-        try:
-            return self._compiled_start(*arguments)
-        except (TypeError, jax.errors.JAXTypeError, jax.errors.JAXIndexError):
-            pass  # the model needs concrete arguments, or has an error that shows again below
-        return self._start_all(*arguments)
+        (compiled,) = self._compiled_start.bind(reading.args, reading.kwargs)
+        return compiled(keys, init_params)
 
     def _start_all(self, keys: jax.Array, init_params: Any, args: tuple, kwargs: dict) -> NamedTuple:
         reading = self.read(args, kwargs)
@@ -198,4 +196,4 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
         return kernel
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sample_fn": None, "_compiled_start": None, "_record": None, "_lent": None}
+        return {**self.__dict__, "_sample_fn": None, "_record": None, "_lent": None}

@@ -7,8 +7,8 @@ $$p(x, \theta)\, L(x, \theta)^\beta, \qquad \beta \in [0, 1].$$
 
 `temper` is a handler that scales the second factor; its $\beta$ travels in the keyword arguments, so that it can change
 without a compilation and any kernel can move on any temperature. The Jacobian of NumPyro's unconstrained coordinates
-belongs to the prior and keeps its full weight. `log_likelihood` and `draw_prior` are the two factors
-for themselves. Who walks from $\beta = 0$ to 1 is the matter of `smc`.
+belongs to the prior and keeps its full weight. `log_likelihood` and `draw_prior` are the two factors by themselves. For
+the walk from $\beta = 0$ to 1 see `particles.tempered`.
 """
 
 from collections.abc import Mapping
@@ -31,8 +31,8 @@ _UNDER_WAY = "_under_way"
 class _scale_observed(Messenger):  # noqa: N801
     """Scales the log-density of everything that is conditioned on.
 
-    A site that arises while a latent one is on its way through the handlers is none of the model's: it is the Jacobian
-    of NumPyro's unconstrained coordinates, a part of the prior.
+    A site that appears while a latent one passes through the handlers is not the model's: it is the Jacobian of
+    NumPyro's unconstrained coordinates, a part of the prior.
     """
 
     def __init__(self, fn: Model, temperature: jax.Array) -> None:
@@ -62,7 +62,7 @@ class _only_observed(Messenger):  # noqa: N801
 
 
 class _remember_site(Messenger):  # noqa: N801
-    """Knows the latent site that was met last."""
+    """Remembers the last latent site."""
 
     name: str | None = None
 
@@ -98,8 +98,8 @@ def draw_prior(model: Model, key: jax.Array, args: tuple, kwargs: Mapping[str, A
         sites = trace(seed(remembering, key)).get_trace(*args, **kwargs)
     except NotImplementedError as error:
         raise ValueError(
-            f"the prior of site {remembering.name!r} cannot be drawn, and particles start there. Give the site a "
-            "proper distribution, and what that lacks by numpyro.factor"
+            f"particles start at draws of the prior, and the prior of site {remembering.name!r} cannot be drawn. Give "
+            "the site a proper distribution, and put the rest of its density into numpyro.factor"
         ) from error
     return {name: s["value"] for name, s in sites.items() if s["type"] == "sample" and not s["is_observed"]}
 

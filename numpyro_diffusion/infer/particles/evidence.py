@@ -9,20 +9,25 @@ $$\hat Z = \frac1K \sum_k \hat Z_k, \qquad
 An unbiased $\hat Z$ has a logarithm that is too small on average, by half its relative variance. Draws of island $k$
 stand for $\hat Z_k$ of $\sum_k \hat Z_k$: an island that has missed a mode counts by the little it has found.
 
-How the estimates come about is the matter of the samplers, `smc` and `twisted_smc`; what they hold afterwards is that
-of `ParticleSampler`.
+The spread is blind to what all islands miss in the same way. A sampler that sees such a thing happen widens the error,
+says so in a warning and keeps the words in `ParticleSampler.problems`.
+
+For the estimates themselves see `tempered` and `twisted`; `ParticleSampler` is what both have in common.
 
 References:
     Vergé, Dubarry, Del Moral, Moulines, On parallel implementation of sequential Monte Carlo methods: the island
     particle model, 2015, https://arxiv.org/abs/1306.3911.
 """
 
-from typing import Any, NamedTuple
+import abc
+import warnings
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from numpyro import diagnostics
+from tqdm.auto import tqdm
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.infer.kernel.choose import systematic
@@ -33,8 +38,25 @@ class Evidence(NamedTuple):
     """An estimate of the log-evidence, in nats."""
 
     value: jax.Array  # log of the mean over islands
-    standard_error: jax.Array  # over islands; NaN for a single one
+    standard_error: jax.Array  # over islands, widened by what they share; NaN for a single one
     islands: jax.Array  # the estimate of each, (islands,)
+
+
+class Draws(NamedTuple):
+    """Particles at the end of a run, and which of them stand for what."""
+
+    values: dict[str, jax.Array]  # constrained, by site, deterministic sites included, (N, ...)
+    pooled: jax.Array  # indices: all islands, each in proportion to its evidence, (N,)
+    by_island: jax.Array  # indices: each island for itself, (islands, N / islands)
+
+
+class Outcome(NamedTuple):
+    """What a sampler holds once it has run."""
+
+    draws: Draws
+    evidence: Evidence
+    history: Any  # what the sampler notes on the way
+    problems: tuple[str, ...]
 
 
 def evidence_of(islands: jax.Array) -> Evidence:
@@ -73,10 +95,33 @@ def pool_islands(key: jax.Array, islands: jax.Array, size: int) -> jax.Array:
     return systematic(key, jnp.repeat(islands, size))
 
 
-class ParticleSampler:
+def resample_islands(key: jax.Array, log_weights: jax.Array) -> jax.Array:
+    """Resamples each island by itself; one whose weights all vanish is filled from the others.
+
+    Args:
+        key: random key.
+        log_weights: logarithms, shape (K, n), not all minus infinity.
+
+    Returns:
+        Flat indices into the particles, shape (K, n).
+    """
+    key_islands, key_all = jax.random.split(key)
+    islands, size = log_weights.shape
+    chosen = jax.vmap(systematic)(jax.random.split(key_islands, islands), log_weights)
+    chosen += size * jnp.arange(islands)[:, None]
+    anywhere = systematic(key_all, log_weights.reshape(-1)).reshape(islands, size)
+    return jnp.where(jnp.isfinite(log_weights).any(1, keepdims=True), chosen, anywhere)
+
+
+Sampler = TypeVar("Sampler", bound="ParticleSampler")
+
+
+class ParticleSampler(abc.ABC):
     """A sampler whose particles live on islands: what it is made of, and what it holds once it has run."""
 
-    def __init__(self, model: Model, num_particles: int, num_islands: int, ess_threshold: float) -> None:
+    def __init__(
+        self, model: Model, num_particles: int, num_islands: int, ess_threshold: float, progress_bar: bool
+    ) -> None:
         if not callable(model):
             raise TypeError(f"model must be a NumPyro model, a callable; got {type(model).__name__}")
         _checks.at_least(2, num_particles=num_particles)
@@ -90,16 +135,70 @@ class ParticleSampler:
         self._model = model
         self._shape = num_islands, num_particles // num_islands
         self._ess_threshold = ess_threshold
-        self._result: tuple[dict[str, jax.Array], Evidence, Any] | None = None
+        self._progress_bar = progress_bar
+        self._arguments: tuple[tuple, dict[str, Any]] | None = None
+        self._outcome: Outcome | None = None
 
-    def get_samples(self) -> dict[str, jax.Array]:
-        """Draws of the posterior by site, constrained, with the model's deterministic sites: (num_particles, ...)."""
-        return self._ran[0]
+    @abc.abstractmethod
+    def _sample(self, rng_key: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Outcome:
+        """One run."""
+
+    def run(self: Sampler, rng_key: jax.Array, *args: Any, **kwargs: Any) -> Sampler:
+        """Walks to the posterior.
+
+        A second run compiles nothing if the arguments have the same shapes and the model reads the same variables
+        besides; what has changed there is seen.
+
+        Args:
+            rng_key: random key.
+            *args: the model's arguments: arrays, pytrees of arrays such as a `DiffusionPrior`, and Python values as
+                they are.
+            **kwargs: its keyword arguments.
+
+        Returns:
+            This object, which then holds draws and evidence.
+        """
+        self._outcome = None
+        outcome = self._sample(rng_key, args, kwargs)
+        self._arguments, self._outcome = (args, kwargs), outcome
+        for problem in outcome.problems:
+            warnings.warn(problem, stacklevel=2)
+        return self
+
+    def get_samples(self, group_by_chain: bool = False) -> dict[str, jax.Array]:
+        """Draws of the posterior by site, constrained, with the model's deterministic sites.
+
+        Args:
+            group_by_chain: whether to keep the islands apart, as chains. Each is then an estimate of the posterior for
+                itself, whatever its evidence; all together, the default, an island counts by its evidence.
+
+        Returns:
+            Arrays (num_particles, ...), or (num_islands, num_particles / num_islands, ...).
+        """
+        values, pooled, by_island = self._ran.draws
+        chosen = by_island if group_by_chain else pooled
+        return {name: value[chosen] for name, value in values.items()}
+
+    @property
+    def model(self) -> Model:
+        """The model as the user wrote it."""
+        return self._model
+
+    @property
+    def arguments(self) -> tuple[tuple, dict[str, Any]]:
+        """The model's arguments and keyword arguments in the last run."""
+        _ = self._ran
+        return self._arguments
 
     @property
     def log_evidence(self) -> Evidence:
         """The estimate of the log-evidence, with its standard error over islands."""
-        return self._ran[1]
+        return self._ran.evidence
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What went wrong in the last run, in words: each was a warning. Empty if nothing did."""
+        return self._ran.problems
 
     def print_summary(self, prob: float = 0.9) -> None:
         """Prints moments and intervals of the draws, the evidence, and what happened on the way.
@@ -113,10 +212,23 @@ class ParticleSampler:
         diagnostics.print_summary(self.get_samples(), prob, group_by_chain=False)
         value, error, islands = self.log_evidence
         print(f"log evidence {value:.3f} +- {error:.3f} ({len(islands)} islands)")
+        for problem in self.problems:
+            print(f"problem: {problem}")
 
     @property
-    def _ran(self) -> tuple[dict[str, jax.Array], Evidence, Any]:
-        """Samples, evidence, and what a sampler notes on the way."""
-        if self._result is None:
+    def _ran(self) -> Outcome:
+        if self._outcome is None:
             raise RuntimeError("run() must come first")
-        return self._result
+        return self._outcome
+
+    @property
+    def sample_field(self) -> NoReturn:
+        """What `MCMC` asks a kernel for first."""
+        raise TypeError(
+            f"{type(self).__name__} is a sampler by itself, not a kernel of MCMC: call its own run(rng_key, ...). "
+            "For a chain of the same kind use MCMC(ParticleGibbs(model), ...)"
+        )
+
+    def _bar(self, total: float, unit: str) -> tqdm:
+        bar_format = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}{postfix}]"
+        return tqdm(total=total, disable=not self._progress_bar, desc=unit, bar_format=bar_format)

@@ -1,15 +1,16 @@
 r"""Moving a population by a kernel until it has forgotten where it started.
 
 All particles move as one batch by a kernel that leaves their target in place, so any number of moves is right; it
-decides how well copies of one ancestor come apart. They end when the correlation between particles and their starting
-points, its mean over dimensions,
+decides how well copies of one ancestor come apart. The moves end when the correlation between particles and their
+starting points, the mean over the dimensions of a site and the largest over sites,
 
-$$\frac1D \sum_d \mathrm{corr}_i\bigl(z_{i d}^{(0)}, z_{i d}^{(m)}\bigr),$$
+$$\max_\text{sites} \frac1D \sum_d \mathrm{corr}_i\bigl(z_{i d}^{(0)}, z_{i d}^{(m)}\bigr),$$
 
-has fallen far enough, or at a given number. The kernel tunes itself all the while, from the whole population: PCN the
-centre of its noise levels, from where the moves before have left it, kernels of NumPyro's scheme their step size and
-preconditioner (`adapt.pool_adaptation`). That a particle has its part of the order $1/N$ in both makes the law of a
-finite population approximate, of the same order.
+has fallen far enough, or at a given number. (Over all dimensions at once, a scale that hardly moves would not be seen
+beside a field of many.) The kernel tunes itself all the while, from the whole population: PCN the centre of its noise
+levels, from where the moves before have left it, kernels of NumPyro's scheme their step size and preconditioner
+(`adapt.pool_adaptation`). Each particle has a part of order $1/N$ in both, so that the law of a finite
+population is approximate to that order.
 
 References:
     Kantas, Beskos, Jasra, Sequential Monte Carlo methods for high-dimensional inverse problems, 2014,
@@ -22,7 +23,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffusion.infer.kernel.adapt import pool_adaptation
@@ -34,7 +34,7 @@ class Moves(NamedTuple):
     """What happened during the moves."""
 
     num_moves: jax.Array
-    correlation: jax.Array  # left between particles and their starting points, mean over dimensions
+    correlation: jax.Array  # left between particles and their starting points, of the site that has most
     accept_prob: jax.Array  # mean over moves and particles, NaN if the kernel has none
     noise_level: jax.Array  # at which the kernel's adapted levels are centred at the end, NaN if it has none
     num_score_evals: jax.Array  # denoiser evaluations, per particle
@@ -62,12 +62,11 @@ def move(
         kwargs: its keyword arguments.
         noise_level: where the kernel's levels begin to adapt; NaN leaves that to the kernel.
         correlation: what may be left of it at the end, in (0, 1).
-        max_moves: moves after which they end all the same.
+        max_moves: number of moves after which they end in any case.
 
     Returns:
         The particles, and what happened.
     """
-    start = _flat(z)
 
     def point(state: Any) -> Points:
         values = getattr(state, kernel.sample_field)
@@ -82,7 +81,7 @@ def move(
         state = pool_adaptation(kernel.sample(state, args, kwargs))
         return state, Moves(
             num_moves=so_far.num_moves + 1,
-            correlation=_mean_correlation(start, _flat(point(state))),
+            correlation=_most_correlated(z, point(state)),
             accept_prob=so_far.accept_prob + jnp.mean(getattr(state, "accept_prob", jnp.nan)),  # the sum, until the end
             noise_level=_centre(state),
             num_score_evals=so_far.num_score_evals + jnp.max(jnp.asarray(getattr(state, "num_score_evals", 0))),
@@ -120,13 +119,13 @@ def _centred_at(noise_level: jax.Array, state: Any) -> Any:
     return jax.tree.map(centred, state, is_leaf=_has_levels)
 
 
-def _flat(z: Points) -> jax.Array:
-    """Vectors of the particles, (N, D)."""
-    return jax.vmap(lambda z: ravel_pytree(z)[0])(z)
+def _most_correlated(a: Points, b: Points) -> jax.Array:
+    """The largest over sites of the mean over dimensions of the correlation between two sets of points."""
+    return jnp.stack([jnp.mean(correlations(a[name], b[name])) for name in a]).max()
 
 
-def _mean_correlation(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Mean over dimensions of the correlation between two sets of points, both (N, D); one where a set is constant."""
+def correlations(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Correlations over the first axis of two arrays of one shape (N, ...); one where either is constant."""
     a, b = a - a.mean(0), b - b.mean(0)
     scale = jnp.sqrt((a**2).mean(0) * (b**2).mean(0))
-    return jnp.mean(jnp.where(scale > 0, (a * b).mean(0) / jnp.where(scale > 0, scale, 1.0), 1.0))
+    return jnp.where(scale > 0, (a * b).mean(0) / jnp.where(scale > 0, scale, 1.0), 1.0)

@@ -17,11 +17,17 @@ whose expectation is $Z = \int p L$ if temperatures and kernels are given; that 
 biases it by less than its own error. Particles live on islands that share temperatures and the tuning of the moves, and
 nothing else: the spread of their estimates is its error, and each island counts by its own in the end.
 
-A likelihood of zero has no temperature: $0^\beta = 0$. What a hard constraint costs is paid in the first step, by draws
-of the prior that meet it.
+Tempering does not soften a likelihood of zero: $0^\beta = 0$. A hard constraint takes effect in the first step, and
+all particles then descend from the draws of the prior that meet it.
 
-What is exact: the law of the particles as their number grows, for any kernel that leaves $\pi_\beta$ in place. What
-these kernels owe, `DiffusionPCN` its discretised reverse process, remains.
+Moves that end at `max_moves`, before the particles have forgotten their ancestors, leave the population behind: it is
+not yet where $\pi_\beta$ is. How far is measured on $\log L$, by what the moves change in its mean, $D$, and by the
+correlation $\rho$ that they leave in it. If the approach is geometric, $D \rho / (1 - \rho)$ is still to come, and
+since $\partial_\beta \log Z = E_\beta[\log L]$ the next step misses that times $\Delta \beta$. The sum over
+temperatures is added to the error, and a warning says where moves fell short.
+
+What is exact: the law of the particles as their number grows, for any kernel that leaves $\pi_\beta$ in place. The
+approximation of the kernel itself remains, for `DiffusionPCN` its discretised reverse process.
 
 References:
     Del Moral, Doucet, Jasra, Sequential Monte Carlo samplers, 2006, https://doi.org/10.1111/j.1467-9868.2006.00553.x.
@@ -42,16 +48,25 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import constrain_fn, unconstrain_fn
-from tqdm.auto import tqdm
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.infer.combine.gibbs import DiffusionGibbs
 from numpyro_diffusion.infer.gradient.langevin import MALA
-from numpyro_diffusion.infer.kernel.choose import effective_size, next_temperature, systematic, without_improper
-from numpyro_diffusion.infer.model.sites import Model, other_latent_sites, prior_sites
+from numpyro_diffusion.infer.kernel.choose import effective_size, next_temperature, without_improper
+from numpyro_diffusion.infer.kernel.compiled import Compiled
+from numpyro_diffusion.infer.model.checks import check_fixed
+from numpyro_diffusion.infer.model.handlers import Model
+from numpyro_diffusion.infer.model.record import Record
 from numpyro_diffusion.infer.model.tempering import TEMPERATURE, draw_prior, log_likelihood, temper
-from numpyro_diffusion.infer.particles.evidence import ParticleSampler, evidence_of, pool_islands
-from numpyro_diffusion.infer.particles.mutate import move
+from numpyro_diffusion.infer.particles.evidence import (
+    Draws,
+    Outcome,
+    ParticleSampler,
+    evidence_of,
+    pool_islands,
+    resample_islands,
+)
+from numpyro_diffusion.infer.particles.mutate import correlations, move
 from numpyro_diffusion.infer.reverse.pcn import DiffusionPCN
 
 
@@ -61,11 +76,12 @@ class Temperature(NamedTuple):
     temperature: jax.Array  # inverse, after the step
     effective_size: jax.Array  # what the particles were worth after reweighting, over all islands
     num_moves: jax.Array
-    correlation: jax.Array  # left between particles and their ancestors after the moves
+    correlation: jax.Array  # left between particles and their ancestors after the moves, of the site that has most
     accept_prob: jax.Array  # mean over moves and particles, NaN if the kernel has none
     noise_level: jax.Array  # at which the kernel's adapted levels are centred at the end, NaN if it has none
     num_score_evals: jax.Array  # denoiser evaluations of the moves, per particle
     num_diverging: jax.Array  # of all particles and moves: what the kernel rejected as not finite
+    lag: jax.Array  # by how much the mean log-likelihood may fall short of its equilibrium after the moves, in nats
 
 
 class Population(NamedTuple):
@@ -88,11 +104,12 @@ class TemperedSMC(ParticleSampler):
             are diffusion sites, `DiffusionGibbs` of it and `MALA` if there are others. For moves in noise space give a
             model under `NoiseReparam` and `lambda m: Vectorize(NUTS(m))`.
         num_islands: independent parts of the population, whose estimates of the evidence give its error.
-        ess_threshold: share of the particles that a step of the temperature leaves effective, in (0, 1]; near 1 the
-            steps become very many.
+        ess_threshold: share of the particles that a step of the temperature leaves effective, in (0, 0.999]; near 1
+            the steps become very many.
         correlation: what may be left between particles and their ancestors when the moves at a temperature end, as a
-            mean correlation over dimensions, in (0, 1).
-        max_moves: moves at a temperature after which they end all the same.
+            mean correlation over the dimensions of a site, in (0, 1).
+        max_moves: number of moves at a temperature after which they end in any case, with a warning if much correlation
+            is left.
         temperatures: inverse temperatures to visit, rising to 1, instead of those that the effective sample size asks
             for: with a kernel that does not adapt, the evidence is then exactly unbiased.
         progress_bar: whether to show the temperature.
@@ -130,7 +147,12 @@ class TemperedSMC(ParticleSampler):
         temperatures: Sequence[float] | None = None,
         progress_bar: bool = True,
     ) -> None:
-        super().__init__(model, num_particles, num_islands, ess_threshold)
+        super().__init__(model, num_particles, num_islands, ess_threshold, progress_bar)
+        if ess_threshold > _LARGEST_THRESHOLD:
+            raise ValueError(
+                f"ess_threshold must be at most {_LARGEST_THRESHOLD}, since the steps of the temperature shrink to "
+                f"nothing as it nears 1; got {ess_threshold}. For steps of your own give `temperatures`"
+            )
         if not (kernel is None or callable(kernel)):
             raise TypeError(f"kernel must make a kernel from a model, a callable; got {type(kernel).__name__}")
         _checks.at_least(1, max_moves=max_moves)
@@ -139,47 +161,53 @@ class TemperedSMC(ParticleSampler):
         self._ladder = None if temperatures is None else _ladder(temperatures)
         self._make_kernel = kernel
         self._correlation, self._max_moves = correlation, max_moves
-        self._progress_bar = progress_bar
-        self._start_compiled = jax.jit(self._start)
-        self._step_compiled = jax.jit(self._step)
-        self._finish_compiled = jax.jit(self._finish)
+        self._compiled = Compiled(model, self._start, self._step, self._finish)
 
-    def run(self, rng_key: jax.Array, *args: Any, **kwargs: Any) -> "TemperedSMC":
-        """Walks from the prior to the posterior; a second run on data of the same shapes compiles nothing.
-
-        Args:
-            rng_key: random key.
-            *args: the model's arguments, arrays or pytrees of them.
-            **kwargs: its keyword arguments.
-
-        Returns:
-            This object, which then holds draws and evidence.
-        """
+    def _sample(self, rng_key: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Outcome:
+        check_fixed("TemperedSMC", Record(self._model).at(args, kwargs).structure)
+        start, step, finish = self._compiled.bind(args, kwargs)
         key_start, key_steps, key_finish = jax.random.split(rng_key, 3)
-        population = self._start_compiled(key_start, args, kwargs)
+        population = start(key_start)
         _look_at_start(np.asarray(population.log_likelihood))
-        history = []
-        with tqdm(total=1.0, disable=not self._progress_bar, desc="temperature", bar_format=_BAR) as bar:
+        history: list[Temperature] = []
+        with self._bar(1.0, "temperature") as bar:
             while float(population.temperature) < 1.0:
                 key_steps, key = jax.random.split(key_steps)
                 given = None if self._ladder is None else jnp.asarray(self._ladder[len(history)], float)
-                population, step = self._step_compiled(key, population, given, args, kwargs)
-                history.append(jax.tree.map(np.asarray, step))
+                population, happened = step(key, population, given)
+                history.append(jax.tree.map(np.asarray, happened))
                 if not bool(jnp.isfinite(population.log_likelihood).any()):
                     raise ValueError(
-                        f"all particles have lost their likelihood at temperature {step.temperature:.4g}: the kernel "
-                        "does not leave the posterior in place. Use one with a Metropolis test"
+                        f"at temperature {happened.temperature:.4g} the moves have taken all particles to points of "
+                        "zero likelihood: the kernel does not leave the posterior in place. Use one with a Metropolis "
+                        "test"
                     )
-                bar.set_postfix_str(f"ESS {step.effective_size:.0f}, moves {step.num_moves}", refresh=False)
-                bar.update(float(step.temperature) - bar.n)
-        samples = self._finish_compiled(key_finish, population, args, kwargs)
-        self._result = samples, evidence_of(population.log_evidence), history
-        return self
+                bar.set_postfix_str(f"ESS {happened.effective_size:.0f}, moves {happened.num_moves}", refresh=False)
+                bar.update(float(happened.temperature) - bar.n)
+        evidence = evidence_of(population.log_evidence)
+        steps = np.diff([happened.temperature for happened in history])
+        behind = float(steps @ np.array([happened.lag for happened in history[:-1]]))
+        evidence = evidence._replace(standard_error=jnp.hypot(evidence.standard_error, behind))
+        return Outcome(finish(key_finish, population), evidence, history, self._problems(history))
+
+    def _problems(self, history: list[Temperature]) -> tuple[str, ...]:
+        """What the moves have left undone."""
+        short = [step for step in history if step.correlation > max(_MUCH, self._correlation)]
+        if not short:
+            return ()
+        worst = max(short, key=lambda step: step.correlation)
+        return (
+            f"at {len(short)} of {len(history)} temperatures the moves ended at max_moves={self._max_moves} before the "
+            f"particles had forgotten their ancestors: a correlation of {worst.correlation:.2f} is left at temperature "
+            f"{worst.temperature:.3g}, for at most {self._correlation}. The draws are fewer than they look, and the "
+            "log evidence tends to be too small, by more than islands show. Raise max_moves, or take another kernel, "
+            "such as NUTS in noise space; if modes are kept apart, raise num_particles",
+        )
 
     @property
     def temperatures(self) -> list[Temperature]:
         """What happened at each temperature."""
-        return self._ran[2]
+        return self._ran.history
 
     @property
     def num_score_evals(self) -> int:
@@ -200,9 +228,9 @@ class TemperedSMC(ParticleSampler):
         make = self._make_kernel
         if make is None:
             make = DiffusionPCN
-            if other_latent_sites(self._model, args, kwargs):
-                has_prior = prior_sites(self._model, args, kwargs, required=False)
-                make = partial(DiffusionGibbs, rest_kernel=MALA) if has_prior else MALA
+            structure = Record(self._model).at(args, kwargs).structure
+            if structure.others:
+                make = partial(DiffusionGibbs, rest_kernel=MALA) if structure.diffusion else MALA
         return make(temper(self._model))
 
     def _log_likelihoods(self, z: dict[str, jax.Array], args: tuple, kwargs: dict) -> jax.Array:
@@ -238,35 +266,40 @@ class TemperedSMC(ParticleSampler):
         values, old = without_improper(population.log_likelihood), population.temperature
         new = next_temperature(values.reshape(-1), old, self._ess_threshold) if given is None else given
         log_weights = jnp.where(jnp.isfinite(values), (new - old) * values, -jnp.inf)
-        ancestors = self._ancestors(key_resample, log_weights)
+        ancestors = resample_islands(key_resample, log_weights).reshape(-1)
         z = jax.tree.map(lambda leaf: leaf[ancestors], population.z)
         kernel, keys = self._kernel(args, kwargs), jax.random.split(key_move, len(ancestors))
         limits = {"correlation": self._correlation, "max_moves": self._max_moves}
         z, moves = move(kernel, keys, z, args, {**kwargs, TEMPERATURE: new}, population.noise_level, **limits)
-        step = Temperature(new, effective_size(log_weights.reshape(-1)), **moves._asdict())
+        log_likelihoods = self._log_likelihoods(z, args, kwargs)
+        lag = _lag(values.reshape(-1)[ancestors], without_improper(log_likelihoods).reshape(-1))
+        lag = jnp.where(moves.correlation > self._correlation, lag, 0.0)
+        step = Temperature(new, effective_size(log_weights.reshape(-1)), **moves._asdict(), lag=lag)
         log_evidence = population.log_evidence + logsumexp(log_weights, axis=1) - jnp.log(self._shape[1])
-        return Population(z, self._log_likelihoods(z, args, kwargs), log_evidence, new, moves.noise_level), step
+        return Population(z, log_likelihoods, log_evidence, new, moves.noise_level), step
 
-    def _ancestors(self, key: jax.Array, log_weights: jax.Array) -> jax.Array:
-        """Flat indices; an island without a particle of any weight is filled from the others and counts no more."""
-        key_islands, key_all = jax.random.split(key)
+    def _finish(self, key: jax.Array, population: Population, args: tuple, kwargs: dict) -> Draws:
+        """All particles, constrained; drawn by island in proportion to its evidence."""
         islands, size = self._shape
-        chosen = jax.vmap(systematic)(jax.random.split(key_islands, islands), log_weights)
-        chosen += size * jnp.arange(islands)[:, None]
-        anywhere = systematic(key_all, log_weights.reshape(-1)).reshape(self._shape)
-        return jnp.where(jnp.isfinite(log_weights).any(1, keepdims=True), chosen, anywhere).reshape(-1)
-
-    def _finish(self, key: jax.Array, population: Population, args: tuple, kwargs: dict) -> dict[str, jax.Array]:
-        """Draws by island in proportion to its evidence, constrained."""
-        ancestors = pool_islands(key, population.log_evidence, self._shape[1])
-        z = jax.tree.map(lambda leaf: leaf[ancestors], population.z)
         constrain = partial(constrain_fn, self._model, args, kwargs, return_deterministic=True)
-        return jax.vmap(constrain)(z)
+        pooled = pool_islands(key, population.log_evidence, size)
+        return Draws(jax.vmap(constrain)(population.z), pooled, jnp.arange(islands * size).reshape(islands, size))
 
 
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}{postfix}]"
+_LARGEST_THRESHOLD = 0.999
+_MUCH = 0.2
+"""Correlation left by the moves above which a run warns."""
 _FEW = 10
 """Particles with a likelihood at the start, below which a run warns."""
+
+
+def _lag(before: jax.Array, after: jax.Array) -> jax.Array:
+    """How much more the mean log-likelihood would change if the moves went on, from its values at both ends, (N,)."""
+    both = jnp.isfinite(before) & jnp.isfinite(after)
+    count = jnp.maximum(both.sum(), 1)
+    before, after = (jnp.where(both, v, jnp.sum(jnp.where(both, v, 0.0)) / count) for v in (before, after))
+    left = jnp.clip(correlations(before, after), 0.0, 0.99)
+    return jnp.abs(jnp.mean(after - before)) * left / (1.0 - left)
 
 
 def _ladder(temperatures: Sequence[float]) -> np.ndarray:
@@ -281,19 +314,20 @@ def _look_at_start(log_likelihood: np.ndarray) -> None:
     """Raises if no draw of the prior has a likelihood to go on, warns if few have or some have none that is one."""
     num, alive = log_likelihood.size, int(np.isfinite(log_likelihood).sum())
     not_a_number, infinite = int(np.isnan(log_likelihood).sum()), int(np.isposinf(log_likelihood).sum())
-    kinds = f"zero at {num - alive - not_a_number - infinite}, not a number at {not_a_number}, infinite at {infinite}"
+    kinds = f"zero at {num - alive - not_a_number - infinite}, NaN at {not_a_number}, infinite at {infinite}"
     if alive == 0:
         raise ValueError(
-            f"none of {num} draws of the prior has a likelihood to go on: it is {kinds}. A likelihood of zero has no "
-            "temperature: take more particles, or a likelihood that says how far off a draw is"
+            f"the likelihood must be positive and finite at some draw of the prior; of {num} it is {kinds}. Tempering "
+            "cannot soften a likelihood of zero: take more particles, or give the constraint a distance, by a "
+            "likelihood that falls off with how far a draw is from meeting it"
         )
     if not_a_number or infinite:
         warnings.warn(
-            f"of {num} draws of the prior, the likelihood is {kinds}; what is no number counts as zero", stacklevel=3
+            f"of {num} draws of the prior, the likelihood is {kinds}; NaN and infinity count as zero", stacklevel=4
         )
     if alive < min(_FEW, num):
         warnings.warn(
             f"only {alive} of {num} draws of the prior have a likelihood above zero: all particles descend from them, "
             "and the evidence rests on their number. Take more particles",
-            stacklevel=3,
+            stacklevel=4,
         )
