@@ -19,7 +19,8 @@ from numpyro.infer import MCMC
 
 from numpyro_diffusion.denoise import Gaussian, GaussianMixture, NetworkDenoiser
 from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.infer import AnnealedLangevin, DiffusionGibbs, PredictorCorrector, at_clean_point, level_walk
+from numpyro_diffusion.infer import AnnealedLangevin, DiffusionGibbs, PredictorCorrector, at_clean_point
+from numpyro_diffusion.infer.anneal import langevin as level_walk
 from numpyro_diffusion.infer.anneal.posterior import noisy_posterior
 from numpyro_diffusion.infer.model.density import Status
 from numpyro_diffusion.nn import MLP
