@@ -12,7 +12,7 @@ if jax.config.jax_compilation_cache_dir is None:  # the environment's JAX_COMPIL
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-TWO_DEVICES = pytest.mark.skipif(jax.device_count() < 2, reason="asks for two devices, which only the CPU gives at will")
+TWO_DEVICES = pytest.mark.skipif(jax.device_count() < 2, reason="asks for two devices, as the CPU has")
 
 
 def pytest_collection_modifyitems(items):

@@ -25,7 +25,8 @@ Y = jnp.array([3.0, -1.0])
 SCHEDULE = VE(0.01, 40.0)
 SAMPLER = DPMSolverPP(48, eta=1.0)
 FINE = DPMSolverPP(128, eta=1.0)
-SOFTPLUS = transforms.SoftplusTransform()  # not NumPyro's own for the support
+EXP = transforms.ExpTransform()
+SQUARED = transforms.ComposeTransform([transforms.AffineTransform(0.0, 2.0), EXP])  # not NumPyro's for this support
 
 
 def standard(**options):
@@ -36,7 +37,8 @@ def standard(**options):
 def run(kernel, *args, num_warmup=300, num_samples=600, chains=8, method="vectorized", seed=0, fields=(), **options):
     """A run of MCMC without progress bar."""
     start, options = options.pop("start", None), {"progress_bar": False, **options}
-    mcmc = MCMC(kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=chains, chain_method=method, **options)
+    options = {"num_warmup": num_warmup, "num_samples": num_samples, "num_chains": chains, **options}
+    mcmc = MCMC(kernel, chain_method=method, **options)
     mcmc.run(jax.random.key(seed), *args, extra_fields=fields, init_params=start)
     return mcmc
 
@@ -82,7 +84,7 @@ WEIGHTS, MEANS = np.array([0.4, 0.6]), np.array([[-2.0, 0.5], [1.5, -1.0]])
 
 def mixture_prior(**options):
     law = GaussianMixture(WEIGHTS, MEANS, 0.5, VE(1e-3, 40.0) if "density" in options else SCHEDULE)
-    return DiffusionPrior(law, sampler=FINE, **options)
+    return DiffusionPrior(law, **{"sampler": FINE, **options})
 
 
 def on_mixture(y, prior=mixture_prior()):  # noqa: B008
@@ -131,11 +133,6 @@ def half_space(nan_below, prior):
     numpyro.factor("above", jnp.where(x[0] > 0.5, 0.0, jnp.where(x[0] < nan_below, jnp.nan, -jnp.inf)))
 
 
-HAZARD = float(np.exp(-0.125) / np.sqrt(2.0 * np.pi) / ndtr(-0.5))
-ABOVE_HALF = HAZARD, 1.0 + 0.5 * HAZARD - HAZARD**2
-"""Mean and variance of a standard normal above .5."""
-
-
 # Laws
 
 
@@ -154,9 +151,6 @@ class Law:
     args: tuple
     draw: Callable
     ranks: Callable
-
-    def with_args(self, *args):
-        return Law(self.model, args, self.draw, self.ranks)
 
 
 def assert_ranks(ranks):
@@ -191,7 +185,9 @@ def normal_data(prior, noise=None, y=Y, shape=None, noise_space=False):
         return y * scale**2 / (scale**2 + s2), scale * np.sqrt(s2 / (scale**2 + s2))
 
     def draw(rng, size):
-        log_noise = np.interp(rng.uniform(size=size), cumulative, grid) if noise is None else np.full(size, np.log(noise))
+        log_noise = np.full(size, np.log(noise or 1.0))
+        if noise is None:
+            log_noise = np.interp(rng.uniform(size=size), cumulative, grid)
         mean, deviation = given(np.exp(2.0 * log_noise))
         u = mean + deviation * rng.normal(size=(size, *y.shape))
         if noise_space:
@@ -199,7 +195,7 @@ def normal_data(prior, noise=None, y=Y, shape=None, noise_space=False):
         elif prior.transform is None:
             values = {"x": u}
         else:
-            values = {"x": np.log(np.asarray(prior.transform(jnp.asarray(u, jnp.float32))))}  # a positive site
+            values = {"x": dist.biject_to(prior.support).inv(prior.transform(jnp.asarray(u, jnp.float32)))}
         return values if noise is not None else {**values, "noise": log_noise}
 
     def ranks(values):
@@ -219,7 +215,7 @@ def prior_scale(prior):
 
 
 def mixture_posterior(prior, y=1.0):
-    """Of `on_mixture`: again a mixture of two Gaussians, ranked in the sum of the entries and the difference given it."""
+    """Of `on_mixture`: a mixture again, ranked in the sum of the entries and in their difference given it."""
     turn = np.array([[1.0, 1.0], [1.0, -1.0]])
     gain = 0.5 * np.ones(2) / 1.49
     covariance = 0.5 * np.eye(2) - np.outer(gain, 0.5 * np.ones(2))
@@ -286,12 +282,12 @@ def two_modes_posterior(prior=None, y=-4.0):
     return on_a_grid(two_learned_modes, (y, prior), grid, log_density, lambda x: x[:, 0], lambda x: x[:, None])
 
 
-def half_line_posterior(prior=None):
+def half_line_posterior(nan_below, prior=None):
     """Of `half_line`, or of `half_space` of one dimension under a standard normal prior."""
-    grid = np.linspace(0.5, 8.0, 40_001)
+    grid = np.linspace(0.50001, 8.0, 40_001)  # its ends are inside
     if prior is None:
-        return on_a_grid(half_line, (-np.inf,), grid, -0.5 * grid**2)
-    return on_a_grid(half_space, (-np.inf, prior), grid, -0.5 * grid**2, lambda x: x[:, 0], lambda x: x[:, None])
+        return on_a_grid(half_line, (nan_below,), grid, -0.5 * grid**2)
+    return on_a_grid(half_space, (nan_below, prior), grid, -0.5 * grid**2, lambda x: x[:, 0], lambda x: x[:, None])
 
 
 def quadrature(y=Y):

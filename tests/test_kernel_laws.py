@@ -13,8 +13,7 @@ import laws
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-from laws import SAMPLER, TABLE, assert_ranks, mixture_posterior, mixture_prior, normal_data, standard
-from numpyro.distributions import transforms
+from laws import EXP, SAMPLER, SQUARED, TABLE, assert_ranks, mixture_posterior, mixture_prior, normal_data, standard
 from numpyro.infer import HMC, NUTS, BarkerMH, Gibbs
 
 from numpyro_diffusion.denoise import Gaussian, GaussianMixture
@@ -42,20 +41,17 @@ from numpyro_diffusion.solve import DPMSolverPP, Heun, StochasticHeun
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
-EXP = transforms.ExpTransform()
-SQUARED = transforms.ComposeTransform([transforms.AffineTransform(0.0, 2.0), EXP])  # not NumPyro's for this support
 LINE = LineIntegral(5, circulation=False)
 LEAP = partial(HMC, num_steps=2, trajectory_length=None, step_size=0.7, adapt_step_size=False, adapt_mass_matrix=False)
 TREE = partial(NUTS, max_tree_depth=2, step_size=0.7, adapt_step_size=False, adapt_mass_matrix=False)
 WALK = partial(MALA, step_size=0.3, preconditioner="identity")
 SWING = partial(ScoreHMC, step_size=0.5, num_steps=2, preconditioner="identity")
 JUMP = partial(DiffusionPCN, global_fraction=1.0)
-SPACE = partial(NoiseSpace, inner=LEAP)
 MANY = {"noise_levels": (4.0, 1.0), "num_steps": 2, "step_size": 0.7, "target_accept_prob": None}
 STOCHASTIC = StochasticHeun(24)
 
 SCORE_ONLY, ROUGH = standard(density="none", sampler=DPMSolverPP(96, eta=1.0)), standard(flow_solver=Heun(12))
-POSITIVE = standard(transform=laws.SOFTPLUS, sampler=DPMSolverPP(96, eta=1.0), flow_solver=Heun(12))
+POSITIVE = standard(transform=SQUARED, sampler=DPMSolverPP(96, eta=1.0), flow_solver=Heun(12))
 EXACT, LEARNED = mixture_prior(), mixture_prior(density="none")
 FAR = DiffusionPrior(
     GaussianMixture([0.3, 0.7], [[-6.0], [6.0]], 1.0, VE(0.01, 80.0)), sampler=DPMSolverPP(128, eta=1.0)
@@ -81,17 +77,23 @@ def mixture(model):
 
 WIDE = dist.StudentT(5.0, 2.0, 1.5)
 PAIR, COUNT = laws.pair_posterior(), laws.count_posterior()
-ON_MIXTURE, ON_LEARNED = mixture_posterior(EXACT), mixture_posterior(LEARNED)
+ON_MIXTURE, ON_LEARNED, ROUGHLY = (mixture_posterior(p) for p in (EXACT, LEARNED, mixture_prior(sampler=SAMPLER)))
 JOINT = normal_data(standard())
 QUICK = {
     "pcn": (JUMP, ON_MIXTURE),
     "pcn_3_proposals": (partial(JUMP, num_proposals=3), ON_MIXTURE),
     "pcn_local_far_modes": (partial(JUMP, global_fraction=0.5), laws.two_modes_posterior(FAR)),
     "pcn_positive": (DiffusionPCN, normal_data(POSITIVE, noise=1.0)),
-    "guided_pcn_3_proposals": (partial(GuidedPCN, global_fraction=1.0, num_proposals=3), ON_MIXTURE),
-    "particle_gibbs": (partial(ParticleGibbs, num_particles=4), ON_MIXTURE),
-    "noise_space_plate": (SPACE, normal_data(POSITIVE, y=TABLE, noise_space=True)),
-    "gibbs_pcn_plate": (partial(DiffusionGibbs, rest_kernel=LEAP), normal_data(SCORE_ONLY, y=TABLE)),
+    "guided_pcn_3_proposals": (partial(GuidedPCN, global_fraction=1.0, num_proposals=3), ROUGHLY),
+    "particle_gibbs": (partial(ParticleGibbs, num_particles=4), ROUGHLY),
+    "noise_space_plate": (
+        partial(NoiseSpace, inner=partial(LEAP, step_size=0.3)),
+        normal_data(POSITIVE, y=TABLE, noise_space=True),
+    ),
+    "gibbs_pcn_plate": (
+        partial(DiffusionGibbs, rest_kernel=partial(LEAP, step_size=0.3)),
+        normal_data(SCORE_ONLY, y=TABLE),
+    ),
     "mala": (WALK, JOINT),
     "mala_tweedie": (partial(MALA, step_size=0.5, preconditioner=Tweedie(0.5)), ON_LEARNED),
     "mala_line": (partial(WALK, provider=LINE), ON_LEARNED),
@@ -110,8 +112,8 @@ LONGER = {
     "pcn_only_adapted": (partial(DiffusionPCN, global_fraction=0.0), normal_data(SCORE_ONLY, noise=1.0)),
     "pcn_4_proposals": (partial(DiffusionPCN, num_proposals=4), normal_data(SCORE_ONLY, noise=1.0)),
     "pcn_exp": (DiffusionPCN, normal_data(standard(transform=EXP, sampler=SCORE_ONLY.sampler), noise=1.0)),
-    "guided_pcn": (partial(GuidedPCN, global_fraction=1.0), ON_MIXTURE),
-    "particle_gibbs_2": (partial(ParticleGibbs, num_particles=2), ON_MIXTURE),
+    "guided_pcn": (partial(GuidedPCN, global_fraction=1.0), ROUGHLY),
+    "particle_gibbs_2": (partial(ParticleGibbs, num_particles=2), ROUGHLY),
     "noise_space_nuts": (partial(NoiseSpace, inner=TREE), normal_data(ROUGH, noise_space=True)),
     "noise_space_mala": (partial(NoiseSpace, inner=cycle), normal_data(ROUGH, noise_space=True)),
     "gibbs_positive": (DiffusionGibbs, normal_data(POSITIVE)),
@@ -155,32 +157,60 @@ LONGER = {
 ROWS = [pytest.param(*row, id=name) for name, row in QUICK.items()]
 ROWS += [pytest.param(*row, id=name, marks=SLOW) for name, row in LONGER.items()]
 CHAINS, STEPS = 20_000, 3
+FEWER = {GuidedPCN: 5_000, ParticleGibbs: 2_500, NoiseSpace: 5_000, DiffusionGibbs: 5_000}  # dear steps
 
 
-def moved(kernel, law, chains=CHAINS, steps=STEPS):
+def moved(kernel, law, chains=CHAINS, walk=None):
     """The chains' values on their supports before and after, and their last state."""
     keys, start = jax.random.split(jax.random.key(0), chains), law.draw(np.random.default_rng(1), chains)
     start = {name: jnp.asarray(value, jnp.float32) for name, value in start.items()}
-    first = kernel.init(keys, 0, start, law.args, {})
+    return (walk or walker(kernel))(kernel.init(keys, 0, start, law.args, {}), law.args)
+
+
+def walker(kernel):
+    """A few steps, compiled."""
+    constrain_fn = getattr(kernel, "get_constrain_fn", kernel.postprocess_fn)
 
     @jax.jit
     def walk(state, args):
-        last = jax.lax.fori_loop(0, steps, lambda _, state: kernel.sample(state, args, {}), state)
-        constrain = jax.vmap(kernel.get_constrain_fn(args, {}) if hasattr(kernel, "get_constrain_fn") else constrained)
-        return constrain(getattr(state, kernel.sample_field)), constrain(getattr(last, kernel.sample_field)), last
+        def step(_, carry):
+            last, diverging = carry
+            last = kernel.sample(last, args, {})
+            return last, diverging | getattr(last, "diverging", False)
 
-    def constrained(z):
-        return kernel.postprocess_fn(law.args, {})(z)
+        last, diverging = jax.lax.fori_loop(0, STEPS, step, (state, jnp.zeros(len(state.rng_key), bool)))
+        constrain = jax.vmap(constrain_fn(args, {}))
+        return constrain(getattr(state, kernel.sample_field)), constrain(getattr(last, kernel.sample_field)), diverging
 
-    return walk(first, law.args)
+    return walk
 
 
 @pytest.mark.parametrize(("make", "law"), ROWS)
 def test_steps_leave_the_law_in_place(make, law):
-    before, after, state = moved(make(law.model), law)
+    chains = FEWER.get(make.func if isinstance(make, partial) else make, CHAINS)
+    before, after, diverging = moved(make(law.model), law, chains)
     assert_ranks(law.ranks(before))  # the start is what it should be
     for name in before:
-        assert float(jnp.mean(jnp.any((after[name] != before[name]).reshape(CHAINS, -1), axis=1))) > 0.4
+        assert float(jnp.mean(jnp.any((after[name] != before[name]).reshape(chains, -1), axis=1))) > 0.4
     assert_ranks(law.ranks(after))
-    accept_prob = getattr(state, "accept_prob", jnp.zeros(1))
-    assert not bool((accept_prob > 0.995).all())  # there is something to test
+    assert float(diverging.mean()) < 1e-3
+
+
+WALLS = {
+    "pcn": (DiffusionPCN, LINED),
+    "independence": (partial(Independence, num_proposals=2), None),
+    "diffusive_gibbs": (partial(DiffusiveGibbs, noise_levels=(1.0,), step_size=1.0, target_accept_prob=None), None),
+    "mala": (partial(MALA, step_size=0.2, preconditioner="identity"), None),
+}
+
+
+@pytest.mark.parametrize(("make", "prior"), WALLS.values(), ids=WALLS)
+def test_hard_constraint_and_nan(make, prior):
+    """Minus infinity is a wall and no divergence; NaN is rejected too, and counted."""
+    law = laws.half_line_posterior(-jnp.inf, prior)
+    kernel = make(law.model)
+    walk = walker(kernel)
+    for nan_below in (-jnp.inf, 0.0):
+        _, after, diverging = moved(kernel, laws.half_line_posterior(jnp.float32(nan_below), prior), walk=walk)
+        assert_ranks(law.ranks(after))
+        assert bool(diverging.any()) == (nan_below == 0.0)
