@@ -79,6 +79,12 @@ def without_diffusion(y):
     numpyro.sample("y", dist.Normal(x, noise).to_event(1), obs=y)
 
 
+def plain(y):
+    """A vector of one entry N(0, 1), without diffusion, seen with unit noise."""
+    x = numpyro.sample("x", dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+    numpyro.sample("y", dist.Normal(x[0], 1.0), obs=y)
+
+
 WEIGHTS, MEANS = np.array([0.4, 0.6]), np.array([[-2.0, 0.5], [1.5, -1.0]])
 
 
@@ -280,6 +286,13 @@ def two_modes_posterior(prior=None, y=-4.0):
     if prior is None:
         return on_a_grid(two_modes, (y,), grid, log_density)
     return on_a_grid(two_learned_modes, (y, prior), grid, log_density, lambda x: x[:, 0], lambda x: x[:, None])
+
+
+def plain_posterior(y=3.0):
+    """Of `plain`."""
+    grid = np.linspace(-4.0, 7.0, 40_001)
+    log_density = -0.5 * (grid**2 + (y - grid) ** 2)
+    return on_a_grid(plain, (y,), grid, log_density, lambda x: x[:, 0], lambda x: x[:, None])
 
 
 def half_line_posterior(nan_below, prior=None):

@@ -126,13 +126,10 @@ BLOCK = {"noise_levels": (5.0,), "num_steps": 3, "num_sweeps": 2}
 
 
 def test_diffusion_site():
-    """From one run to the next: the second goes on where the first has ended."""
+    """Modes of a diffusion site that has a density of its own, beside another site."""
     mcmc = run(DiffusiveGibbs(learned, **BLOCK), 1.0, num_warmup=200, num_samples=2000, chains=2)
     assert_learned(mcmc)
     assert (mcmc.get_extra_fields()["num_score_evals"] == 2 * 4).all()
-    mcmc.post_warmup_state = mcmc.last_state
-    mcmc.run(mcmc.last_state.rng_key, 1.0)
-    assert_learned(mcmc)
 
 
 @SLOW

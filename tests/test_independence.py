@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from laws import count, pair, run
+from laws import count, pair, plain, run
 from moments import assert_moments
 from numpyro.infer import HMC
 
@@ -16,6 +16,7 @@ from numpyro_diffusion.infer import MALA, DiffusionGibbs, Independence, Mixture
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import StochasticHeun
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
 LEAP = partial(HMC, num_steps=3, trajectory_length=None)
 SAMPLER = StochasticHeun(24)  # proposals are weighted by their density: what counts is the law of the draws
@@ -27,10 +28,6 @@ def learned(y, prior=SCORE_ONLY):
     """A diffusion site N(0, 1), seen with unit noise: N(1.5, 1/2) at y = 3."""
     x = numpyro.sample("x", prior)
     numpyro.sample("y", dist.Normal(x[0], 1.0), obs=y)
-
-
-def plain(y):
-    numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(0.0, 1.0).expand([1]).to_event(1))[0], 1.0), obs=y)
 
 
 WIDE = dist.StudentT(5.0, 2.0, 1.5)
@@ -53,10 +50,8 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kernel", "site", "mean", "variance"),
-    [pytest.param(*row, id=name, marks=() if name == "learned_proposal" else SLOW) for name, row in KERNELS.items()],
-)
+@SLOW
+@pytest.mark.parametrize(("kernel", "site", "mean", "variance"), KERNELS.values(), ids=KERNELS)
 def test_law(kernel, site, mean, variance):
     """A weight that forgets a density, a support or a Jacobian moves the mean."""
     mcmc = run(kernel, 3.0 if site != "x" or mean != 2.5 else 3, num_warmup=50, num_samples=2000)

@@ -104,6 +104,10 @@ QUICK = {
         COUNT,
     ),
     "independence_priors": (Independence, PAIR),
+    "independence_learned_proposal": (
+        lambda model: Independence(model, LINED, num_proposals=2),
+        laws.plain_posterior(),
+    ),
     "diffusive_gibbs": (partial(DiffusiveGibbs, **MANY), laws.two_modes_posterior()),
     "cycle": (cycle, PAIR),
     "mixture_in_gibbs": (partial(blocks, mixture), PAIR),

@@ -85,7 +85,7 @@ def vectorized_draws(kernel, chains, num_warmup, num_samples, *args):
     return mcmc
 
 
-@pytest.mark.parametrize("step_size", [0.05, 0.2, 0.5])
+@pytest.mark.parametrize("step_size", [pytest.param(0.05, marks=SLOW), pytest.param(0.2, marks=SLOW), 0.5])
 def test_ula_has_the_variance_that_theory_predicts(step_size):
     """1 / (1 - h / 2) on N(0, 1), to 2 %; 4,000 chains leave a Monte Carlo error below 0.5 %."""
     kernel = ULA(standard_normal, step_size=step_size, preconditioner="identity")
