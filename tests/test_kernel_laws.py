@@ -160,19 +160,25 @@ LONGER = {
 }
 ROWS = [pytest.param(*row, id=name) for name, row in QUICK.items()]
 ROWS += [pytest.param(*row, id=name, marks=SLOW) for name, row in LONGER.items()]
-CHAINS, STEPS = 20_000, 3
-FEWER = {GuidedPCN: 5_000, ParticleGibbs: 2_500, NoiseSpace: 5_000, DiffusionGibbs: 5_000}  # dear steps
+CHAINS, STEPS = 40_000, 10
+DEAR = {  # chains and steps of the kernels that walk or flow
+    DiffusionPCN: (20_000, 3),
+    GuidedPCN: (5_000, 3),
+    ParticleGibbs: (2_500, 3),
+    NoiseSpace: (5_000, 3),
+    DiffusionGibbs: (5_000, 3),
+}
 
 
-def moved(kernel, law, chains=CHAINS, walk=None):
-    """The chains' values on their supports before and after, and their last state."""
+def moved(kernel, law, chains, walk):
+    """The chains' values on their supports before and after, and whether they have diverged."""
     keys, start = jax.random.split(jax.random.key(0), chains), law.draw(np.random.default_rng(1), chains)
     start = {name: jnp.asarray(value, jnp.float32) for name, value in start.items()}
-    return (walk or walker(kernel))(kernel.init(keys, 0, start, law.args, {}), law.args)
+    return walk(kernel.init(keys, 0, start, law.args, {}), law.args)
 
 
-def walker(kernel):
-    """A few steps, compiled."""
+def walker(kernel, steps):
+    """Steps of many chains, compiled."""
     constrain_fn = getattr(kernel, "get_constrain_fn", kernel.postprocess_fn)
 
     @jax.jit
@@ -182,7 +188,7 @@ def walker(kernel):
             last = kernel.sample(last, args, {})
             return last, diverging | getattr(last, "diverging", False)
 
-        last, diverging = jax.lax.fori_loop(0, STEPS, step, (state, jnp.zeros(len(state.rng_key), bool)))
+        last, diverging = jax.lax.fori_loop(0, steps, step, (state, jnp.zeros(len(state.rng_key), bool)))
         constrain = jax.vmap(constrain_fn(args, {}))
         return constrain(getattr(state, kernel.sample_field)), constrain(getattr(last, kernel.sample_field)), diverging
 
@@ -191,8 +197,9 @@ def walker(kernel):
 
 @pytest.mark.parametrize(("make", "law"), ROWS)
 def test_steps_leave_the_law_in_place(make, law):
-    chains = FEWER.get(make.func if isinstance(make, partial) else make, CHAINS)
-    before, after, diverging = moved(make(law.model), law, chains)
+    kernel = make(law.model)
+    chains, steps = DEAR.get(type(kernel), (CHAINS, STEPS))
+    before, after, diverging = moved(kernel, law, chains, walker(kernel, steps))
     assert_ranks(law.ranks(before))  # the start is what it should be
     for name in before:
         assert float(jnp.mean(jnp.any((after[name] != before[name]).reshape(chains, -1), axis=1))) > 0.4
@@ -213,8 +220,8 @@ def test_hard_constraint_and_nan(make, prior):
     """Minus infinity is a wall and no divergence; NaN is rejected too, and counted."""
     law = laws.half_line_posterior(-jnp.inf, prior)
     kernel = make(law.model)
-    walk = walker(kernel)
+    walk = walker(kernel, 3)
     for nan_below in (-jnp.inf, 0.0):
-        _, after, diverging = moved(kernel, laws.half_line_posterior(jnp.float32(nan_below), prior), walk=walk)
+        _, after, diverging = moved(kernel, laws.half_line_posterior(jnp.float32(nan_below), prior), 20_000, walk)
         assert_ranks(law.ranks(after))
         assert bool(diverging.any()) == (nan_below == 0.0)
