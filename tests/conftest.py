@@ -12,6 +12,18 @@ if jax.config.jax_compilation_cache_dir is None:  # the environment's JAX_COMPIL
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
+TWO_DEVICES = pytest.mark.skipif(jax.device_count() < 2, reason="asks for two devices, as the CPU has")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests in double precision come last in their module, and tests that ask for two devices need them."""
+    modules = {}
+    for item in items:
+        modules.setdefault(item.path, len(modules))
+        if item.get_closest_marker("two_devices"):
+            item.add_marker(TWO_DEVICES)
+    items.sort(key=lambda item: (modules[item.path], "x64" in getattr(item, "fixturenames", ())))
+
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
@@ -24,13 +36,12 @@ def forget_programs():
 def x64():
     """Double precision for one test: arrays must be made inside it.
 
-    Left alone, programs compiled inside are taken for those of single precision afterwards (jax 0.10.2: float32 minus
-    a NumPy float64 array then fails), so they are forgotten.
+    Programs compiled inside are taken for those of single precision afterwards (jax 0.10.2: float32 minus a NumPy
+    float64 array then fails). So these tests come last in their module, at the end of which all programs are forgotten.
     """
     enable = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # the latter in older jax
     with enable(True):
         yield
-    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from flax import nnx
+from laws import run
+from moments import assert_moments
 from numpyro.infer import NUTS
-from test_infer import assert_moments, run
 
 from numpyro_diffusion.denoise import Gaussian, NetworkDenoiser
 from numpyro_diffusion.distributions import DiffusionPrior

@@ -1,4 +1,7 @@
-"""Every kernel against posteriors in closed form, under every chain method, and its refusals."""
+"""Kernels through warm-up, against posteriors in closed form; hierarchies, starts of Gibbs, and refusals.
+
+That a step leaves a law in place is shown in `test_kernel_laws`; here chains adapt and have to get there.
+"""
 
 from functools import partial
 
@@ -8,136 +11,29 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.diagnostics import effective_sample_size
-from numpyro.distributions import transforms
-from numpyro.infer import HMC, MCMC, NUTS
+from laws import SAMPLER, SCHEDULE, Y, known_noise, quadrature, run, standard, unknown_noise
+from moments import assert_moments
+from numpyro.infer import NUTS
 
-from numpyro_diffusion.denoise import Gaussian, GaussianMixture
+from numpyro_diffusion.denoise import Gaussian
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import MALA, DiffusionGibbs, DiffusionPCN, NoiseSpace
-from numpyro_diffusion.noise import VE, VP
+from numpyro_diffusion.noise import VP
 from numpyro_diffusion.solve import Ancestral, DPMSolverPP, Heun
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
 CHAINS = 8
-Y = jnp.array([3.0, -1.0])
-SCHEDULE = VE(0.01, 40.0)
-SAMPLER = DPMSolverPP(48, eta=1.0)
-STANDARD = DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=SAMPLER)
-SCORE_ONLY = DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=SAMPLER, density="none")
+STANDARD, SCORE_ONLY = standard(), standard(density="none")
 
 
-def known_noise(y, prior=STANDARD):
-    """Posterior N(y / 2, 1/2) in each dimension: 1.5 where y is 3."""
-    x = numpyro.sample("x", prior)
-    numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
-
-
-def unknown_noise(y, prior=STANDARD):
-    x = numpyro.sample("x", prior)
-    noise = numpyro.sample("noise", dist.LogNormal(0.0, 0.5))
-    numpyro.deterministic("twice", 2.0 * x)
-    numpyro.sample("y", dist.Normal(x, noise).to_event(1), obs=y)
-
-
-def positive(y):
-    """The exponential of a standard normal u, observed with unit noise: u has the posterior of `known_noise`."""
-    x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=SAMPLER, transform=EXP))
-    numpyro.sample("y", dist.Normal(jnp.log(x), 1.0).to_event(1), obs=y)
-
-
-def softplus(y):
-    """Like `positive`, through a transform that is not NumPyro's own for the support."""
-    x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=SAMPLER, transform=SOFTPLUS))
-    numpyro.sample("y", dist.Normal(SOFTPLUS.inv(x), 1.0).to_event(1), obs=y)
-
-
-EXP, SOFTPLUS = transforms.ExpTransform(), transforms.SoftplusTransform()
-
-
-def run(
-    kernel, *args, num_warmup=300, num_samples=600, chains=CHAINS, method="vectorized", fields=(), seed=0, **kwargs
-):
-    options = {"num_chains": chains, "chain_method": method, "progress_bar": False}
-    mcmc = MCMC(kernel, num_warmup=num_warmup, num_samples=num_samples, **options, **kwargs)
-    mcmc.run(jax.random.key(seed), *args)
-    return mcmc
-
-
-def assert_moments(draws, mean, variance, errors=4.0):
-    """Mean and variance of (chains, draws, ...) within Monte Carlo standard errors, by effective sample size."""
-    draws = np.asarray(draws, np.float64)
-    mean, variance = np.broadcast_to(mean, draws.shape[2:]), np.broadcast_to(variance, draws.shape[2:])
-    squares = (draws - mean) ** 2
-    for values, truth, name in [(draws, mean, "mean"), (squares, variance, "variance")]:
-        size = values.shape[0] * values.shape[1]  # anticorrelated draws have a larger or negative effective size
-        effective = effective_sample_size(values)
-        effective = np.where((effective > 0) & (effective < size), effective, size)
-        error = values.std((0, 1)) / np.sqrt(effective)
-        off = np.abs(values.mean((0, 1)) - truth) / error
-        assert (off < errors).all(), f"{name}: {values.mean((0, 1))} against {truth}, {off} standard errors"
-
-
-def quadrature():
-    """Posterior moments of `unknown_noise`, the noise on a grid and x in closed form given it."""
-    log_noise = np.linspace(-4.0, 4.0, 4001)
-    s2 = np.exp(2.0 * log_noise)
-    y = np.asarray(Y)[:, None]
-    log_weight = -0.5 * (log_noise / 0.5) ** 2 - 0.5 * (y**2 / (1 + s2) + np.log(1 + s2)).sum(0)
-    weight = np.exp(log_weight - log_weight.max())
-    weight /= weight.sum()
-    mean, variance = y / (1 + s2), s2 / (1 + s2)
-    x_mean = (weight * mean).sum(1)
-    x_variance = (weight * (variance + mean**2)).sum(1) - x_mean**2
-    noise_mean = (weight * np.exp(log_noise)).sum()
-    return x_mean, x_variance, noise_mean, (weight * s2).sum() - noise_mean**2
-
-
-KERNELS = {
-    "pcn": DiffusionPCN,
-    "pcn_4_proposals": partial(DiffusionPCN, num_proposals=4),
-    "pcn_only_adapted": partial(DiffusionPCN, global_fraction=0.0),
-    "noise_space_nuts": NoiseSpace,
-    "noise_space_hmc": partial(NoiseSpace, inner=HMC, num_steps=3, trajectory_length=None),
-}
-
-
-@pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS)
+@SLOW
+@pytest.mark.parametrize("make", [DiffusionPCN, NoiseSpace])
 def test_known_noise(make):
     """With y = 3 the posterior mean is 1.5; a kernel that loses the prior returns 3."""
     mcmc = run(make(known_noise), Y)
     assert set(mcmc.get_samples()) == {"x"}
     assert_moments(mcmc.get_samples(group_by_chain=True)["x"], Y / 2, 0.5)
-
-
-@pytest.mark.parametrize("kernel", [NUTS(known_noise)], ids=["nuts_on_the_flow_density"])
-def test_plain_numpyro_kernels(kernel):
-    mcmc = run(kernel, Y, num_warmup=150, num_samples=200, chains=2, method="sequential")
-    assert_moments(mcmc.get_samples(group_by_chain=True)["x"], Y / 2, 0.5)
-
-
-@pytest.mark.parametrize("model", [positive, softplus])
-@pytest.mark.parametrize("make", [DiffusionPCN, NoiseSpace])
-def test_transform(make, model):
-    """The Jacobian belongs to the prior and enters once or not at all, never in the acceptance."""
-    x = run(make(model), Y).get_samples(group_by_chain=True)["x"]
-    assert (x > 0).all()
-    assert_moments(jnp.log(x) if model is positive else SOFTPLUS.inv(x), Y / 2, 0.5)
-
-
-def positive_unknown_noise(y):
-    """The exponential of `unknown_noise`'s x."""
-    x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), sampler=SAMPLER, transform=EXP))
-    noise = numpyro.sample("noise", dist.LogNormal(0.0, 0.5))
-    numpyro.sample("y", dist.Normal(jnp.log(x), noise).to_event(1), obs=y)
-
-
-@SLOW
-def test_transform_in_gibbs():
-    x_mean, x_variance, noise_mean, noise_variance = quadrature()
-    samples = run(DiffusionGibbs(positive_unknown_noise), Y, num_samples=1000).get_samples(group_by_chain=True)
-    assert_moments(jnp.log(samples["x"]), x_mean, x_variance)
-    assert_moments(samples["noise"], noise_mean, noise_variance)
 
 
 GIBBS = {
@@ -148,9 +44,8 @@ GIBBS = {
 }
 
 
-@pytest.mark.parametrize(
-    "make", [pytest.param(make, id=name, marks=SLOW if "_" in name else ()) for name, make in GIBBS.items()]
-)
+@SLOW
+@pytest.mark.parametrize("make", GIBBS.values(), ids=GIBBS)
 def test_unknown_noise(make):
     x_mean, x_variance, noise_mean, noise_variance = quadrature()
     mcmc = run(make(unknown_noise), Y, num_warmup=400, num_samples=1000)
@@ -161,26 +56,10 @@ def test_unknown_noise(make):
     np.testing.assert_allclose(samples["twice"], 2.0 * samples["x"], rtol=1e-6)
 
 
-def test_score_only_prior_needs_no_density():
-    """The rest-block never evaluates the prior: log_prob would raise."""
-    run(DiffusionGibbs(unknown_noise), Y, SCORE_ONLY, num_warmup=2, num_samples=2, chains=1)
+def test_numpyros_kernels_need_a_density():
+    """A kernel of NumPyro's on a prior without a density is told which kernels would do."""
     with pytest.raises(NotImplementedError, match="NoiseSpace.*DiffusionPCN or infer.DiffusionGibbs"):
         run(NUTS(known_noise), Y, SCORE_ONLY, num_warmup=2, num_samples=2, chains=1)
-
-
-def test_multimodal_weights():
-    """Separated modes: the weights of a mixture posterior, which depend on moves between modes."""
-    means = jnp.array([[-6.0, 0.0], [6.0, 0.0]])
-    prior = DiffusionPrior(GaussianMixture([0.3, 0.7], means, 1.0, VE(0.01, 80.0)), sampler=DPMSolverPP(48, eta=1.0))
-
-    def model(y):
-        x = numpyro.sample("x", prior)
-        numpyro.sample("y", dist.Normal(x[0], 8.0), obs=y)
-
-    evidence = np.array([0.3, 0.7]) * np.exp(-0.5 * (np.array([-6.0, 6.0]) + 4.0) ** 2 / 65.0)
-    right = evidence[1] / evidence.sum()
-    x = run(DiffusionPCN(model), -4.0, num_samples=1000).get_samples(group_by_chain=True)["x"]
-    assert_moments((x[..., 0] > 0).astype(float), right, right * (1 - right))
 
 
 def test_gibbs_refreshes_both_blocks():
@@ -224,9 +103,8 @@ def test_two_sites():
         assert_moments((samples["a"] + samples["b"])[..., 0], 3.0, 2.0 / 3.0)
 
 
-@pytest.mark.parametrize(
-    "make", [DiffusionPCN, pytest.param(NoiseSpace, marks=SLOW), pytest.param(DiffusionGibbs, marks=SLOW)]
-)
+@SLOW
+@pytest.mark.parametrize("make", [NoiseSpace, DiffusionGibbs])
 def test_plates(make):
     """Several points in a plate, with a shared site for Gibbs."""
     data = jnp.array([[3.0, -1.0], [0.0, 2.0], [1.0, 1.0]])
@@ -258,23 +136,6 @@ def test_prior_that_depends_on_a_latent_site():
         assert_moments(samples["x"][..., 0], 2.0, 2.0 / 3.0)
     with pytest.raises(ValueError, match="depend on other latent sites"):
         run(DiffusionGibbs(model, x_kernel=NoiseSpace), 3.0, num_warmup=1, num_samples=1)
-
-
-def test_hard_constraint_and_nan_likelihood():
-    """Minus infinity outside a half-space is sampled; NaN is rejected and counted."""
-
-    def truncated(nan_below):
-        x = numpyro.sample("x", STANDARD)
-        numpyro.factor("above", jnp.where(x[0] > 0.5, 0.0, jnp.where(x[0] < nan_below, jnp.nan, -jnp.inf)))
-
-    for nan_below in (-jnp.inf, 0.0):
-        mcmc = run(DiffusionPCN(truncated), nan_below, num_samples=800)
-        x = mcmc.get_samples(group_by_chain=True)["x"][..., 0]
-        assert (x > 0.5).all()
-        tail = dist.Normal(0.0, 1.0)
-        hazard = float(jnp.exp(tail.log_prob(0.5)) / (1.0 - tail.cdf(0.5)))
-        assert_moments(x, hazard, 1.0 + 0.5 * hazard - hazard**2)
-        assert bool(mcmc.get_extra_fields()["diverging"].any()) == (nan_below == 0.0)
 
 
 def no_prior(y):

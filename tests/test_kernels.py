@@ -82,7 +82,7 @@ KERNELS = {
     "vectorize": (lambda model: Vectorize(BarkerMH(model)), with_noise),
 }
 TABLE = [pytest.param(make, model, id=name) for name, (make, model) in KERNELS.items()]
-QUICK = ("mala", "annealed")
+QUICK = ("mala",)
 ONE_OF_EACH = [
     pytest.param(make, model, id=name, marks=() if name in QUICK else SLOW) for name, (make, model) in KERNELS.items()
 ]

@@ -155,7 +155,7 @@ def test_evidence_is_unbiased_on_the_natural_scale():
 @pytest.mark.parametrize("kernel", ["default", "noise_space"])
 def test_other_latent_sites_are_particles_too(kernel):
     """Noise level unknown, against quadrature; moves by the default, and by NUTS in noise space."""
-    from test_infer import quadrature
+    from laws import quadrature
 
     model, make = unknown_noise, None
     if kernel == "noise_space":

@@ -8,6 +8,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from laws import standard, unknown_noise
 from moments import assert_moments
 from numpyro.distributions import transforms
 from numpyro.infer import HMC, MCMC
@@ -43,14 +44,7 @@ def nearly_known_noise(y):
     numpyro.sample("y", dist.Normal(jnp.stack([x[0], x.sum()]), noise).to_event(1), obs=y)
 
 
-def unknown_noise(y, prior=None):
-    x = numpyro.sample("x", STANDARD if prior is None else prior)
-    noise = numpyro.sample("noise", dist.LogNormal(0.0, 0.5))
-    numpyro.deterministic("twice", 2.0 * x)
-    numpyro.sample("y", dist.Normal(x, noise).to_event(1), obs=y)
-
-
-STANDARD = DiffusionPrior(Gaussian([0.0, 0.0], 1.0, VE(0.01, 40.0)), density="none")
+STANDARD = standard(density="none")
 
 
 def run(kernel, *args, num_warmup=150, num_samples=300, chains=CHAINS, method="vectorized", fields=(), **options):
@@ -100,7 +94,7 @@ def test_other_sites():
     mean, variance = y / (1 + smooth), smooth / (1 + smooth)
     x_mean = (weight * mean).sum(1)
     noise_mean = (weight * np.exp(log_noise)).sum()
-    samples = run(SplitGibbs(unknown_noise, rho=RHO), Y, num_samples=400).get_samples(group_by_chain=True)
+    samples = run(SplitGibbs(unknown_noise, rho=RHO), Y, STANDARD, num_samples=400).get_samples(group_by_chain=True)
     assert set(samples) == {"x", "noise", "twice"}
     assert_moments(samples["x"], x_mean, (weight * (variance + mean**2)).sum(1) - x_mean**2)
     assert_moments(samples["noise"], noise_mean, (weight * noise2).sum() - noise_mean**2)

@@ -1,0 +1,227 @@
+"""Every kernel on laws that are known: from exact draws of the posterior, a few steps lead to exact draws again.
+
+Thousands of chains start at independent exact draws, each makes a few steps, and the ranks of where they end must be
+uniform: a wrong ratio, proposal density, Jacobian or scale of the noise shows after one step, and no warm-up, no
+mixing and no effective sample size is needed to see it. That chains leave where they are is asked for too.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+from laws import EXP, SAMPLER, SQUARED, TABLE, assert_ranks, mixture_posterior, mixture_prior, normal_data, standard
+from numpyro.infer import HMC, NUTS, BarkerMH, Gibbs
+
+from numpyro_diffusion.denoise import Gaussian, GaussianMixture
+from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.infer import (
+    MALA,
+    Cycle,
+    DiffusionGibbs,
+    DiffusionPCN,
+    DiffusiveGibbs,
+    GuidedPCN,
+    Independence,
+    LineIntegral,
+    Mixture,
+    NoiseSpace,
+    ParticleGibbs,
+    ScoreHMC,
+    Tweedie,
+    Vectorize,
+    with_density,
+)
+from numpyro_diffusion.infer.model.density import Density
+from numpyro_diffusion.noise import VE
+from numpyro_diffusion.solve import DPMSolverPP, Heun, StochasticHeun
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+SLOW = pytest.mark.slow
+LINE = LineIntegral(5, circulation=False)
+LEAP = partial(HMC, num_steps=2, trajectory_length=None, step_size=0.7, adapt_step_size=False, adapt_mass_matrix=False)
+TREE = partial(NUTS, max_tree_depth=2, step_size=0.7, adapt_step_size=False, adapt_mass_matrix=False)
+WALK = partial(MALA, step_size=0.3, preconditioner="identity")
+SWING = partial(ScoreHMC, step_size=0.5, num_steps=2, preconditioner="identity")
+JUMP = partial(DiffusionPCN, global_fraction=1.0)
+MANY = {"noise_levels": (4.0, 1.0), "num_steps": 2, "step_size": 0.7, "target_accept_prob": None}
+STOCHASTIC = StochasticHeun(24)
+
+SCORE_ONLY, ROUGH = standard(density="none", sampler=DPMSolverPP(96, eta=1.0)), standard(flow_solver=Heun(12))
+POSITIVE = standard(transform=SQUARED, sampler=DPMSolverPP(96, eta=1.0), flow_solver=Heun(12))
+EXACT, LEARNED = mixture_prior(), mixture_prior(density="none")
+FAR = DiffusionPrior(
+    GaussianMixture([0.3, 0.7], [[-6.0], [6.0]], 1.0, VE(0.01, 80.0)), sampler=DPMSolverPP(128, eta=1.0)
+)
+LINED = DiffusionPrior(Gaussian([0.0], 1.0, laws.SCHEDULE), sampler=DPMSolverPP(96, eta=1.0))
+
+
+def nuts_and_jump(model):
+    return Mixture([WALK, JUMP], [0.5, 0.5], model=model)
+
+
+def blocks(kernel, model):
+    return Vectorize(Gibbs([(kernel(model), ["x"]), (LEAP(model), ["s"])]))
+
+
+def cycle(model):
+    return Cycle([LEAP, WALK], model=model)
+
+
+def mixture(model):
+    return Mixture([LEAP, WALK], [0.3, 0.7], model=model)
+
+
+WIDE = dist.StudentT(5.0, 2.0, 1.5)
+PAIR, COUNT = laws.pair_posterior(), laws.count_posterior()
+ON_MIXTURE, ON_LEARNED, ROUGHLY = (mixture_posterior(p) for p in (EXACT, LEARNED, mixture_prior(sampler=SAMPLER)))
+JOINT = normal_data(standard())
+QUICK = {
+    "pcn": (JUMP, ON_MIXTURE),
+    "pcn_3_proposals": (partial(JUMP, num_proposals=3), ON_MIXTURE),
+    "pcn_local_far_modes": (partial(JUMP, global_fraction=0.5), laws.two_modes_posterior(FAR)),
+    "pcn_positive": (DiffusionPCN, normal_data(POSITIVE, noise=1.0)),
+    "guided_pcn_3_proposals": (partial(GuidedPCN, global_fraction=1.0, num_proposals=3), ROUGHLY),
+    "particle_gibbs": (partial(ParticleGibbs, num_particles=4), ROUGHLY),
+    "noise_space_plate": (
+        partial(NoiseSpace, inner=partial(LEAP, step_size=0.3)),
+        normal_data(POSITIVE, y=TABLE, noise_space=True),
+    ),
+    "gibbs_pcn_plate": (
+        partial(DiffusionGibbs, rest_kernel=partial(LEAP, step_size=0.3)),
+        normal_data(SCORE_ONLY, y=TABLE),
+    ),
+    "mala": (WALK, JOINT),
+    "mala_tweedie": (partial(MALA, step_size=0.5, preconditioner=Tweedie(0.5)), ON_LEARNED),
+    "mala_line": (partial(WALK, provider=LINE), ON_LEARNED),
+    "mala_squared": (partial(WALK, step_size=0.1), normal_data(standard(transform=SQUARED), noise=1.0)),
+    "hmc_partial": (partial(SWING, refresh=0.3), ON_LEARNED),
+    "independence_3_proposals": (
+        lambda model: Independence(model, dist.LogNormal(0.0, 0.7), num_proposals=3),
+        COUNT,
+    ),
+    "independence_priors": (Independence, PAIR),
+    "independence_learned_proposal": (
+        lambda model: Independence(model, LINED, num_proposals=2),
+        laws.plain_posterior(),
+    ),
+    "diffusive_gibbs": (partial(DiffusiveGibbs, **MANY), laws.two_modes_posterior()),
+    "cycle": (cycle, PAIR),
+    "mixture_in_gibbs": (partial(blocks, mixture), PAIR),
+}
+LONGER = {
+    "pcn_only_adapted": (partial(DiffusionPCN, global_fraction=0.0), normal_data(SCORE_ONLY, noise=1.0)),
+    "pcn_4_proposals": (partial(DiffusionPCN, num_proposals=4), normal_data(SCORE_ONLY, noise=1.0)),
+    "pcn_exp": (DiffusionPCN, normal_data(standard(transform=EXP, sampler=SCORE_ONLY.sampler), noise=1.0)),
+    "guided_pcn": (partial(GuidedPCN, global_fraction=1.0), ROUGHLY),
+    "particle_gibbs_2": (partial(ParticleGibbs, num_particles=2), ROUGHLY),
+    "noise_space_nuts": (partial(NoiseSpace, inner=TREE), normal_data(ROUGH, noise_space=True)),
+    "noise_space_mala": (partial(NoiseSpace, inner=cycle), normal_data(ROUGH, noise_space=True)),
+    "gibbs_positive": (DiffusionGibbs, normal_data(POSITIVE)),
+    "gibbs_4_proposals": (partial(DiffusionGibbs, x_kernel=partial(JUMP, num_proposals=4)), normal_data(SCORE_ONLY)),
+    "gibbs_mixture": (partial(DiffusionGibbs, x_kernel=nuts_and_jump, rest_kernel=TREE), normal_data(standard())),
+    "mala_flow": (partial(WALK, provider=Density("flow")), normal_data(standard(density_solver=Heun(24)), noise=1.0)),
+    "mala_gauss_legendre": (
+        partial(WALK, provider=LineIntegral(2, "gauss-legendre", circulation=False)),
+        normal_data(SCORE_ONLY, noise=1.0),
+    ),
+    "mala_exp": (partial(WALK, step_size=0.1), normal_data(standard(transform=EXP), noise=1.0)),
+    "mala_line_squared": (
+        partial(WALK, step_size=0.1, provider=LINE),
+        normal_data(standard(transform=SQUARED), noise=1.0),
+    ),
+    "hmc": (SWING, JOINT),
+    "hmc_line_partial": (partial(SWING, refresh=0.3, provider=LINE), normal_data(SCORE_ONLY, noise=1.0)),
+    "nuts_on_the_flow_density": (TREE, normal_data(standard(density_solver=Heun(24)), noise=1.0)),
+    "nuts_on_the_denoisers_density": (lambda model: TREE(with_density(model)), ON_LEARNED),
+    "independence": (lambda model: Independence(model, dist.LogNormal(0.0, 0.7)), COUNT),
+    "cycle_in_gibbs": (partial(blocks, cycle), PAIR),
+    "gradient_kernel_in_gibbs": (partial(blocks, WALK), PAIR),
+    "nested": (lambda model: Cycle([mixture, WALK], model=model), PAIR),
+    "independence_in_gibbs": (partial(blocks, partial(Independence, num_proposals=2)), PAIR),
+    "independence_one_proposal": (lambda model: Independence(model, {"x": WIDE}, num_proposals=4), PAIR),
+    "independence_proposals": (
+        lambda model: Independence(model, {"x": WIDE, "s": dist.Normal(1.0, 2.0)}, num_proposals=4),
+        PAIR,
+    ),
+    "independence_outside": (lambda model: Independence(model, dist.Normal(1.0, 4.0), num_proposals=4), COUNT),
+    "independence_learned": (
+        partial(Independence, num_proposals=8),
+        normal_data(standard(sampler=STOCHASTIC, density="none"), noise=1.0),
+    ),
+    "independence_half_line_and_local": (
+        lambda model: Mixture([Independence(model, {"x": dist.Uniform(-2.0, 9.0)}), WALK(model)], [0.5, 0.5]),
+        PAIR,
+    ),
+    "barker": (lambda model: Vectorize(BarkerMH(model)), PAIR),
+}
+ROWS = [pytest.param(*row, id=name) for name, row in QUICK.items()]
+ROWS += [pytest.param(*row, id=name, marks=SLOW) for name, row in LONGER.items()]
+CHAINS, STEPS = 40_000, 10
+DEAR = {  # chains and steps of the kernels that walk or flow
+    DiffusionPCN: (20_000, 3),
+    GuidedPCN: (5_000, 3),
+    ParticleGibbs: (2_500, 3),
+    NoiseSpace: (5_000, 3),
+    DiffusionGibbs: (5_000, 3),
+}
+
+
+def moved(kernel, law, chains, walk):
+    """The chains' values on their supports before and after, and whether they have diverged."""
+    keys, start = jax.random.split(jax.random.key(0), chains), law.draw(np.random.default_rng(1), chains)
+    start = {name: jnp.asarray(value, jnp.float32) for name, value in start.items()}
+    return walk(kernel.init(keys, 0, start, law.args, {}), law.args)
+
+
+def walker(kernel, steps):
+    """Steps of many chains, compiled."""
+    constrain_fn = getattr(kernel, "get_constrain_fn", kernel.postprocess_fn)
+
+    @jax.jit
+    def walk(state, args):
+        def step(_, carry):
+            last, diverging = carry
+            last = kernel.sample(last, args, {})
+            return last, diverging | getattr(last, "diverging", False)
+
+        last, diverging = jax.lax.fori_loop(0, steps, step, (state, jnp.zeros(len(state.rng_key), bool)))
+        constrain = jax.vmap(constrain_fn(args, {}))
+        return constrain(getattr(state, kernel.sample_field)), constrain(getattr(last, kernel.sample_field)), diverging
+
+    return walk
+
+
+@pytest.mark.parametrize(("make", "law"), ROWS)
+def test_steps_leave_the_law_in_place(make, law):
+    kernel = make(law.model)
+    chains, steps = DEAR.get(type(kernel), (CHAINS, STEPS))
+    before, after, diverging = moved(kernel, law, chains, walker(kernel, steps))
+    assert_ranks(law.ranks(before))  # the start is what it should be
+    for name in before:
+        assert float(jnp.mean(jnp.any((after[name] != before[name]).reshape(chains, -1), axis=1))) > 0.4
+    assert_ranks(law.ranks(after))
+    assert float(diverging.mean()) < 1e-3
+
+
+WALLS = {
+    "pcn": (DiffusionPCN, LINED),
+    "independence": (partial(Independence, num_proposals=2), None),
+    "diffusive_gibbs": (partial(DiffusiveGibbs, noise_levels=(1.0,), step_size=1.0, target_accept_prob=None), None),
+    "mala": (partial(MALA, step_size=0.2, preconditioner="identity"), None),
+}
+
+
+@pytest.mark.parametrize(("make", "prior"), WALLS.values(), ids=WALLS)
+def test_hard_constraint_and_nan(make, prior):
+    """Minus infinity is a wall and no divergence; NaN is rejected too, and counted."""
+    law = laws.half_line_posterior(-jnp.inf, prior)
+    kernel = make(law.model)
+    walk = walker(kernel, 3)
+    for nan_below in (-jnp.inf, 0.0):
+        _, after, diverging = moved(kernel, laws.half_line_posterior(jnp.float32(nan_below), prior), 20_000, walk)
+        assert_ranks(law.ranks(after))
+        assert bool(diverging.any()) == (nan_below == 0.0)
