@@ -67,10 +67,10 @@ class Problem(NamedTuple):
     options: dict[str, Any]
 
 
-def scales(*steps: float, preconditioner: str) -> Callable:
+def scales(*steps: float, **options: bool) -> Callable:
     """Trajectories of steps that fit the mouth of a funnel, in turn with those that fit its neck."""
     kernels = [
-        partial(ScoreHMC, step_size=step, target_accept_prob=None, preconditioner=preconditioner) for step in steps
+        partial(ScoreHMC, step_size=step, target_accept_prob=None, **options) for step in steps
     ]
     return lambda model: Cycle(kernels, model=model)
 
@@ -80,7 +80,7 @@ PROBLEMS = {
         funnel,
         (),
         0.0,
-        scales(1.0, 0.3, 0.1, 0.03, 0.01, preconditioner="identity"),
+        scales(1.0, 0.3, 0.1, 0.03, 0.01, adapt_mass_matrix=False),
         {"ess_threshold": 0.9, "correlation": 0.01},
     ),
     "many_well": Problem(many_well, (), 164.696, None, {}),
@@ -88,7 +88,7 @@ PROBLEMS = {
         brownian,
         (jnp.array([float(y) for y in WALK.split()]),),
         1.18775,
-        scales(0.6, 0.15, 0.04, preconditioner="dense"),
+        scales(0.6, 0.15, 0.04, dense_mass=True),
         {"ess_threshold": 0.8, "correlation": 0.02},
     ),
 }

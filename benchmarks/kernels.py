@@ -64,7 +64,7 @@ def ours(chains: int, num_warmup: int, num_draws: int) -> Callable:
     @jax.jit
     def run(key: jax.Array, rows: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         sizes = {"num_warmup": num_warmup, "num_samples": num_draws, "num_chains": chains}
-        kernel = MALA(model, step_size=0.01, preconditioner="identity")
+        kernel = MALA(model, step_size=0.01, adapt_mass_matrix=False)
         mcmc = MCMC(kernel, **sizes, chain_method="vectorized", progress_bar=False)
         mcmc.run(key, rows, labels)
         return mcmc.get_samples(group_by_chain=True)["weights"], mcmc.last_state.step_size

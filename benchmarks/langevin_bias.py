@@ -40,17 +40,17 @@ def model(prior: DiffusionPrior) -> None:
 
 
 def unadjusted(step: float) -> MCMCKernel:
-    return ULA(model, step_size=step * SMALLEST, preconditioner="identity")
+    return ULA(model, step_size=step * SMALLEST, adapt_mass_matrix=False)
 
 
 def adjusted(step: float) -> MCMCKernel:
-    return MALA(model, step_size=step * SMALLEST, target_accept_prob=None, preconditioner="identity")
+    return MALA(model, step_size=step * SMALLEST, target_accept_prob=None, adapt_mass_matrix=False)
 
 
 def hamiltonian(step: float) -> MCMCKernel:
     """A leapfrog step of the same length as the mean move of a Langevin step: epsilon^2 = 2 h."""
     step_size = float(np.sqrt(2.0 * step * SMALLEST))
-    options = {"target_accept_prob": None, "preconditioner": "identity"}
+    options = {"target_accept_prob": None, "adapt_mass_matrix": False}
     return ScoreHMC(model, num_steps=LEAPFROGS, step_size=step_size, **options)
 
 

@@ -19,7 +19,7 @@ from numpyro.infer import MCMC
 
 from numpyro_diffusion.denoise import Gaussian, GaussianMixture, NetworkDenoiser
 from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.infer import AnnealedLangevin, DiffusionGibbs, PredictorCorrector, at_clean_point
+from numpyro_diffusion.infer import AnnealedLangevin, DiffusionGibbs, GuidedReverse, at_clean_point
 from numpyro_diffusion.infer.anneal import langevin as level_walk
 from numpyro_diffusion.infer.anneal.posterior import noisy_posterior
 from numpyro_diffusion.infer.model.density import Status
@@ -151,7 +151,7 @@ ANNEALS = {
 def test_a_moment_is_a_guidance():
     """The full covariance is the exact guidance of a Gaussian: the same draws as by the formula, for both kernels."""
     anneal = {"num_levels": 6, "steps_per_level": 2, "step_size": 0.3}
-    for make, options in ((AnnealedLangevin, anneal), (PredictorCorrector, {})):
+    for make, options in ((AnnealedLangevin, anneal), (GuidedReverse, {})):
         by_name, by_formula = (
             one_draw(make(model, guidance=guidance, **options), Y, chains=60).z["x"] for guidance in ("mmps", widened)
         )
@@ -281,7 +281,7 @@ def test_sites_plates_and_transforms():
 @pytest.mark.parametrize(("num_corrections", "prior"), [(2, VE_PRIOR), (0, VP_PRIOR)], ids=["corrected", "bare"])
 def test_predictor_corrector_law_is_the_recursion(num_corrections, prior):
     solver = Ancestral(12)
-    kernel = PredictorCorrector(model, predictor=solver, num_corrections=num_corrections, snr=0.3)
+    kernel = GuidedReverse(model, predictor=solver, num_corrections=num_corrections, snr=0.3)
     mcmc = run(kernel, Y, prior)
     times = np.asarray(solver.times(prior.denoiser))
     law = Law(prior.denoiser.schedule).at(times[0])
@@ -299,7 +299,7 @@ def test_without_data_the_prior_comes_back():
     """Weights and moments of a mixture, by solvers of two evaluations and with a memory; the corrector does no harm."""
     mixture = GaussianMixture([0.3, 0.7], [[-4.0], [4.0]], 1.0, VE(0.02, 80.0))
     for solver in (StochasticHeun(40), DPMSolverPP(60, eta=1.0)):
-        kernel = PredictorCorrector(flat, predictor=solver, snr=0.1)
+        kernel = GuidedReverse(flat, predictor=solver, snr=0.1)
         x = run(kernel, None, DiffusionPrior(mixture)).get_samples(group_by_chain=True)["x"][..., 0]
         assert_moments((x > 0).astype(float), 0.7, 0.21)
         right = x[x > 0][None]
@@ -309,7 +309,7 @@ def test_without_data_the_prior_comes_back():
 KERNELS = {
     "annealed": partial(AnnealedLangevin, num_levels=10, step_size=0.3),
     "annealed_restart": partial(AnnealedLangevin, num_levels=10, step_size=0.3, restart_level=1.0),
-    "predictor_corrector": partial(PredictorCorrector, predictor=Ancestral(10)),
+    "guided_reverse": partial(GuidedReverse, predictor=Ancestral(10)),
 }
 
 
@@ -338,7 +338,7 @@ def test_what_is_not_finite_is_counted():
     def far_too_precise(y):
         numpyro.sample("y", dist.Normal(numpyro.sample("x", VE_PRIOR)[0], 1e-3), obs=1e4)
 
-    for make in (AnnealedLangevin, partial(AnnealedLangevin, restart_level=1.0), PredictorCorrector):
+    for make in (AnnealedLangevin, partial(AnnealedLangevin, restart_level=1.0), GuidedReverse):
         state = one_draw(make(no_number), Y, chains=2)
         assert state.diverging.all() and jnp.isfinite(state.z["x"]).all()
     exact = DiffusionPrior(Gaussian(MEAN, VARIANCE, VE(0.02, 40.0)), sampler=SAMPLER)
@@ -355,7 +355,7 @@ def no_number_exact(prior):
 
 
 def test_status_and_the_default_guidance():
-    for kernel in (AnnealedLangevin, PredictorCorrector):
+    for kernel in (AnnealedLangevin, GuidedReverse):
         assert isinstance(kernel.status, Status) and not kernel.status.exact and kernel.status.provides == "score"
     posterior = noisy_posterior(model, (Y,), {})
     x_t, t = {"x": jnp.array([0.3, 0.4])}, {"x": 0.2}
@@ -389,10 +389,10 @@ REFUSED = {
         unknown_noise,
         r"latent sites \['noise'\]. Use DiffusionGibbs\(model, x_kernel=A",
     ),
-    "other_sites_pc": (PredictorCorrector, unknown_noise, "x_kernel=PredictorCorrector"),
+    "other_sites_pc": (GuidedReverse, unknown_noise, "x_kernel=GuidedReverse"),
     "no_site": (AnnealedLangevin, no_prior, "it has no DiffusionPrior site"),
     "chained": (AnnealedLangevin, chained_priors, r"\['z'\] depend on other diffusion sites"),
-    "samplers": (PredictorCorrector, different_samplers, r"different samplers; give one .* PredictorCorrector\(pred"),
+    "samplers": (GuidedReverse, different_samplers, r"different samplers; give one .* GuidedReverse\(pred"),
     "no_density": (ADJUSTED, network_model, 'needs a density at every noise level.*target="energy"'),
     "outside": (partial(AnnealedLangevin, levels=[100.0, 1.0]), model, "levels must lie within .* 0.02 to 40; got 100"),
     "restart": (partial(AnnealedLangevin, restart_level=50.0), model, "restart_level must lie within .*; got 50"),
@@ -437,4 +437,4 @@ def test_bad_arguments(options, error, message):
 )
 def test_bad_arguments_of_the_predictor_corrector(options, error, message):
     with pytest.raises(error, match=message):
-        PredictorCorrector(model, **options)
+        GuidedReverse(model, **options)

@@ -44,7 +44,7 @@ def truth(model):
 
 
 FIXED = {
-    "gaussian": (gaussian, partial(MALA, step_size=0.3, target_accept_prob=None, preconditioner="identity")),
+    "gaussian": (gaussian, partial(MALA, step_size=0.3, target_accept_prob=None, adapt_mass_matrix=False)),
     "mixture": (mixture, partial(DiffusionPCN, global_fraction=1.0)),
 }
 

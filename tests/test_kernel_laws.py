@@ -44,8 +44,8 @@ SLOW = pytest.mark.slow
 LINE = LineIntegral(5, circulation=False)
 LEAP = partial(HMC, num_steps=2, trajectory_length=None, step_size=0.7, adapt_step_size=False, adapt_mass_matrix=False)
 TREE = partial(NUTS, max_tree_depth=2, step_size=0.7, adapt_step_size=False, adapt_mass_matrix=False)
-WALK = partial(MALA, step_size=0.3, preconditioner="identity")
-SWING = partial(ScoreHMC, step_size=0.5, num_steps=2, preconditioner="identity")
+WALK = partial(MALA, step_size=0.3, adapt_mass_matrix=False)
+SWING = partial(ScoreHMC, step_size=0.5, num_steps=2, adapt_mass_matrix=False)
 JUMP = partial(DiffusionPCN, global_fraction=1.0)
 MANY = {"noise_levels": (4.0, 1.0), "num_steps": 2, "step_size": 0.7, "target_accept_prob": None}
 STOCHASTIC = StochasticHeun(24)
@@ -98,7 +98,7 @@ QUICK = {
     "mala_tweedie": (partial(MALA, step_size=0.5, preconditioner=Tweedie(0.5)), ON_LEARNED),
     "mala_line": (partial(WALK, provider=LINE), ON_LEARNED),
     "mala_squared": (partial(WALK, step_size=0.1), normal_data(standard(transform=SQUARED), noise=1.0)),
-    "hmc_partial": (partial(SWING, refresh=0.3), ON_LEARNED),
+    "hmc_partial": (partial(SWING, momentum_refresh=0.3), ON_LEARNED),
     "independence_3_proposals": (
         lambda model: Independence(model, dist.LogNormal(0.0, 0.7), num_proposals=3),
         COUNT,
@@ -134,7 +134,7 @@ LONGER = {
         normal_data(standard(transform=SQUARED), noise=1.0),
     ),
     "hmc": (SWING, JOINT),
-    "hmc_line_partial": (partial(SWING, refresh=0.3, provider=LINE), normal_data(SCORE_ONLY, noise=1.0)),
+    "hmc_line_partial": (partial(SWING, momentum_refresh=0.3, provider=LINE), normal_data(SCORE_ONLY, noise=1.0)),
     "nuts_on_the_flow_density": (TREE, normal_data(standard(density_solver=Heun(24)), noise=1.0)),
     "nuts_on_the_denoisers_density": (lambda model: TREE(with_density(model)), ON_LEARNED),
     "independence": (lambda model: Independence(model, dist.LogNormal(0.0, 0.7)), COUNT),
@@ -211,7 +211,7 @@ WALLS = {
     "pcn": (DiffusionPCN, LINED),
     "independence": (partial(Independence, num_proposals=2), None),
     "diffusive_gibbs": (partial(DiffusiveGibbs, noise_levels=(1.0,), step_size=1.0, target_accept_prob=None), None),
-    "mala": (partial(MALA, step_size=0.2, preconditioner="identity"), None),
+    "mala": (partial(MALA, step_size=0.2, adapt_mass_matrix=False), None),
 }
 
 

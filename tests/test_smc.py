@@ -301,7 +301,7 @@ def test_weights_that_vanish_on_the_way_are_an_error():
         x = numpyro.sample("x", dist.Normal(0.0, 1.0))
         numpyro.factor("shell", jnp.where(abs(x) < 0.1, 0.0, -jnp.inf))
 
-    kernel = partial(ULA, step_size=1e8, preconditioner="identity")
+    kernel = partial(ULA, step_size=1e8, adapt_mass_matrix=False)
     with pytest.raises(ValueError, match="temperature 1 the moves have taken all .* Metropolis test"):
         TemperedSMC(shell, 200, kernel=kernel, correlation=0.5, **QUIET).run(jax.random.key(0), 0.0)
 
@@ -316,7 +316,7 @@ def test_moves_that_end_too_early_are_told_and_in_the_error():
         x = numpyro.sample("x", dist.Normal(0.0, 1.0).expand([10]).to_event(1))
         numpyro.sample("y", dist.Normal(x, 0.1).to_event(1), obs=y)
 
-    kernel = partial(MALA, step_size=1e-3, target_accept_prob=None, preconditioner="identity")
+    kernel = partial(MALA, step_size=1e-3, target_accept_prob=None, adapt_mass_matrix=False)
     y = jnp.repeat(jnp.array([2.0, -1.0]), 5)
     smc = TemperedSMC(narrow, 1000, kernel=kernel, num_islands=20, max_moves=3, **QUIET)
     with pytest.warns(UserWarning, match=r"max_moves=3 .* correlation of (0\.9\d|1\.00) is left at .* Raise max_moves"):

@@ -105,11 +105,11 @@ def two_sites(y):
 
 
 KERNELS = {
-    "dense": (partial(MALA, preconditioner="dense"), "dense"),
-    "fixed": (partial(MALA, preconditioner="identity", target_accept_prob=None, step_size=0.02), "fixed"),
+    "dense": (partial(MALA, dense_mass=True), "dense"),
+    "fixed": (partial(MALA, adapt_mass_matrix=False, target_accept_prob=None, step_size=0.02), "fixed"),
     "ScoreHMC": (partial(ScoreHMC, num_steps=2), "diagonal"),
     "DiffusiveGibbs": (
-        partial(DiffusiveGibbs, noise_levels=(2.0, 1.0), num_steps=1, preconditioner="diagonal"),
+        partial(DiffusiveGibbs, noise_levels=(2.0, 1.0), num_steps=1, adapt_mass_matrix=True),
         "diagonal",
     ),
     "HMC": (lambda model: Vectorize(HMC(model, trajectory_length=1.0)), "diagonal"),

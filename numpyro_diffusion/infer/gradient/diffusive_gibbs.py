@@ -39,8 +39,9 @@ import jax.numpy as jnp
 from numpyro_diffusion import _checks
 from numpyro_diffusion.infer.gradient.base import GradientKernel, flatten
 from numpyro_diffusion.infer.gradient.langevin import log_reversal, propose
-from numpyro_diffusion.infer.kernel.adapt import Adaptation, Root, Shape, running_mean
+from numpyro_diffusion.infer.kernel.adapt import Adaptation, Root, running_mean
 from numpyro_diffusion.infer.kernel.choose import Choice, metropolis
+from numpyro_diffusion.infer.kernel.start import Strategy
 from numpyro_diffusion.infer.model.density import Density, Provider
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
@@ -94,7 +95,9 @@ class DiffusiveGibbs(GradientKernel):
         step_size: the $h_1$ of the rule for the steps, in units of the preconditioner; None for $D^{-1/3}$.
         target_accept_prob: acceptance to which the step of each level adapts in warm-up, in (0, 1); None keeps the
             rule.
-        preconditioner: "identity", or "diagonal" or "dense", adapted in warm-up.
+        adapt_mass_matrix: whether warm-up estimates a preconditioner; the identity if not.
+        dense_mass: whether it is dense, or diagonal.
+        init_strategy: where chains start, as in NumPyro; None draws diffusion sites from their priors.
 
     Raises:
         TypeError: if `model` is not callable or `provider` no provider.
@@ -134,9 +137,11 @@ class DiffusiveGibbs(GradientKernel):
         provider: Provider = Density(),  # noqa: B008
         step_size: float | None = None,
         target_accept_prob: float | None = 0.574,
-        preconditioner: Shape = "identity",
+        adapt_mass_matrix: bool = False,
+        dense_mass: bool = False,
+        init_strategy: Strategy | None = None,
     ) -> None:
-        super().__init__(model, provider)
+        super().__init__(model, provider, init_strategy)
         if not provider.has_density:
             raise ValueError(f"DiffusiveGibbs restarts far away and needs a density; got {provider}. Use Density()")
         levels = tuple(float(level) for level in noise_levels)
@@ -147,7 +152,7 @@ class DiffusiveGibbs(GradientKernel):
             raise ValueError(f"noise_levels must decrease; got {levels}. Sort them from the highest")
         _checks.at_least(1, num_steps=num_steps, num_sweeps=num_sweeps)
         self._levels, self._num_steps, self._num_sweeps = levels, num_steps, num_sweeps
-        self._adaptation = Adaptation(preconditioner, step_size, target_accept_prob)
+        self._adaptation = Adaptation(adapt_mass_matrix, dense_mass, step_size, target_accept_prob)
 
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> DiffusiveGibbsState:
         key, key_first, key_adapt = jax.random.split(key, 3)

@@ -36,8 +36,9 @@ import jax.numpy as jnp
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.infer.gradient.base import GradientKernel, flatten, require_test
-from numpyro_diffusion.infer.kernel.adapt import Adaptation, Root, Shape, running_mean
+from numpyro_diffusion.infer.kernel.adapt import Adaptation, Root, running_mean
 from numpyro_diffusion.infer.kernel.choose import metropolis
+from numpyro_diffusion.infer.kernel.start import Strategy
 from numpyro_diffusion.infer.model.density import Density, LineIntegral, Provider
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
@@ -114,11 +115,13 @@ class ScoreHMC(GradientKernel):
             score alone.
         step_size: where the step starts, in units of the preconditioner's root; None for D^(-1/3).
         target_accept_prob: acceptance to which the step adapts in warm-up, in (0, 1); None keeps `step_size`.
-        preconditioner: "identity", "diagonal" or "dense", the last two adapted in warm-up.
+        adapt_mass_matrix: whether warm-up estimates a preconditioner; the identity if not.
+        dense_mass: whether it is dense, or diagonal.
+        init_strategy: where chains start, as in NumPyro; None draws diffusion sites from their priors.
 
     Raises:
         TypeError: if `model` is not callable or `provider` no provider.
-        ValueError: if a number is out of its range, the preconditioner unknown or the provider `Score`; when run, for a
+        ValueError: if a number is out of its range or the provider is `Score`; when run, for a
             model without latent sites, with discrete ones, or that cannot be differentiated, or a prior without the
             density that is asked of it.
 
@@ -149,15 +152,17 @@ class ScoreHMC(GradientKernel):
         provider: Provider = Density(),  # noqa: B008
         step_size: float | None = None,
         target_accept_prob: float | None = 0.8,
-        preconditioner: Shape = "diagonal",
+        adapt_mass_matrix: bool = True,
+        dense_mass: bool = False,
+        init_strategy: Strategy | None = None,
     ) -> None:
-        super().__init__(model, provider)
+        super().__init__(model, provider, init_strategy)
         require_test(provider, "ScoreHMC")
         _checks.at_least(1, num_steps=num_steps)
         if not 0.0 < momentum_refresh <= 1.0:
             raise ValueError(f"momentum_refresh must lie in (0, 1]; got {momentum_refresh}")
         self._num_steps, self._momentum_refresh = num_steps, momentum_refresh
-        self._adaptation = Adaptation(preconditioner, step_size, target_accept_prob)
+        self._adaptation = Adaptation(adapt_mass_matrix, dense_mass, step_size, target_accept_prob)
         absent = "potential_energy" if isinstance(provider, LineIntegral) else "circulation"
         self.statistics = tuple(name for name in ScoreHMC.statistics if name != absent)
 

@@ -33,8 +33,9 @@ import jax.numpy as jnp
 
 from numpyro_diffusion.infer.gradient.base import GradientKernel, flatten, require_test
 from numpyro_diffusion.infer.gradient.tweedie import Tweedie
-from numpyro_diffusion.infer.kernel.adapt import Adaptation, Root, Shape, running_mean
+from numpyro_diffusion.infer.kernel.adapt import Adaptation, Root, running_mean
 from numpyro_diffusion.infer.kernel.choose import all_finite, metropolis, select
+from numpyro_diffusion.infer.kernel.start import Strategy
 from numpyro_diffusion.infer.model.density import Density, LineIntegral, Provider, Score
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
@@ -143,11 +144,13 @@ class ULA(GradientKernel):
     Args:
         model: NumPyro model.
         step_size: the step $h$, in units of the preconditioner; positive. From 2 on it explodes.
-        preconditioner: "identity", "diagonal" or "dense"; the last two are adapted in warm-up.
+        adapt_mass_matrix: whether warm-up estimates a preconditioner; the identity if not.
+        dense_mass: whether it is dense, or diagonal.
+        init_strategy: where chains start, as in NumPyro; None draws diffusion sites from their priors.
 
     Raises:
         TypeError: if `model` is not callable.
-        ValueError: if a number is out of its range or the preconditioner unknown; when run, for a model without latent
+        ValueError: if a number is out of its range; when run, for a model without latent
             sites, with discrete ones, or that cannot be differentiated, or a prior that depends on other latent sites.
 
     Example:
@@ -167,9 +170,17 @@ class ULA(GradientKernel):
 
     statistics = ("step_size", "num_score_evals")
 
-    def __init__(self, model: Model, *, step_size: float = 0.1, preconditioner: Shape = "diagonal") -> None:
-        super().__init__(model, Score())
-        self._adaptation = Adaptation(preconditioner, step_size, None)
+    def __init__(
+        self,
+        model: Model,
+        *,
+        step_size: float = 0.1,
+        adapt_mass_matrix: bool = True,
+        dense_mass: bool = False,
+        init_strategy: Strategy | None = None,
+    ) -> None:
+        super().__init__(model, Score(), init_strategy)
+        self._adaptation = Adaptation(adapt_mass_matrix, dense_mass, step_size, None)
 
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> ULAState:
         key, key_first, key_adapt = jax.random.split(key, 3)
@@ -183,7 +194,7 @@ class ULA(GradientKernel):
         target = self._target(state.z, reading)
         root = self._adaptation.root(state.adapt_state)
         step_size = jnp.asarray(self._adaptation.step_size, target.flat.dtype)
-        if self._adaptation.preconditioner != "identity":
+        if self._adaptation.adapt_mass_matrix:
             step_size = jnp.where(state.i < self._num_warmup, jnp.minimum(step_size, _WARMUP_STEP), step_size)
         q_new = propose(key_step, target.flat, state.evaluation.gradient, root, step_size)
         there = target.evaluate(q_new)
@@ -215,11 +226,14 @@ class MALA(GradientKernel):
             score alone.
         step_size: where the step $h$ starts, in units of the preconditioner; None for $D^{-1/3}$.
         target_accept_prob: acceptance to which $h$ adapts in warm-up, in (0, 1); None keeps `step_size`.
-        preconditioner: "identity", "diagonal" or "dense", the last two adapted in warm-up; or `Tweedie(level)`.
+        adapt_mass_matrix: whether warm-up estimates a preconditioner; the identity if not.
+        dense_mass: whether it is dense, or diagonal.
+        preconditioner: `Tweedie(level)` for that in place of one estimate for all points.
+        init_strategy: where chains start, as in NumPyro; None draws diffusion sites from their priors.
 
     Raises:
         TypeError: if `model` is not callable or `provider` no provider.
-        ValueError: if a number is out of its range, the preconditioner unknown or the provider `Score`; when run, for a
+        ValueError: if a number is out of its range or the provider is `Score`; when run, for a
             model without latent sites, with discrete ones, or that cannot be differentiated, or a prior without the
             density that is asked of it.
 
@@ -247,12 +261,18 @@ class MALA(GradientKernel):
         provider: Provider = Density(),  # noqa: B008
         step_size: float | None = None,
         target_accept_prob: float | None = 0.574,
-        preconditioner: Shape | Tweedie = "diagonal",
+        adapt_mass_matrix: bool = True,
+        dense_mass: bool = False,
+        preconditioner: Tweedie | None = None,
+        init_strategy: Strategy | None = None,
     ) -> None:
-        super().__init__(model, provider)
+        super().__init__(model, provider, init_strategy)
         require_test(provider, "MALA")
-        self._tweedie = preconditioner if isinstance(preconditioner, Tweedie) else None
-        self._adaptation = Adaptation("identity" if self._tweedie else preconditioner, step_size, target_accept_prob)
+        if not (preconditioner is None or isinstance(preconditioner, Tweedie)):
+            raise TypeError(f"preconditioner must be Tweedie(level) or None; got {preconditioner!r}. See dense_mass")
+        self._tweedie = preconditioner
+        adapts = adapt_mass_matrix and preconditioner is None
+        self._adaptation = Adaptation(adapts, dense_mass, step_size, target_accept_prob)
         absent = "potential_energy" if isinstance(provider, LineIntegral) else "circulation"
         self.statistics = tuple(name for name in MALA.statistics if name != absent)
 

@@ -55,7 +55,7 @@ class Tweedie:
             if not site.same_coordinates:
                 raise ValueError(
                     f"Tweedie() needs site {name!r} in the denoiser's own coordinates; its transform is not NumPyro's "
-                    'for it. Use preconditioner="dense"'
+                    "for it. Use dense_mass=True"
                 )
 
     def _point_root(self, denoiser: Denoiser, u: jax.Array) -> tuple[jax.Array, jax.Array]:

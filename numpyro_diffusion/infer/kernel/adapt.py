@@ -14,7 +14,7 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,6 @@ from numpyro.infer.hmc_util import warmup_adapter, welford_covariance
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.infer.kernel.contract import shared
-
-Shape = Literal["identity", "diagonal", "dense"]
 
 
 class Root(NamedTuple):
@@ -52,20 +50,23 @@ class Adaptation:
     """What warm-up adapts.
 
     Args:
-        preconditioner: "identity" for none, "diagonal" or "dense".
+        adapt_mass_matrix: whether to estimate a preconditioner; the identity if not.
+        dense_mass: whether it is dense, or diagonal.
         step_size: where the step size starts, or stays if there is no `target_accept_prob`; None for D^(-1/3).
         target_accept_prob: acceptance to which the step size adapts, in (0, 1), or None.
 
     Raises:
-        ValueError: if a number is out of its range or the preconditioner unknown.
+        ValueError: if a number is out of its range, or a dense preconditioner is asked for without adaptation.
     """
 
-    preconditioner: Shape
+    adapt_mass_matrix: bool
+    dense_mass: bool
     step_size: float | None
     target_accept_prob: float | None
 
     def __post_init__(self) -> None:
-        _checks.one_of("preconditioner", self.preconditioner, ("identity", "diagonal", "dense"))
+        if self.dense_mass and not self.adapt_mass_matrix:
+            raise ValueError("dense_mass=True needs adapt_mass_matrix=True: there is nothing to make dense without it")
         if self.step_size is not None:
             _checks.positive(step_size=self.step_size)
         if self.target_accept_prob is not None and not 0.0 < self.target_accept_prob < 1.0:
@@ -75,8 +76,8 @@ class Adaptation:
         return warmup_adapter(
             num_warmup,
             adapt_step_size=self.target_accept_prob is not None,
-            adapt_mass_matrix=self.preconditioner != "identity",
-            dense_mass=self.preconditioner == "dense",
+            adapt_mass_matrix=self.adapt_mass_matrix,
+            dense_mass=self.dense_mass,
             target_accept_prob=self.target_accept_prob or 0.5,
         )
 
@@ -84,7 +85,7 @@ class Adaptation:
         """The state before the first step, at a point of shape (D,)."""
         step_size = q.size ** (-1.0 / 3.0) if self.step_size is None else self.step_size
         state = self._adapter(num_warmup)[0]((q,), key, step_size=jnp.asarray(step_size, q.dtype))
-        return state._replace(mm_state=None) if self.preconditioner == "identity" else state  # nothing to estimate
+        return state if self.adapt_mass_matrix else state._replace(mm_state=None)  # nothing to estimate
 
     def update(self, state: Any, i: jax.Array, num_warmup: int, accept_prob: jax.Array, q: jax.Array) -> Any:
         """The state after step number `i`, counted from zero; the same one when warm-up is over."""
