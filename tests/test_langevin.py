@@ -284,7 +284,11 @@ BAD_ARGUMENTS = {
     "step_size": (lambda: ULA(known_noise, step_size=-0.1), ValueError, "step_size must be positive"),
     "target": (lambda: MALA(known_noise, target_accept_prob=1.0), ValueError, r"must lie in \(0, 1\); got 1.0"),
     "num_steps": (lambda: ScoreHMC(known_noise, num_steps=0), ValueError, "num_steps must be at least 1"),
-    "refresh": (lambda: ScoreHMC(known_noise, momentum_refresh=0.0), ValueError, r"momentum_refresh must lie in \(0, 1\]"),
+    "refresh": (
+        lambda: ScoreHMC(known_noise, momentum_refresh=0.0),
+        ValueError,
+        r"momentum_refresh must lie in \(0, 1\]",
+    ),
     "source": (lambda: Density("score"), ValueError, "source must be one of"),
     "even": (lambda: LineIntegral(4), ValueError, "must be odd for Simpson's rule; got 4"),
     "rule": (lambda: LineIntegral(3, "trapezoid"), ValueError, "rule must be one of"),

@@ -117,7 +117,7 @@ def sweep_law(schedule, sweeps):
 
 def test_schedule_is_the_recursion_of_its_sweeps():
     """Decoupled annealing: the second bias, that of starting from the coupling above, is the one predicted."""
-    mcmc = run(SplitGibbs(model, rho=0.4, schedule=[5.0, 1.5], num_inner=4), Y, num_samples=200)
+    mcmc = run(SplitGibbs(model, rho=0.4, couplings=[5.0, 1.5], num_inner=4), Y, num_samples=200)
     mean, covariance = sweep_law([5.0, 1.5, 0.4], 50)
     x = np.asarray(mcmc.get_samples(group_by_chain=True)["x"])
     assert_moments(x, mean, np.diag(covariance))
@@ -150,7 +150,7 @@ def test_schedule_changes_mode_and_a_small_coupling_does_not():
         law = law @ chain
     right = law[grid > 0].sum()
     kernel = partial(SplitGibbs, bimodal, rho=rho)
-    annealed = run(kernel(schedule=schedule, num_inner=4), y).get_samples(group_by_chain=True)["x"][..., 0]
+    annealed = run(kernel(couplings=schedule, num_inner=4), y).get_samples(group_by_chain=True)["x"][..., 0]
     assert_moments((annealed > 0).astype(float), right, right * (1 - right))
     stuck = run(kernel(), y).get_samples(group_by_chain=True)["x"][..., 0]
     crossings = lambda x: float(jnp.mean((x[:, 1:] > 0) != (x[:, :-1] > 0)))  # noqa: E731
