@@ -23,7 +23,6 @@ from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import StochasticHeun, sample
 from numpyro_diffusion.train import fit
-from numpyro_diffusion.train.levels import LogNormal
 from numpyro_diffusion.train.losses import StableTargetField
 from numpyro_diffusion.train.weighting import EDM
 
@@ -74,8 +73,7 @@ def run(name: str, seed: int, num_steps: int, features: int, plain: bool = False
     options = {"schedule": schedule, "num_steps": num_steps, "batch_size": 512, "progress_bar": False}
     waves = {}
     if not plain:
-        levels = {"noise_levels": LogNormal(-1.5, 1.3), "weighting": EDM(-1.5, 1.3)}
-        options |= {"loss": StableTargetField(rows, 1024), **levels}
+        options |= {"loss": StableTargetField(rows, 1024), "weighting": EDM(-1.5, 1.3)}  # at levels of the same law
         waves = {"input_frequencies": tuple(np.geomspace(0.5, 4.0, 6)), "embed_frequency": 4.0}
     backbone = MLP((2,), features=features, **waves, rngs=nnx.Rngs(seed))
     denoiser = fit(keys[1], backbone, rows, **options).denoiser.with_units(location, scale)

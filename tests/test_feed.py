@@ -207,15 +207,19 @@ def test_batches_are_shared_out_between_two_devices(streamed):
 # Gradients and patience
 
 
+def length(tree):
+    return math.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(tree)))
+
+
 def test_clipped_gradients_are_no_longer_than_asked():
     gradient = {"a": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}
     for bound, expected in ((0.5, 0.5), (1e9, 5.0), (None, 5.0)):
         optimizer = fit_module._clipped(optax.sgd(1.0), bound)
         update, _ = optimizer.update(gradient, optimizer.init(gradient))
-        assert float(optax.global_norm(update)) == pytest.approx(expected, rel=1e-6)
+        assert length(update) == pytest.approx(expected, rel=1e-6)
     clipped = run(num_steps=1, clip_norm=1e-3, optimizer=optax.sgd(1.0), ema_decay=0.0).denoiser
     moved = jax.tree.map(jnp.subtract, clipped.params, NetworkDenoiser(backbone()).params)
-    assert float(optax.global_norm(moved)) == pytest.approx(1e-3, rel=1e-3)
+    assert length(moved) == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_patience_ends_a_run_and_keeps_the_best_average():
