@@ -169,12 +169,14 @@ def test_new_conditions_are_no_new_program():
 def test_over_points():
     """A function of a denoiser and a point, mapped over both; a condition given by `Conditioned` is one like any."""
     batch = DiffusionPrior(Conditioned(NETWORK, COND), **SOLVERS)
-    got = batch.over_points(lambda denoiser, x, t: denoiser(x, t).x0, (5, 4), POINTS, jnp.full((5, 4), 0.5))
+    mean = lambda denoiser, x, t: denoiser(x, t).x0  # noqa: E731
+    times = jnp.linspace(0.2, 0.8, 20).reshape(5, 4)
+    over = jax.jit(lambda p, *arrays: p.over_points(mean, arrays[0].shape[:-1], *arrays))
+    got = over(batch, POINTS, times)
     for i, cond in enumerate(COND):
-        expected = jax.vmap(lambda x, cond=cond: Conditioned(NETWORK, cond)(x, 0.5).x0)(POINTS[:, i])
-        np.testing.assert_allclose(got[:, i], expected, rtol=1e-5, atol=1e-6)
-    plain = prior(COND[0]).over_points(lambda denoiser, x: denoiser(x, 0.5).x0, (5,), POINTS[:, 0])
-    np.testing.assert_allclose(plain, got[:, 0], rtol=1e-5, atol=1e-6)
+        one = over(prior(cond), POINTS[:, i], times[:, i])
+        np.testing.assert_allclose(got[:, i], one, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(one[0], Conditioned(NETWORK, COND[3])(POINTS[0, 3], times[0, 3]).x0, rtol=1e-5)
 
 
 BAD = {
