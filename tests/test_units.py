@@ -9,6 +9,7 @@ from jax.scipy.stats import norm
 from numpyro_diffusion.denoise import FromDensity, Gaussian, GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.noise import VE, VP, Rectified, schedule_for
+from numpyro_diffusion.solve import Heun
 
 CENTRES = np.array([[-1.0, 0.0], [1.0, 0.0], [0.0, 1.5]])
 DRAWS = 20_000
@@ -32,9 +33,9 @@ def test_draws_and_densities_in_any_unit(unit):
 
 @pytest.mark.parametrize("unit", [1e-4, 1.0])
 def test_a_narrow_component_among_wide_ones(unit):
-    """A hundredth of the others: its share and its deviation, 64 steps, and its density."""
+    """A hundredth of the others: its share and its deviation in 64 steps, its density in 128 (in 64: .06 nats)."""
     law = mixture(unit)
-    prior = DiffusionPrior(law)
+    prior = DiffusionPrior(law, density_solver=Heun(128))
     x = np.asarray(prior.sample(jax.random.key(1), (DRAWS,)), float) / unit
     z = (x - CENTRES[0]) / 0.01
     near = (np.abs(z) < 4.0).all(1)
@@ -44,7 +45,7 @@ def test_a_narrow_component_among_wide_ones(unit):
     deviations = z[near].std(0)
     assert (abs(deviations - 1.0) < 4.5 / (2 * near.sum()) ** 0.5 + 0.01).all(), deviations
     for point in unit * np.array([[-1.0, 0.005], [1.0, 0.5]]):
-        np.testing.assert_allclose(prior.log_prob(point), law.log_density(jnp.asarray(point), 0.0), atol=0.05)
+        np.testing.assert_allclose(prior.log_prob(point), law.log_density(jnp.asarray(point), 0.0), atol=0.025)
 
 
 def test_levels_follow_the_law():

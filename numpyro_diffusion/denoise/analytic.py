@@ -15,7 +15,7 @@ and diagonal ones skip the rotation. Networks are not here: see `network`.
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -55,21 +55,22 @@ class GaussianMixture:
     def __init__(
         self, weights: ArrayLike, means: ArrayLike, covariances: ArrayLike = 1.0, schedule: Schedule | None = None
     ) -> None:
-        weights, means, covariances = (jnp.asarray(a, jnp.result_type(float)) for a in (weights, means, covariances))
+        with _as_known(weights, means, covariances):
+            self._build(*(jnp.asarray(a, jnp.result_type(float)) for a in (weights, means, covariances)), schedule)
+
+    def _build(self, weights: jax.Array, means: jax.Array, covariances: jax.Array, schedule: Schedule | None) -> None:
         if means.ndim != 2:
             raise ValueError(f"means must have shape (components, dimensions); got {means.shape}")
         count, dimension = means.shape
         if weights.shape != (count,):
             raise ValueError(f"weights must have shape ({count},), one for each of the means; got {weights.shape}")
-        traced = any(isinstance(value, jax.core.Tracer) for value in (weights, means, covariances))
-        with nullcontext() if traced else jax.ensure_compile_time_eval():  # a law known inside jit stays known
-            self.log_weights = jax.nn.log_softmax(jnp.log(weights))
-            self.means = means
-            self.variances, self.rotations = _decompose(covariances, count, dimension)
-            self._check_values({"weights": weights, "means": means, "covariances": covariances})
-            present = jnp.isfinite(self.log_weights)[:, None]
-            narrowest = jnp.sqrt(jnp.min(jnp.where(present, self.variances, jnp.inf)))
-            self._schedule = schedule_for(self.scale, narrowest, schedule)
+        self.log_weights = jax.nn.log_softmax(jnp.log(weights))
+        self.means = means
+        self.variances, self.rotations = _decompose(covariances, count, dimension)
+        self._check_values({"weights": weights, "means": means, "covariances": covariances})
+        present = jnp.isfinite(self.log_weights)[:, None]
+        narrowest = jnp.sqrt(jnp.min(jnp.where(present, self.variances, jnp.inf)))
+        self._schedule = schedule_for(self.scale, narrowest, schedule)
 
     def _check_values(self, given: dict[str, jax.Array]) -> None:
         """Checks those of the arguments that are known, in numpy: inside jit even a constant's sum is traced."""
@@ -178,10 +179,18 @@ class Gaussian(GaussianMixture):
     """
 
     def __init__(self, mean: ArrayLike, covariance: ArrayLike = 1.0, schedule: Schedule | None = None) -> None:
-        mean, covariance = jnp.asarray(mean), jnp.asarray(covariance)
-        if mean.ndim != 1:
-            raise ValueError(f"mean must have shape (dimensions,); got {mean.shape}")
-        super().__init__(jnp.ones(1), mean[None], covariance if covariance.ndim == 0 else covariance[None], schedule)
+        with _as_known(mean, covariance):
+            mean, covariance = jnp.asarray(mean), jnp.asarray(covariance)
+            if mean.ndim != 1:
+                raise ValueError(f"mean must have shape (dimensions,); got {mean.shape}")
+            covariances = covariance if covariance.ndim == 0 else covariance[None]
+            super().__init__(np.ones(1), mean[None], covariances, schedule)
+
+
+def _as_known(*arrays: ArrayLike) -> AbstractContextManager:
+    """Where the arrays of a law are known, so is what is made of them, inside jit too."""
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays))
+    return nullcontext() if traced else jax.ensure_compile_time_eval()
 
 
 def _weighted(weights: jax.Array, values: jax.Array) -> jax.Array:

@@ -85,15 +85,13 @@ class Conditioned(Around):
     cond: ArrayLike
 
     def __post_init__(self) -> None:
-        if isinstance(self.base, Denoiser) and not _takes_condition(self.base):
-            inner = getattr(self.base, "base", None)
-            cure = ""
-            if inner is not None:
-                kind = type(self.base).__name__
-                cure = f". To hold a condition inside, give {kind} a Conditioned(denoiser, cond)"
+        # By its class alone: a pytree is also rebuilt around leaves that are no arrays.
+        if callable(self.base) and not _takes_condition(self.base):
+            kind = type(self.base).__name__
+            inside = f". To hold a condition inside, give {kind} a Conditioned(denoiser, cond)"
             raise TypeError(
-                f"base must be a conditional denoiser, called as base(x_t, t, cond); {type(self.base).__name__} takes "
-                f"no condition{cure}"
+                f"base must be a conditional denoiser, called as base(x_t, t, cond); {kind} takes no condition"
+                f"{inside if isinstance(self.base, Around) else ''}"
             )
 
     def __call__(self, x_t: jax.Array, t: ArrayLike) -> Prediction:
@@ -111,7 +109,7 @@ class Conditioned(Around):
 
 def _takes_condition(denoiser: Denoiser) -> bool:
     try:
-        inspect.signature(denoiser).bind(None, None, None)
+        inspect.signature(type(denoiser).__call__).bind(denoiser, None, None, None)
     except TypeError:
         return False
     return not isinstance(denoiser, Rescheduled) or _takes_condition(denoiser.base)

@@ -10,8 +10,9 @@ $$\lambda_{\min} = .002\, n, \qquad \lambda_{\max} = 80\, c,$$
 in the form of a `Scaled` schedule, whose scale $c$ may be traced. The proportion $n / c$ is a plain number, rounded to
 a power of two, so that laws alike in shape are one program; of traced arrays it is not known, and taken for one.
 
-Where $n / c$ is small the levels of a grid lie farther apart. With `DPMSolverPP(64)` a component of a hundredth of the
-spread has its deviation to 1 %; below a thousandth give the solver more steps.
+Where $n / c$ is small the levels of a grid lie farther apart. Of a mixture whose narrow component has a hundredth or a
+thousandth of the spread, `DPMSolverPP(64)` draws with that component's deviation within 1 %, while the log-density by
+`Heun(64)` is off by .06 and .16 nats at its centre: give `density_solver` more steps.
 """
 
 import math
