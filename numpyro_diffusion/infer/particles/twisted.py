@@ -39,7 +39,14 @@ from numpyro_diffusion.guidance import Likelihood, Observation
 from numpyro_diffusion.guidance.guided import LOG_FLOOR
 from numpyro_diffusion.infer.kernel.choose import effective_size, proper, systematic
 from numpyro_diffusion.infer.model.observation import GuidedSites, check_guidance, check_missing, guided_sites
-from numpyro_diffusion.infer.model.sites import Model, log_rest, other_latent_sites, with_deterministic
+from numpyro_diffusion.infer.model.sites import (
+    Model,
+    dependent_priors,
+    log_rest,
+    other_latent_sites,
+    prior_sites,
+    with_deterministic,
+)
 from numpyro_diffusion.infer.particles.evidence import ParticleSampler, evidence_of
 from numpyro_diffusion.infer.reverse.base import solver_of
 from numpyro_diffusion.infer.reverse.walk import Transition, check_solver, log_worth, outlooks
@@ -67,10 +74,10 @@ class _Cloud(NamedTuple):
 
 
 class TwistedSMC(ParticleSampler):
-    """Samples the diffusion site of a model, and estimates the evidence, in one guided walk of many particles.
+    """Samples the diffusion sites of a model, and estimates the evidence, in one guided walk of many particles.
 
     Args:
-        model: NumPyro model whose only latent site is a diffusion site, possibly in plates.
+        model: NumPyro model whose latent sites are all diffusion sites, possibly in plates.
         num_particles: particles in all, at least 2 an island.
         moment: how the guidance looks ahead, see `guidance.Guided`; None takes "mmps" for a Gaussian observation and
             "dps" for any other likelihood.
@@ -82,9 +89,9 @@ class TwistedSMC(ParticleSampler):
 
     Raises:
         TypeError: if `model` is not callable, or the solver's steps have no density.
-        ValueError: for a number out of its range or an unknown moment; when run, for a model with other latent sites or
-            several diffusion sites, a moment that cannot handle the likelihood (none can look ahead to a hard
-            constraint), or weights that all vanish.
+        ValueError: for a number out of its range or an unknown moment; when run, for a model with other latent sites,
+            diffusion sites whose ladders of noise levels differ, a moment that cannot handle the likelihood (none can
+            look ahead to a hard constraint), or weights that all vanish.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -137,6 +144,13 @@ class TwistedSMC(ParticleSampler):
             raise ValueError(
                 f"TwistedSMC moves DiffusionPrior sites only; the model also has latent sites {others}. Use "
                 "DiffusionGibbs(model, x_kernel=ParticleGibbs), which moves these by NUTS, or TemperedSMC(model)"
+            )
+        several = len(prior_sites(self._model, args, kwargs)) > 1
+        dependent = dependent_priors(self._model, args, kwargs) if several else set()
+        if dependent:
+            raise ValueError(
+                f"the priors of diffusion sites {sorted(dependent)} depend on other diffusion sites that TwistedSMC "
+                "walks together with them; use NoiseSpace(model)"
             )
         samples, islands, levels = self._compiled(rng_key, args, kwargs)
         if not bool(jnp.isfinite(islands).any()):
