@@ -69,9 +69,7 @@ class Problem(NamedTuple):
 
 def scales(*steps: float, **options: bool) -> Callable:
     """Trajectories of steps that fit the mouth of a funnel, in turn with those that fit its neck."""
-    kernels = [
-        partial(ScoreHMC, step_size=step, target_accept_prob=None, **options) for step in steps
-    ]
+    kernels = [partial(ScoreHMC, step_size=step, target_accept_prob=None, **options) for step in steps]
     return lambda model: Cycle(kernels, model=model)
 
 

@@ -95,7 +95,6 @@ def imports_across():
     return found
 
 
-@pytest.mark.xfail(reason="neighbours in infer/ still ask each other", strict=True)
 def test_rooms_of_infer_import_lower_ones():
     unknown = {infer_room(name) for name in MODULES} - {None, *INFER}
     assert not unknown, f"{unknown} have no place in infer/: give them one here and in the design"

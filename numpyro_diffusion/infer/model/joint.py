@@ -85,10 +85,13 @@ class Joint:
         return [level / highest[0] for level in highest]
 
 
-def spans(denoisers: Sequence[Denoiser]) -> list[float]:
-    """Ratios of the highest noise level of each denoiser to its lowest."""
-    with jax.ensure_compile_time_eval():  # schedules are plain numbers, also inside jit
-        return [_span(d.schedule) for d in denoisers]
+def spans(denoisers: Sequence[Denoiser]) -> list[float] | None:
+    """Ratios of the highest noise level of each denoiser to its lowest; None inside jit, if a schedule is traced."""
+    try:
+        with jax.ensure_compile_time_eval():  # most schedules are plain numbers, also inside jit
+            return [_span(d.schedule) for d in denoisers]
+    except jax.errors.ConcretizationTypeError:
+        return None
 
 
 def are_equal(values: Sequence[float]) -> bool:

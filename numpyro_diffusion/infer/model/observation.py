@@ -105,8 +105,8 @@ def guided_sites(
         Repeated(site.prior.denoiser, site.batch_shape) if site.batch_shape else site.prior.denoiser
         for site in sites.values()
     ]
-    ratios = spans(denoisers)
-    if not are_equal(ratios):
+    ratios = spans(denoisers) if len(denoisers) > 1 else None
+    if ratios is not None and not are_equal(ratios):
         raise ValueError(
             f"a guided walk takes all diffusion sites down one ladder, so the schedules of {list(sites)} must have the "
             f"same ratio of highest to lowest noise level; got {[round(ratio) for ratio in ratios]}. Give them such "

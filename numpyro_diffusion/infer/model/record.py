@@ -281,7 +281,7 @@ def _structure(model: Model, args: tuple, kwargs: dict[str, Any]) -> Structure:
             for name, s in sites.items()
             if s["type"] == "sample" and s["is_observed"] and prior_inside(s["fn"], True) is not None
         ),
-        subsampled=tuple(name for name, (size, subsample_size) in plates.items() if subsample_size < size),
+        subsampled=tuple(name for name, (size, subsample_size) in plates.items() if (subsample_size or size) < size),
         in_loop=tuple(watch.in_loop),
         draws_elsewhere=watch.draws_elsewhere,
         deterministic=tuple(name for name, s in sites.items() if s["type"] == "deterministic"),

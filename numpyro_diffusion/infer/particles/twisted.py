@@ -84,10 +84,10 @@ _FEW = 10.0
 
 
 class TwistedSMC(ParticleSampler):
-    """Samples the diffusion site of a model, and estimates the evidence, in one guided walk of many particles.
+    """Samples the diffusion sites of a model, and estimates the evidence, in one guided walk of many particles.
 
     Args:
-        model: NumPyro model whose only latent site is a diffusion site, possibly in plates.
+        model: NumPyro model whose latent sites are all diffusion sites, possibly in plates.
         num_particles: particles in all, at least 2 an island.
         guidance: how the walk looks ahead, see `guidance.Guided`; None takes "mmps" for a Gaussian observation and
             "dps" for any other likelihood, no farther than `look_ahead` has it.
@@ -101,9 +101,9 @@ class TwistedSMC(ParticleSampler):
 
     Raises:
         TypeError: if `model` is not callable, or the solver's steps have no density.
-        ValueError: for a number out of its range or an unknown guidance; when run, for a model with other latent sites
-            or several diffusion sites, a guidance that cannot handle the likelihood (none can look ahead to a hard
-            constraint), or weights that all vanish.
+        ValueError: for a number out of its range or an unknown guidance; when run, for a model with other latent sites,
+            diffusion sites whose ladders of noise levels differ, a guidance that cannot handle the likelihood (none can
+            look ahead to a hard constraint), or weights that all vanish.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist

@@ -67,8 +67,8 @@ class GuidedPCNState(NamedTuple):
         walk: the walk in the denoiser's space, at all times of the solver's grid, noisiest first.
         accept_prob: acceptance probability of the last step.
         mean_accept_prob: its mean over the phase (warm-up or sampling) so far.
-        noise_level: level of the last step, in the units of the data (of the first site's); the highest if
-            all of the walk was drawn anew.
+        noise_level: level of the last step, in the units of the (first site's) data; the highest if all of the walk was
+            drawn anew.
         log_level: centre of the adapted levels, as a natural logarithm.
         num_unguided: steps of the last walks at which the guidance was not finite; they went without it.
         num_score_evals: denoiser evaluations of the last step.

@@ -88,7 +88,7 @@ def check_solver(solver: Solver) -> GaussianSolver:
     Raises:
         TypeError: if they are not.
     """
-    if not (isinstance(solver, GaussianSolver) and solver.stochastic):
+    if not (isinstance(solver, GaussianSolver) and solver.law == "reverse"):
         raise TypeError(
             "a guided walk needs steps whose density is known: solver must be solve.DPMSolverPP(eta=1.0) or "
             f"solve.Ancestral(); got {solver!r}"
