@@ -49,6 +49,7 @@ FIXED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:at .* temperatures the moves ended")
 @pytest.mark.parametrize(("model", "kernel"), FIXED.values(), ids=FIXED)
 def test_unbiased_at_given_temperatures(model, kernel):
     """200 runs at once, as islands that share nothing random but levels: the mean of Z / truth is 1 within 4 errors.
