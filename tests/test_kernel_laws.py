@@ -109,6 +109,7 @@ QUICK = {
         laws.plain_posterior(),
     ),
     "diffusive_gibbs": (partial(DiffusiveGibbs, **MANY), laws.two_modes_posterior()),
+    "diffusive_gibbs_in_one_mode": (partial(DiffusiveGibbs, **{**MANY, "noise_levels": (1.0,), "num_steps": 1}), PAIR),
     "cycle": (cycle, PAIR),
     "mixture_in_gibbs": (partial(blocks, mixture), PAIR),
 }
