@@ -4,7 +4,7 @@ Let $m$ and $s$ be the denoiser's location and scale, $\lambda = \sigma_t / \alp
 $\rho = \sqrt{s^2 + \lambda^2}$, and run the clock $\varphi = \operatorname{asinh}(\lambda / s)$ from data to noise:
 
 $$w = \frac{1}{\rho} \left( \frac{x_t}{\alpha_t} - m \right), \qquad
-\frac{\mathrm{d}w}{\mathrm{d}\varphi} = \frac{s^2\, \hat\varepsilon - \lambda\, (\hat x_0 - m)}{\rho^2}.$$
+\frac{\mathrm{d}w}{\mathrm{d}\varphi} = \hat\varepsilon - \frac{\lambda}{\rho}\, w.$$
 
 Every schedule is the same flow in these coordinates, the terminal law is $w \sim N(0, I)$, and the velocity is zero if
 the data are $N(m, s^2 I)$: steps are spent on what is not Gaussian. The clock is linear in $\lambda$ below the scale of
@@ -54,8 +54,8 @@ def from_rest(denoiser: Denoiser, w: jax.Array, t: ArrayLike) -> jax.Array:
 def velocity(denoiser: Denoiser, w: jax.Array, t: ArrayLike) -> jax.Array:
     r"""$\mathrm{d}w / \mathrm{d}\varphi$ of the probability flow."""
     prediction = denoiser(from_rest(denoiser, w, t).astype(w.dtype), t)
-    drawn = denoiser.schedule.noise_level(t) * (prediction.x0 - denoiser.location)
-    return ((denoiser.scale**2 * prediction.eps - drawn) / spread(denoiser, t) ** 2).astype(w.dtype)
+    slope = denoiser.schedule.noise_level(t) / spread(denoiser, t)
+    return (prediction.eps - slope * w).astype(w.dtype)
 
 
 @jax.tree_util.register_static

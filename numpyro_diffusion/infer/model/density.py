@@ -240,8 +240,7 @@ def with_density(model: Model, source: Literal["auto", "denoiser", "flow"] = "au
         >>> import numpyro.distributions as dist
         >>> from numpyro.infer import MCMC, NUTS
         >>> from numpyro_diffusion.denoise import Gaussian
-        >>> from numpyro_diffusion.density import clean_score
-    from numpyro_diffusion.distributions import DiffusionPrior
+        >>> from numpyro_diffusion.distributions import DiffusionPrior
         >>> from numpyro_diffusion.infer import with_density
         >>> def model(y):
         ...     x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0])))
