@@ -18,6 +18,7 @@ from numpyro_diffusion.infer.kernel.choose import conditional_systematic, effect
 from numpyro_diffusion.infer.particles.evidence import evidence_of
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.reparam import NoiseReparam
+from numpyro_diffusion.solve import DPMSolverPP
 
 SLOW = pytest.mark.slow
 SCHEDULE = VE(0.01, 40.0)
@@ -26,7 +27,8 @@ QUIET = {"progress_bar": False}
 
 
 def prior(**options):
-    return DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), density="none", **options)
+    sampler = DPMSolverPP(32, eta=1.0)
+    return DiffusionPrior(Gaussian([0.0, 0.0], 1.0, SCHEDULE), density="none", sampler=sampler, **options)
 
 
 def known_noise(y, scale=1.0):
