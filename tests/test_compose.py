@@ -142,10 +142,10 @@ class Counted(DiffusionKernel):
     statistics = ()
     calls = 0
 
-    def _start(self, key, init_params, args, kwargs):
+    def _start(self, key, init_params, reading):
         return CountedState(init_params, jnp.array(False), key)
 
-    def _step(self, state, args, kwargs):
+    def _step(self, state, reading):
         jax.debug.callback(self._tell, state.z["x"])
         return state
 
@@ -291,7 +291,7 @@ def test_refusals(make, error, message):
 class Part(Counted):
     """Moves some of the sites only."""
 
-    def _start(self, key, init_params, args, kwargs):
+    def _start(self, key, init_params, reading):
         return CountedState({"x": jnp.zeros(())}, jnp.array(False), key)
 
 
