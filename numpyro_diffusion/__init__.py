@@ -1,3 +1,11 @@
 """Diffusion models as priors, samplers and MCMC kernels in NumPyro."""
 
-__version__ = "0.1.0"
+from numpyro_diffusion._version import __version__
+from numpyro_diffusion.checkpoint import load, save
+from numpyro_diffusion.diagnostics import to_arviz
+from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.infer import with_density
+from numpyro_diffusion.reparam import NoiseReparam
+from numpyro_diffusion.train import fit
+
+__all__ = ["DiffusionPrior", "NoiseReparam", "__version__", "fit", "load", "save", "to_arviz", "with_density"]

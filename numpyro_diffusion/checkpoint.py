@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import numpyro_diffusion
 from numpyro_diffusion import _checks, _files, nn, noise
+from numpyro_diffusion._version import __version__
 from numpyro_diffusion.denoise import NetworkDenoiser
 
 FORMAT = 1
@@ -123,7 +123,7 @@ def _describe(denoiser: NetworkDenoiser, tensors: dict[str, np.ndarray]) -> dict
     dtypes = {name: str(tensor.dtype) for name, tensor in tensors.items()}
     description = {
         "format": FORMAT,
-        "version": numpyro_diffusion.__version__,
+        "version": __version__,
         "network": {"class": type(backbone).__name__, "config": backbone.config},
         "schedule": {
             "class": name,

@@ -1,1 +1,7 @@
 """Kernels whose every draw walks down the noise levels."""
+
+from numpyro_diffusion.infer.anneal.annealed import AnnealedLangevin
+from numpyro_diffusion.infer.anneal.guided_reverse import GuidedReverse
+from numpyro_diffusion.infer.anneal.posterior import at_clean_point
+
+__all__ = ["AnnealedLangevin", "GuidedReverse", "at_clean_point"]

@@ -1,1 +1,18 @@
 """What a kernel needs to know of a NumPyro model: its sites, their densities, what is observed."""
+
+from numpyro_diffusion.infer.model.density import Density, LineIntegral, Provider, Score, Status, with_density
+from numpyro_diffusion.infer.model.handlers import drop_prior
+from numpyro_diffusion.infer.model.record import Reading, Record, Structure
+
+__all__ = [
+    "Density",
+    "LineIntegral",
+    "Provider",
+    "Reading",
+    "Record",
+    "Score",
+    "Status",
+    "Structure",
+    "drop_prior",
+    "with_density",
+]

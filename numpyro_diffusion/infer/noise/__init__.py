@@ -1,1 +1,5 @@
 """Kernels on the noise behind the diffusion sites."""
+
+from numpyro_diffusion.infer.noise.noise_space import NoiseSpace
+
+__all__ = ["NoiseSpace"]

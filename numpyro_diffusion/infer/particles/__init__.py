@@ -1,1 +1,6 @@
 """Samplers that carry a population from the prior to the posterior."""
+
+from numpyro_diffusion.infer.particles.tempered import TemperedSMC
+from numpyro_diffusion.infer.particles.twisted import TwistedSMC
+
+__all__ = ["TemperedSMC", "TwistedSMC"]

@@ -57,7 +57,6 @@ from numpyro_diffusion.infer.kernel.compiled import Compiled
 from numpyro_diffusion.infer.model.checks import check_fixed
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Record
-from numpyro_diffusion.infer.model.tempering import TEMPERATURE, draw_prior, log_likelihood, temper
 from numpyro_diffusion.infer.particles.evidence import (
     Draws,
     Outcome,
@@ -67,6 +66,7 @@ from numpyro_diffusion.infer.particles.evidence import (
     resample_islands,
 )
 from numpyro_diffusion.infer.particles.mutate import correlations, move
+from numpyro_diffusion.infer.particles.tempering import TEMPERATURE, draw_prior, log_likelihood, temper
 from numpyro_diffusion.infer.reverse.pcn import DiffusionPCN
 
 
