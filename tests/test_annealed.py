@@ -23,6 +23,7 @@ from numpyro_diffusion.infer import AnnealedLangevin, DiffusionGibbs, GuidedReve
 from numpyro_diffusion.infer.anneal import langevin as level_walk
 from numpyro_diffusion.infer.anneal.posterior import noisy_posterior
 from numpyro_diffusion.infer.model.density import Status
+from numpyro_diffusion.infer.model.record import Record
 from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.noise import VE, VP, UniformLogSNR
 from numpyro_diffusion.solve import Ancestral, DPMSolverPP, StochasticHeun
@@ -231,7 +232,7 @@ def test_adjusted_walk_leaves_its_level_in_place():
         x = numpyro.sample("x", DiffusionPrior(mixture))
         numpyro.sample("y", dist.Normal(x[0], 0.8), obs=y)
 
-    posterior = noisy_posterior(one_dimension, (0.4,), {})
+    posterior = noisy_posterior(Record(one_dimension).at((0.4,), {}))
     grid = jnp.linspace(-6.0, 6.0, 8001)
     log_density = jax.vmap(lambda x: posterior.log_density({"x": x[None]}, {"x": t}))(grid)
     cumulative = np.cumsum(np.exp(np.asarray(log_density - log_density.max(), float)))
@@ -357,7 +358,7 @@ def no_number_exact(prior):
 def test_status_and_the_default_guidance():
     for kernel in (AnnealedLangevin, GuidedReverse):
         assert isinstance(kernel.status, Status) and not kernel.status.exact and kernel.status.provides == "score"
-    posterior = noisy_posterior(model, (Y,), {})
+    posterior = noisy_posterior(Record(model).at((Y,), {}))
     x_t, t = {"x": jnp.array([0.3, 0.4])}, {"x": 0.2}
     value, predictions = posterior.noisy_log_likelihood(x_t, t)
     assert value == at_clean_point(posterior.log_likelihood, predictions)
@@ -406,7 +407,7 @@ def test_refused_models(make, bad_model, message):
 
 
 BAD_ARGUMENTS = {
-    "moment": ({"guidance": "ddrm"}, ValueError, "moment must be one of 'dps'"),
+    "moment": ({"guidance": "ddrm"}, ValueError, "guidance must be one of 'dps'"),
     "tested_moment": ({"guidance": "mmps", "metropolis": True}, ValueError, "'mmps' has a score only"),
     "rising": ({"levels": [1.0, 2.0]}, ValueError, "levels must be strictly decreasing; got 1 and then 2"),
     "negative": ({"levels": [1.0, -2.0]}, ValueError, "levels must be positive and finite"),

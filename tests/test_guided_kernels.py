@@ -53,10 +53,10 @@ def exact_walks(key, y, solver):
         first = terminal_point(denoiser, jax.random.normal(key_first, (2,)))
 
         def down(carry, k):
-            x_t, memory = solver.advance(denoiser, *carry, times[k], times[k + 1], jax.random.fold_in(key, k))
+            x_t, memory = solver.step(denoiser, *carry, times[k], times[k + 1], jax.random.fold_in(key, k))
             return (x_t, memory), x_t
 
-        _, later = jax.lax.scan(down, (first, solver.remember(denoiser, first)), jnp.arange(len(times) - 1))
+        _, later = jax.lax.scan(down, (first, solver.init(denoiser, first)), jnp.arange(len(times) - 1))
         return jnp.concatenate([first[None], later]), denoiser(later[-1], times[-1]).x0
 
     key_walks, key_kept = jax.random.split(key)

@@ -128,7 +128,7 @@ REFUSED = {
     "masked": (Independence(masked), "site 'x' is masked or scaled"),
     "scaled": (Independence(scaled), "site 'x' is masked or scaled, .*; give it a proposal"),
     "discrete": (Independence(discrete), r"\['k'\] are discrete"),
-    "subsampled": (Independence(subsampled), "subsamples a plate"),
+    "subsampled": (Independence(subsampled), "needs all data at every step"),
     "improper": (Independence(improper), "one cannot be drawn"),
     "observed": (Independence(observed), "needs a latent site; got none"),
     "two_sites": (Independence(pair, NORMAL), r"one proposal: give a dict of them; got \['s', 'x'\]"),

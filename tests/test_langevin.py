@@ -48,7 +48,7 @@ def transformed(transform, y):
 
 SCORE_ONLY = partial(known_noise, prior=standard(density="none"))
 LINE = LineIntegral()
-PARTIAL = {"num_steps": 3, "refresh": 0.3}
+PARTIAL = {"num_steps": 3, "momentum_refresh": 0.3}
 ON_UNKNOWN_NOISE = {
     "mala": MALA(unknown_noise),
     "mala_dense": MALA(unknown_noise, dense_mass=True),

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpyro_diffusion.denoise.around import Around
 from test_solve import (
     HIGHEST,
     LADDER,
@@ -23,7 +22,7 @@ from test_solve import (
     run,
 )
 
-from numpyro_diffusion.denoise import Gaussian
+from numpyro_diffusion.denoise import Around, Gaussian
 from numpyro_diffusion.noise import VE, VP, Rectified
 from numpyro_diffusion.solve import (
     AdaptiveFlow,

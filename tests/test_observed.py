@@ -13,7 +13,8 @@ from numpyro.distributions import transforms
 from numpyro_diffusion.denoise import GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.guidance import Likelihood, Observation, linear
-from numpyro_diffusion.infer.model.observation import guided_site, guided_sites
+from numpyro_diffusion.infer.model import observation
+from numpyro_diffusion.infer.model.record import Record
 from numpyro_diffusion.infer.particles.tempering import TEMPERATURE, temper
 from numpyro_diffusion.noise import VE
 
@@ -21,6 +22,14 @@ A, Y = jnp.array([[1.0, 0.5], [0.0, 2.0], [1.0, 1.0]]), jnp.array([1.0, -0.5, 0.
 SCALE = jnp.array([0.4, 0.7, 1.0])
 MIXTURE = GaussianMixture([0.3, 0.7], jnp.array([[-1.0, 0.0], [1.0, 1.0]]), 0.5, VE())
 X_T, T = jnp.array([0.4, -0.8]), 0.5
+
+
+def guided_sites(model, args, kwargs, *options, **named):
+    return observation.guided_sites(Record(model).at(args, kwargs), *options, **named)
+
+
+def guided_site(model, args, kwargs, *options):
+    return observation.guided_site(Record(model).at(args, kwargs), *options)
 
 
 def with_prior(rest, prior=None):

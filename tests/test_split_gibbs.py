@@ -271,7 +271,7 @@ REFUSED = {
     "dependent": (hierarchy, {"rho": 0.5}, r"the priors of \['x'\] depend on other latent sites"),
     "rho_small": (model, {"rho": 1e-3}, "rho must lie within .* 0.01 to 40; got 0.001"),
     "rho_start": (model, {"rho": 0.5, "rho_start": 90.0}, "rho_start must lie within .*; got 90"),
-    "schedule": (model, {"rho": 0.5, "schedule": [90.0, 1.0]}, "schedule must lie within .*; got 90"),
+    "schedule": (model, {"rho": 0.5, "couplings": [90.0, 1.0]}, "couplings must lie within .*; got 90"),
 }
 
 
@@ -286,9 +286,9 @@ BAD_ARGUMENTS = {
     "rho_negative": ({"rho": -1.0}, ValueError, "rho must be positive and finite; got -1.0"),
     "start_below": ({"rho": 0.5, "rho_start": 0.1}, ValueError, "rho_start must not lie below rho=0.5; got 0.1"),
     "start_zero": ({"rho": 0.5, "rho_start": 0.0}, ValueError, "rho_start must be positive"),
-    "rising": ({"rho": 0.5, "schedule": [1.0, 2.0]}, ValueError, "strictly decreasing; got 1 and then 2"),
-    "not_above": ({"rho": 0.5, "schedule": [1.0, 0.5]}, ValueError, "strictly decreasing; got 0.5 and then 0.5"),
-    "both": ({"rho": 0.5, "schedule": [1.0], "rho_start": 2.0}, ValueError, "give one of them"),
+    "rising": ({"rho": 0.5, "couplings": [1.0, 2.0]}, ValueError, "strictly decreasing; got 1 and then 2"),
+    "not_above": ({"rho": 0.5, "couplings": [1.0, 0.5]}, ValueError, "strictly decreasing; got 0.5 and then 0.5"),
+    "both": ({"rho": 0.5, "couplings": [1.0], "rho_start": 2.0}, ValueError, "give one of them"),
     "num_inner": ({"rho": 0.5, "num_inner": 0}, ValueError, "num_inner must be at least 1; got 0"),
     "solver": ({"rho": 0.5, "solver": Heun()}, TypeError, "solver must be a stochastic solver"),
     "rest_kernel": ({"rho": 0.5, "rest_kernel": lambda model: model}, TypeError, "rest_kernel must make an MCMCKernel"),

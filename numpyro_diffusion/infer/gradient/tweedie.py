@@ -24,6 +24,7 @@ from jax.scipy.linalg import block_diag
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser, covariance
 from numpyro_diffusion.infer.kernel.adapt import Root
+from numpyro_diffusion.infer.model.checks import check_has_prior
 from numpyro_diffusion.infer.model.record import Reading
 
 _FLOOR = 1e-4
@@ -51,6 +52,7 @@ class Tweedie:
 
     def check(self, reading: Reading) -> None:
         """Raises unless the covariance of every diffusion site is one in NumPyro's coordinates."""
+        check_has_prior(reading.structure)
         for name, site in reading.sites_in_the_abstract().items():
             if not site.same_coordinates:
                 raise ValueError(

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpyro.distributions as dist
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal, jaxprs_in_params
 from numpyro.distributions import biject_to
@@ -298,10 +299,15 @@ def _latent(site: Mapping[str, Any], depends_on: frozenset[str]) -> LatentSite:
         is_diffusion=is_diffusion,
         is_discrete=is_discrete,
         is_dropped=as_written(site) is not fn,
-        is_altered=(is_diffusion and prior_inside(as_written(site)) is None)
-        or not (site["scale"] is None or is_identically_one(site["scale"])),
+        is_altered=_is_masked(as_written(site)) or not (site["scale"] is None or is_identically_one(site["scale"])),
         depends_on=depends_on,
     )
+
+
+def _is_masked(fn: Any) -> bool:
+    while isinstance(fn, dist.Independent | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return isinstance(fn, dist.MaskedDistribution)
 
 
 def _origins(jaxpr: Any) -> list[frozenset]:

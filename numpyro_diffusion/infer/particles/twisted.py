@@ -63,6 +63,7 @@ class Level(NamedTuple):
     per_island: jax.Array  # of one island, its harmonic mean over islands, before resampling
     resampled: jax.Array  # share of the islands
     blind: jax.Array  # share of the particles at whose predicted clean point the likelihood is zero or not a number
+    unguided: jax.Array  # share of the particles whose guidance was not finite: they went without it
 
 
 class Cloud(NamedTuple):
@@ -238,7 +239,10 @@ class TwistedSMC(ParticleSampler):
         gained = log_worth(log_ratio) - log_worth(before) - log_twist
         log_weights = cloud.log_weights + gained.reshape(self._shape)
         cloud = Cloud(points, memory, log_ratio, log_weights, cloud.log_evidence)
-        return cloud, level._replace(noise_level=guided.schedule.noise_level(t), blind=jnp.mean(blind))
+        unguided = jnp.mean(step.is_lost, dtype=points.dtype)
+        return cloud, level._replace(
+            noise_level=guided.schedule.noise_level(t), blind=jnp.mean(blind), unguided=unguided
+        )
 
     def _resample(self, key: jax.Array, cloud: Cloud, log_twist: jax.Array) -> tuple[Cloud, jax.Array, Level]:
         """Weighs by what lies ahead, and copies where the weights have become uneven."""
@@ -254,7 +258,7 @@ class TwistedSMC(ParticleSampler):
             log_evidence=cloud.log_evidence + jnp.where(now, mean, 0.0),
         )
         zero = jnp.zeros(())
-        return cloud, chosen.reshape(-1), Level(zero, worth.sum(), _harmonic_mean(worth), jnp.mean(now), zero)
+        return cloud, chosen.reshape(-1), Level(zero, worth.sum(), _harmonic_mean(worth), jnp.mean(now), zero, zero)
 
     def _weigh(self, key: jax.Array, cloud: Cloud, args: tuple, kwargs: dict) -> tuple[Draws, jax.Array, Level]:
         """Weighs clean points by the model: draws, the evidence of each island, and what the particles were worth."""
@@ -269,7 +273,7 @@ class TwistedSMC(ParticleSampler):
         values = jax.vmap(lambda z: reading.constrain(z, deterministic=True))(z)
         worth, zero = jax.vmap(effective_size)(log_weights), jnp.zeros(())
         noise_level = guided.schedule.noise_level(times[-1])
-        level = Level(noise_level, worth.sum(), _harmonic_mean(worth), zero, zero)
+        level = Level(noise_level, worth.sum(), _harmonic_mean(worth), zero, zero, zero)
         return Draws(values, pooled, resample_islands(key_islands, log_weights)), log_evidence, level
 
 
