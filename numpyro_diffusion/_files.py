@@ -4,7 +4,7 @@
 
 The description is one metadata entry, because with several their order in the file would be random. Types that the
 format's NumPy reader does not know (bfloat16, float8) are stored as float32, which holds them exactly, and are narrowed
-again when they are read. Whoever dies while writing leaves the previous file. Nothing is unpickled.
+again when they are read. If the process dies while writing, the previous file stays. Nothing is unpickled.
 
 This file knows nothing of denoisers or of training: see `checkpoint` and `train.run`.
 
@@ -69,14 +69,14 @@ def write(path: str | os.PathLike, key: str, description: dict[str, Any], arrays
 
 
 def read(path: str | os.PathLike, key: str) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
-    """Reads a file that `write` wrote; what it says is not yet checked, see `check`.
+    """Reads a file that `write` wrote; `check` then compares the content with its digest.
 
     Args:
         path: file to read.
         key: name of the description in the file's metadata.
 
     Returns:
-        The description and the arrays; None and none if the file has no description of this name.
+        The description and the arrays; None and an empty dict if the file has no description of this name.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -2,8 +2,8 @@ r"""Two precisions of matrix products: the model's own, and the network's.
 
 On NVIDIA GPUs JAX multiplies float32 matrices in TF32 unless told otherwise: ten bits of mantissa. For a network, whose
 error is larger anyway, that is a fair price for its speed. For a likelihood, a ratio of densities or a law in closed
-form it is an error of the answer. So everything but the network runs under `highest`, and the network under `network`,
-which brings back what the user had set outside, or takes a precision of its own.
+form the answer would be wrong. So everything but the network runs under `highest`, and the network under `network`,
+which restores what the user had set outside, or takes a precision of its own.
 
 The settings act while a program is traced, as `jax.default_matmul_precision` does.
 """
@@ -21,7 +21,7 @@ _outside: ContextVar = ContextVar("numpyro_diffusion_matmul_precision", default=
 
 @contextmanager
 def highest() -> Iterator[None]:
-    """Matrix products in full float32, but for those of networks."""
+    """Matrix products in full float32, except those of networks."""
     inside = _outside.get() is not _NOT_INSIDE
     token = _outside.set(_outside.get() if inside else jax.config.jax_default_matmul_precision)
     try:
@@ -37,6 +37,6 @@ def network(precision: str | None = None) -> Iterator[None]:
     if precision is None:
         outside = _outside.get()
         precision = jax.config.jax_default_matmul_precision if outside is _NOT_INSIDE else outside
-    # "default" and not None, which says nothing: products derived from it would take what is set where they are derived
+    # "default" and not None: with None, products derived from these would take the setting of where they are derived
     with jax.default_matmul_precision("default" if precision is None else precision):
         yield

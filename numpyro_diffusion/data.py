@@ -1,7 +1,7 @@
 """Real examples that need no download beyond a package.
 
 Data that take whole values are dequantised: uniform noise spreads each value over the unit interval around it, so that
-a density exists and posterior intervals can be held against the truth. This file is not a general loader: users bring
+a density exists and posterior intervals can be compared with the truth. This file is not a general loader: users bring
 arrays.
 """
 

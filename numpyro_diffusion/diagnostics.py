@@ -1,13 +1,13 @@
-r"""Draws and their statistics for ArviZ, with a word on what they are exact for.
+r"""Draws and their statistics for ArviZ, with a statement of what they are exact for.
 
-ArviZ's `from_numpyro` reads sites, extra fields and dimensions from an `MCMC` object as they are. What it cannot know
-is what stands behind a kernel: whether it tested its moves, and with what. `to_arviz` writes that, the kernel's
-`status`, into the attributes of the posterior group, so that it stays with the draws when they are saved.
+ArviZ's `from_numpyro` reads sites, extra fields and dimensions from an `MCMC` object as they are. It cannot know
+whether a kernel tested its moves, and with what. `to_arviz` writes that, the kernel's `status`, into the attributes of
+the posterior group, so that it stays with the draws when they are saved.
 
-Particle samplers (`TemperedSMC`, `TwistedSMC`) are no `MCMC` objects. Their islands take the place of chains, each with
-its own draws, so that R-hat between them says whether they agree; the evidence goes into the attributes.
+Particle samplers (`TemperedSMC`, `TwistedSMC`) are not `MCMC` objects. Their islands take the place of chains, each
+with its own draws, so that R-hat between them says whether they agree; the evidence goes into the attributes.
 
-Nothing is computed here: no flow is solved and no likelihood evaluated, unless it is asked for. Works on ArviZ 0.23
+Nothing is computed here: no flow is solved, and a likelihood is evaluated only on request. Works on ArviZ 0.23
 (`InferenceData`) and 1.x (`DataTree`).
 """
 

@@ -1,12 +1,12 @@
 r"""A diffusion model as a NumPyro distribution.
 
-`DiffusionPrior` wraps a denoiser and says three things about the law it stands for:
+`DiffusionPrior` wraps a denoiser and gives three views of the law it stands for:
 
 * `sample` draws from it by a stochastic solver;
 * `flow` maps standard normal noise to it by a deterministic solver, $x = F(z)$, which is all that noise-space inference
   needs: no density, no inverse;
-* `log_prob` is a log-density, or an error where there is none. It is never a stand-in: a constant with the right
-  gradient makes a Metropolis test drop the prior.
+* `log_prob` is a log-density, or an error where there is none. It is never a stand-in: with a constant that has the
+  right gradient, a Metropolis test would ignore the prior.
 
 The log-density comes from one of two places. An exact denoiser has its own in closed form, $\log p_t(\alpha_t x)$ at
 the smallest noise level, and an energy network has one up to a constant. Any other denoiser has that of its probability
@@ -14,8 +14,8 @@ flow, by one solve, with the score as gradient. Both are of the law smoothed by 
 
 A conditional denoiser stands for a family of laws, and `cond=` picks one, $p(x \mid c)$. The condition may be another
 quantity of the model: `flow`, `log_prob` and `sample` all depend on it, and the first two are differentiable in it.
-Conditions with leading dimensions are one law each, $p(x_i \mid c_i)$, and these dimensions are the `batch_shape`, as
-with the parameters of any NumPyro distribution.
+If conditions have leading dimensions, each of them has its own law $p(x_i \mid c_i)$, and these dimensions are the
+`batch_shape`, as with the parameters of any NumPyro distribution.
 
 With a `transform` $T$ the diffusion lives on $u = T^{-1}(x)$, in its own unconstrained space, and
 $\log p(x) = \log p_u(T^{-1}(x)) - \log |\det \partial T / \partial u|$.
@@ -65,12 +65,12 @@ class DiffusionPrior(dist.Distribution):
         density_solver: the grid of the flow's solve.
         density_probes: number of Hutchinson probes for the trace in that solve; None for the exact trace, which takes
             as many Jacobian-vector products as there are dimensions. The probes are the same for all points and calls,
-            those of `jax.random.key(0)`, so that `log_prob` is a function of the point. It is off by what these probes
-            miss; its gradient is still the score.
+            those of `jax.random.key(0)`, so that `log_prob` is a function of the point. Its value has the error of
+            these probes; its gradient is still the score.
         validate_args: NumPyro's switch for checking values.
 
     Raises:
-        TypeError: if `denoiser` is no denoiser, `transform` no NumPyro transform, or a solver of the wrong kind.
+        TypeError: if `denoiser` is not a denoiser, `transform` not a NumPyro transform, or a solver of the wrong kind.
         ValueError: if `density` is unknown, "denoiser" without a log-density or "flow" for a `Product`, which has no
             flow; if `density_probes` is below one; or if `cond` does not end with the network's `cond_shape`.
 
@@ -143,7 +143,7 @@ class DiffusionPrior(dist.Distribution):
 
     @property
     def denoisers(self) -> Denoiser:
-        """The model with the batch dimensions that its condition may have; its schedule, shape and scale have none."""
+        """The model, whose condition may have batch dimensions; its schedule, shape and scale have none."""
         return self._parts[0]
 
     @property
@@ -254,7 +254,7 @@ class DiffusionPrior(dist.Distribution):
 
 
 def _has_no_flow(denoiser: Denoiser) -> bool:
-    """Whether the probability flow of a denoiser is not that of its law."""
+    """Whether the probability flow of a denoiser ends at another law than its own."""
     return isinstance(inside(denoiser), Product)
 
 

@@ -1,4 +1,4 @@
-r"""Noise space: sample the solver's noise, report where it lands.
+r"""Noise space: sample the solver's noise, report the point that it is mapped to.
 
 A deterministic solver is a map $x = F(z)$ with $z \sim N(0, I)$. Sampling $z$ instead of $x$ turns a diffusion site
 into a standard normal one followed by a deterministic one, so that any NumPyro kernel, SVI guide or optimiser applies,
@@ -20,7 +20,7 @@ from numpyro_diffusion.distributions import DiffusionPrior
 
 
 def noise_name(site: str) -> str:
-    """The name of the site of a diffusion site's noise."""
+    """The name of the noise site that replaces a diffusion site."""
     return f"{site}_noise"
 
 
@@ -52,7 +52,7 @@ class NoiseReparam(Reparam):
             None and the point of the flow, which makes the site deterministic.
 
         Raises:
-            TypeError: if the site is no `DiffusionPrior`.
+            TypeError: if the site is not a `DiffusionPrior`.
             ValueError: if the site is observed.
         """
         if obs is not None:

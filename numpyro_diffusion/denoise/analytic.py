@@ -1,4 +1,4 @@
-r"""Laws whose denoiser is known in closed form: the truth that everything else is tested against.
+r"""Laws whose denoiser is known in closed form; everything else is tested against them.
 
 If $x$ follows a mixture $\sum_k w_k N(\mu_k, \Sigma_k)$, then so does $x_t = \alpha_t x + \sigma_t \varepsilon$, with
 means $\alpha_t \mu_k$ and covariances $S_k = \alpha_t^2 \Sigma_k + \sigma_t^2 I$. Hence the diffused density is exact
@@ -39,7 +39,7 @@ class GaussianMixture:
             law: from .002 times its narrowest standard deviation to 80 times its `scale`, see `noise.schedule_for`.
 
     Raises:
-        TypeError: if `schedule` is no schedule.
+        TypeError: if `schedule` is not a schedule.
         ValueError: if shapes do not agree, a value is not finite, a weight is negative or all are zero, a covariance is
             not symmetric and positive definite, or the schedule's log-SNR does not fall or its lowest noise level is
             above the narrowest standard deviation.
@@ -73,7 +73,7 @@ class GaussianMixture:
         self._schedule = schedule_for(self.scale, narrowest, schedule)
 
     def _check_values(self, given: dict[str, jax.Array]) -> None:
-        """Checks those of the arguments that are known, in numpy: inside jit even a constant's sum is traced."""
+        """Checks the arguments that are known, in NumPy: inside jit even the sum of a constant is traced."""
         known = {name: np.asarray(value) for name, value in given.items() if not isinstance(value, jax.core.Tracer)}
         for name, value in known.items():
             _checks.finite(name, value)
@@ -92,7 +92,7 @@ class GaussianMixture:
 
     @property
     def schedule(self) -> Schedule:
-        """The noising process, in the units of the data; a scale that it has is no parameter to train."""
+        """The noising process, in the units of the data; no gradient flows into its scale."""
         return jax.tree.map(jax.lax.stop_gradient, self._schedule)
 
     @property
@@ -173,7 +173,7 @@ class Gaussian(GaussianMixture):
         schedule: the noising process, in the units of the data; by default the levels of `VE()` in units of the law.
 
     Raises:
-        TypeError: if `schedule` is no schedule.
+        TypeError: if `schedule` is not a schedule.
         ValueError: if shapes do not agree, a value is not finite, a variance is not positive, or the lowest noise level
             of the schedule is above the narrowest standard deviation.
     """
@@ -188,7 +188,7 @@ class Gaussian(GaussianMixture):
 
 
 def _as_known(*arrays: ArrayLike) -> AbstractContextManager:
-    """Where the arrays of a law are known, so is what is made of them, inside jit too."""
+    """A context in which values computed from known arrays are known too, also inside jit."""
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays))
     return nullcontext() if traced else jax.ensure_compile_time_eval()
 

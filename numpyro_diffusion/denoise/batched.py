@@ -1,7 +1,7 @@
 r"""Many conditions at once: one law $p(x_i \mid c_i)$ for each, and the map over them.
 
-A denoiser is written for one point, and `Conditioned` for one condition. Where the arrays of a condition have leading
-dimensions, there is one denoiser for each of their entries, and all share the network. They are never laid out: a
+A denoiser is written for one point, and `Conditioned` for one condition. If the arrays of a condition have leading
+dimensions, there is one denoiser for each entry, and all share the network. They are never built one by one: a
 function of one point and its denoiser is mapped over points and conditions together (`over_points`).
 """
 
@@ -21,9 +21,9 @@ def with_batch(denoiser: Denoiser, batch_dims: int | None = None) -> tuple[Denoi
     """Finds the batch dimensions of a denoiser's condition.
 
     Args:
-        denoiser: any denoiser; only a `Conditioned` one can have some.
+        denoiser: any denoiser; only a `Conditioned` one can have batch dimensions.
         batch_dims: how many leading dimensions of the condition's arrays are batch dimensions. None asks the network
-            for its `cond_shape`; if it does not say, there are none.
+            for its `cond_shape`; without one, there are no batch dimensions.
 
     Returns:
         The denoiser, all arrays of its condition with the same leading dimensions, and these dimensions.
@@ -79,7 +79,7 @@ def _mapped(function: Callable, times: int) -> Callable:
 
 
 def _to_batch(leaf: jax.Array, batch_dims: int, batch_shape: tuple[int, ...]) -> jax.Array:
-    """An array with its leading dimensions broadcast; one with fewer of them belongs to all of the batch."""
+    """An array with its leading dimensions broadcast; one with fewer of them is shared by the whole batch."""
     return jnp.broadcast_to(leaf, (*batch_shape, *jnp.shape(leaf)[batch_dims:]))
 
 

@@ -7,28 +7,28 @@ $$\hat x_0(x_t) = \sum_i r_i(x_t)\, \hat x_{0,i}(x_t), \qquad r_i \propto w_i\, 
 
 exactly and at every time.
 
-**A product** $\prod_i p_i^{w_i}$ is not. What can be had from its factors is the product of the noised,
+**A product** $\prod_i p_i^{w_i}$ is not. Its factors give only the product of the noised laws,
 
 $$\tilde p_t(x_t) = \prod_i p_{i,t}(x_t)^{w_i}, \qquad
 \nabla \log \tilde p_t = \sum_i w_i \nabla \log p_{i,t}, \qquad
 \hat x_0 = \sum_i w_i\, \hat x_{0,i} + \left( 1 - \sum_i w_i \right) \frac{x_t}{\alpha_t},$$
 
-and **that is the noised product at $t = 0$ alone**. At noise the two differ: $n$ factors $N(0, 1)$ have the precision
-$n / (1 + \sigma^2)$ together, their product noised has $1 / (1 / n + \sigma^2)$. A walk down the reverse process by the
-summed scores therefore ends elsewhere: here, finely solved and from far above, at the variance $1 / (2n - 1)$ instead
-of $1 / n$, and the probability flow shrinks to a point. The $\tilde p_t$ are good for something else. They are a path
-of densities from noise to the product, known up to a constant if the factors are, so a kernel that tests its moves by
-them at every level, or at the last one alone, targets the product (`infer.AnnealedLangevin` with `metropolis=True`,
-`infer.MALA`). `DiffusionPCN` and `NoiseSpace` take the reverse process or the flow for the prior, and cannot. But a
-product with a factor that can be evaluated is a posterior, with the other one as prior: written as such, in a NumPyro
-model, it is theirs, and needs nothing of this file.
+and **that is the noised product only at $t = 0$**. At noise the two differ: $n$ factors $N(0, 1)$ together have the
+precision $n / (1 + \sigma^2)$, while their product, noised, has $1 / (1 / n + \sigma^2)$. A walk down the reverse
+process by the summed scores therefore ends elsewhere: here, finely solved and from far above, at the variance
+$1 / (2n - 1)$ instead of $1 / n$, and the probability flow shrinks to a point. But the $\tilde p_t$ are a path of
+densities from noise to the product, known up to a constant if the factors are. So a kernel that tests its moves by
+them at every level, or only at the last one, targets the product (`infer.AnnealedLangevin` with `metropolis=True`,
+`infer.MALA`). `DiffusionPCN` and `NoiseSpace` take the reverse process or the flow for the prior, and cannot do this.
+But a product with one factor that can be evaluated is a posterior with the other one as prior. Written as such in a
+NumPyro model, it can be sampled by both, and needs nothing from this file.
 
 A power below zero takes a factor out: a negation, or a prior that was counted too often, as in
 
 $$p(\theta \mid y_1, \dots, y_n) \propto p(\theta)^{-(n-1)} \prod_i p(\theta \mid y_i).$$
 
-There must be a law left. Far out a noised factor of bounded data falls as $e^{-\|x_t\|^2 / 2 \sigma_t^2}$, so the
-powers must have a positive sum; and where factors have wide tails of their own, those that are taken out must be wider
+A law must be left. Far out, a noised factor of bounded data falls as $e^{-\|x_t\|^2 / 2 \sigma_t^2}$, so the
+powers must have a positive sum. Where factors have wide tails of their own, those that are taken out must be wider
 than those that stay: $\sum_i w_i / (v_i + \sigma_t^2) > 0$ at every level for Gaussians of variances $v_i$.
 
 References:
@@ -83,17 +83,17 @@ class _Composed:
 class Product(_Composed):
     r"""The product of the noised laws, $\prod_i p_{i,t}^{w_i}$: a path of densities that ends at $\prod_i p_i^{w_i}$.
 
-    Its `log_density` is known up to a constant of time and powers, and its score is $\sum_i w_i s_i$. It is no noised
-    law: a reverse process with it is biased, and it has no probability flow to speak of; see the module. Give it to a
-    `DiffusionPrior` for kernels that test by the density, or that are biased anyhow.
+    Its `log_density` is known up to a constant that depends on time and powers, and its score is $\sum_i w_i s_i$. It
+    is not a noised law: a reverse process with it is biased, and so is its probability flow; see the module. Give it to
+    a `DiffusionPrior` for kernels that test by the density, or that are biased anyway.
 
     Args:
         denoisers: the factors, of one event shape and one schedule.
         powers: $w_i$, shape (n,), of positive sum; one for each by default. Below zero is negation.
 
     Raises:
-        TypeError: if a factor is no denoiser.
-        ValueError: if event shapes or noise levels differ, or powers are not finite or their sum not positive.
+        TypeError: if a factor is not a denoiser.
+        ValueError: if event shapes or noise levels differ, or powers are not finite or their sum is not positive.
 
     Example:
         >>> import jax.numpy as jnp
@@ -177,16 +177,16 @@ class Product(_Composed):
 
 @jax.tree_util.register_pytree_node_class
 class MixtureOf(_Composed):
-    r"""The exact denoiser of a mixture $\sum_i w_i p_i$ of laws that have one themselves.
+    r"""The exact denoiser of a mixture $\sum_i w_i p_i$ of laws with exact denoisers.
 
-    `GaussianMixture` is the one to take for Gaussians.
+    For Gaussians, take `GaussianMixture`.
 
     Args:
         denoisers: the members, of one event shape and one schedule, each with a normalised density at every time.
         weights: $w_i$, shape (n,), non-negative; they are normalised.
 
     Raises:
-        TypeError: if a member is no denoiser.
+        TypeError: if a member is not a denoiser.
         ValueError: if event shapes or noise levels differ, a member has no normalised density, or a weight is negative
             or all are zero.
 

@@ -1,4 +1,4 @@
-r"""How uncertain the clean point is: Tweedie's second formula.
+r"""The uncertainty of the clean point: Tweedie's second formula.
 
 The posterior covariance of the clean point is the Jacobian of its mean,
 

@@ -6,14 +6,14 @@ denoiser,
 $$\hat\varepsilon = -\sigma_t \nabla \log p_t(x_t), \qquad
 \hat x_0 = \frac{x_t + \sigma_t^2 \nabla \log p_t(x_t)}{\alpha_t},$$
 
-by automatic differentiation (`FromDensity`): a box, a wall, a shape, whose density under Gaussian noise is an integral
-with a name. Where there is a function for the score itself, or for one of its other forms, such as a network of another
-library, `FromFunction` takes it as it is. Either is the denoiser of a law $p$ if $p_t$ is that law under noise,
+by automatic differentiation (`FromDensity`): for a box, a wall or another shape whose density under Gaussian noise has
+a closed form. If you have the score itself, or one of its other forms, such as a network of another library,
+`FromFunction` takes it as it is. Either is the denoiser of a law $p$ if $p_t$ is that law under noise,
 
 $$p_t(x_t) = \int p(x)\, N(x_t; \alpha_t x, \sigma_t^2 I)\, \mathrm{d}x.$$
 
-For another path of densities to the same $p$ it is what `Product` is: a target at every level, for kernels that test
-their moves, and no reverse process.
+For another path of densities to the same $p$ it is like a `Product`: a target at every level, for kernels that test
+their moves, but not a reverse process.
 
 Mixtures of Gaussians are in `analytic`, flax networks and learned energies in `network`.
 
@@ -66,7 +66,7 @@ class _Written:
 
     @property
     def schedule(self) -> Schedule:
-        """The noising process, in the units of the data; a scale that it has is no parameter to train."""
+        """The noising process, in the units of the data; no gradient flows into its scale."""
         return jax.tree.map(jax.lax.stop_gradient, self._schedule)
 
     def _check_point(self, x_t: jax.Array) -> jax.Array:
@@ -92,7 +92,7 @@ class FromDensity(_Written):
 
     Args:
         log_density: $\log p_t(x_t)$ as a function `(x_t, t, parameters)` of one point, its time and arrays, to a
-            scalar. It is static: the same function is the same program.
+            scalar. It is static: another function is another program.
         event_shape: shape of one point.
         schedule: the noising process that the function knows, in the units of the data; by default the levels of
             `VE()` in units of `scale`.
@@ -102,9 +102,9 @@ class FromDensity(_Written):
         normalized: whether the function is the normalised log-density at every time. Mixtures need it.
 
     Raises:
-        TypeError: if `log_density` is not callable, `event_shape` no tuple or `schedule` no schedule.
-        ValueError: if `location` has the wrong shape, `scale` is no positive scalar, or the schedule's log-SNR does not
-            fall or its lowest noise level is above `scale`.
+        TypeError: if `log_density` is not callable, `event_shape` not a tuple or `schedule` not a schedule.
+        ValueError: if `location` has the wrong shape, `scale` is not a positive scalar, or the schedule's log-SNR does
+            not fall or its lowest noise level is above `scale`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -154,7 +154,7 @@ class FromFunction(_Written):
 
     Args:
         function: `(x_t, t, parameters)` of one point of `event_shape`, its time and arrays, to an array of
-            `event_shape`. It is static: the same function is the same program, so what changes belongs in `parameters`.
+            `event_shape`. It is static, so put what changes into `parameters`.
         event_shape: shape of one point.
         predicts: what the function returns: "score", $\nabla \log p_t(x_t)$; "eps", $E[\varepsilon \mid x_t]$; or "x0",
             $E[x \mid x_t]$, whose score loses digits where the noise is small beside the values of the data.
@@ -165,8 +165,8 @@ class FromFunction(_Written):
         parameters: arrays that the function needs, a pytree.
 
     Raises:
-        TypeError: if `function` is not callable, `event_shape` no tuple or `schedule` no schedule.
-        ValueError: if `predicts` is unknown, `location` has the wrong shape, `scale` is no positive scalar, or the
+        TypeError: if `function` is not callable, `event_shape` not a tuple or `schedule` not a schedule.
+        ValueError: if `predicts` is unknown, `location` has the wrong shape, `scale` is not a positive scalar, or the
             schedule's log-SNR does not fall or its lowest noise level is above `scale`.
 
     Example:

@@ -1,4 +1,4 @@
-r"""A learned denoiser: a network, what its output means, and the units it lives in.
+r"""A learned denoiser: a network, the meaning of its output, and its units.
 
 Users stay in the units of their data, $x_t = \alpha_t x + c\, \sigma_t\, \varepsilon$ with $c$ the data's standard
 deviation, which is the schedule `Scaled(base, c)`. The network sees standardised ones: with location $m$,
@@ -9,17 +9,18 @@ F = \mathrm{backbone}\!\left( \frac{u_t}{\sqrt{\alpha_t^2 + \sigma_t^2}},\; -\tf
 
 The input has unit variance at every time, and its second argument is the same at the same noise level whatever the
 schedule. What $F$ stands for is the `target`; `targets` has the table, and the noise that goes with each. Both are
-computed from $u_t$, where the location has been taken off once: no digit of the noise depends on where the data lie.
+computed from $u_t$, from which the location has been subtracted once, so the noise keeps its digits wherever the data
+lie.
 
 Under the edm target the score at $w = u_t / \sqrt{\alpha^2 + \sigma^2}$ is $-w + (\alpha / \sigma) F$. So if $F$ is the
 gradient of a scalar $\psi(w)$, the model has a density,
 
 $$\log p_t(x_t) = -\tfrac12 \| w \|^2 + \frac{\alpha_t}{\sigma_t} \psi(w) + \mathrm{const}(t), \qquad F = \nabla \psi,$$
 
-which is what the `energy` target learns, with the same loss and as well scaled as edm. The scalar is either the
+which is what the `energy` target learns, with the same loss and the same scaling as edm. The scalar is either the
 network's own output (a free head, `MLP(..., scalar=True)`), or made from a network $f$ with values of the event's
-shape as $\psi = \tfrac12 \| w \|^2 - \tfrac12 \| w - f(w) \|^2$. A gradient costs two to three evaluations of $f$. What
-the loss fixes is the gradient, and only where the noisy law has mass: between modes that do not overlap at time $t$ a
+shape as $\psi = \tfrac12 \| w \|^2 - \tfrac12 \| w - f(w) \|^2$. A gradient costs two to three evaluations of $f$. The
+loss determines the gradient, and only where the noisy law has mass: between modes that do not overlap at time $t$ a
 difference of log-densities is an extrapolation, as it is for any score.
 
 This file evaluates networks; `nn` builds them and `train` trains them.
@@ -64,7 +65,7 @@ class NetworkDenoiser:
         scale: standard deviation $c$ of the data, a positive scalar.
         target: what the network's output means: "edm", "x0", "eps", "v", "velocity", "score" or "energy".
         precision: of the network's matrix products, as in `jax.default_matmul_precision`; None takes JAX's setting.
-            What is around the network is computed in full precision by priors and kernels.
+            Priors and kernels compute everything around the network in full precision.
 
     Raises:
         TypeError: if `backbone` is not a flax module with an `event_shape`, or `schedule` is not a `Schedule`.
@@ -140,7 +141,7 @@ class NetworkDenoiser:
 
     @property
     def training_mode(self) -> modes.TrainingMode | None:
-        """What `in_training` adds; None for a network that has no random layers."""
+        """How the random layers act in training; None for a network without any."""
         return self._training
 
     def in_training(self, key: jax.Array) -> "NetworkDenoiser":
@@ -183,10 +184,10 @@ class NetworkDenoiser:
         return "unnormalized" if self.target == "energy" else None
 
     def log_density(self, x_t: jax.Array, t: ArrayLike, cond: ArrayLike | None = None) -> jax.Array:
-        r"""The log-density $\log p_t(x_t)$ of an energy, in nats, but for a constant.
+        r"""The log-density $\log p_t(x_t)$ of an energy, in nats, up to a constant.
 
-        The constant depends on `t` and `cond`: differences between points at one time and condition mean something,
-        others do not. It is chosen so that standard normal data with $\psi = 0$ are normalised.
+        The constant depends on `t` and `cond`, so only differences between points at one time and condition mean
+        anything. It is chosen so that standard normal data with $\psi = 0$ are normalised.
 
         Args:
             x_t: noisy point of `event_shape`.

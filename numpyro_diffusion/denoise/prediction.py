@@ -1,7 +1,7 @@
 r"""The posterior mean $\hat x_0 = E[x \mid x_t]$, the noise $\hat\varepsilon$ beside it, and their views.
 
-A denoiser answers one question: what is the clean point behind this noisy one? Everything else that the diffusion
-literature asks of a network is the same answer in another dress. With $x_t = \alpha_t x + \sigma_t \varepsilon$,
+A denoiser answers one question: what is the clean point behind this noisy one? Everything else that networks in the
+diffusion literature predict is another form of the same answer. With $x_t = \alpha_t x + \sigma_t \varepsilon$,
 
 $$\hat\varepsilon = \frac{x_t - \alpha_t \hat x_0}{\sigma_t}, \qquad
 \nabla_{x_t} \log p_t(x_t) = -\frac{\hat\varepsilon}{\sigma_t}, \qquad
@@ -12,10 +12,10 @@ The second is Tweedie's formula; the last, the velocity, is the drift of the pro
 
 In exact arithmetic one of the two determines the other. In floating point it does not: where the noise is small beside
 the data's values, $x_t - \alpha_t \hat x_0$ is the difference of two nearly equal numbers, and its error is divided by
-$\sigma_t^2$ in the score. For $N(1000, 1)$ under the default schedule nothing is left of it in single precision. So a
-`Prediction` holds both, each from the formula of its denoiser that does not cancel.
+$\sigma_t^2$ in the score. For $N(1000, 1)$ and noise levels from .002, no digit of the score is left in single
+precision. So a `Prediction` holds both, each from a formula of its denoiser that does not cancel.
 
-This file holds the answer (`Prediction`) and the question (`Denoiser`); who answers is in `analytic` (closed form),
+This file has the answer (`Prediction`) and the protocol (`Denoiser`); denoisers are in `analytic` (closed form),
 `network` (learned) and `from_function` (written by the user). All of it is written for one point of `event_shape`;
 batching is `jax.vmap`.
 
@@ -112,7 +112,7 @@ class Denoiser(Protocol):
     r"""Anything that predicts the clean point behind a noisy one: a pytree whose leaves are its arrays.
 
     A conditional denoiser takes a third argument, `denoiser(x_t, t, cond)`, and stands for a family of laws;
-    `Conditioned(denoiser, cond)` is the denoiser of one of them. Nothing else that holds a denoiser takes a condition.
+    `Conditioned(denoiser, cond)` is the denoiser of one of them, which solvers, densities and kernels take.
 
     Attributes:
         schedule: the noising process, in the units of the data.
@@ -151,14 +151,14 @@ def require_denoiser(denoiser: Any, name: str = "denoiser") -> Denoiser:
     """The denoiser, if it is one that can pass through `jax.jit`.
 
     Args:
-        denoiser: what was given as a denoiser.
+        denoiser: what the user gave as a denoiser.
         name: what to call it in the error.
 
     Returns:
         `denoiser`.
 
     Raises:
-        TypeError: if it has not what a `Denoiser` has, or is no pytree whose leaves are arrays.
+        TypeError: if it lacks an attribute of `Denoiser`, or is not a pytree whose leaves are arrays.
     """
     kind = type(denoiser).__name__
     if not isinstance(denoiser, Denoiser):
@@ -176,11 +176,11 @@ def require_denoiser(denoiser: Any, name: str = "denoiser") -> Denoiser:
 
 
 def density_kind(denoiser: Denoiser) -> DensityKind | None:
-    """Whether a denoiser has a `log_density` of its own: normalised, up to a constant that may depend on time, or none.
+    """Which `log_density` a denoiser has: a normalised one, one up to a constant that may depend on time, or none.
 
     Args:
-        denoiser: any denoiser. One may say it by an attribute of this name; others with a `log_density` have a
-            normalised one.
+        denoiser: any denoiser. It may have an attribute of this name; without it, a `log_density` counts as
+            normalised.
 
     Returns:
         "normalized", "unnormalized" or None.

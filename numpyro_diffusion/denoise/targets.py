@@ -1,4 +1,4 @@
-r"""What a network's output stands for.
+r"""The meaning of a network's output.
 
 In standardised units, where $u_t = \alpha_t u + \sigma_t \varepsilon$ and the data has unit variance, let $F$ be the
 output of a network and $h^2 = \alpha^2 + \sigma^2$. Each `target` is a linear reading of the same answer:
@@ -12,8 +12,8 @@ output of a network and $h^2 = \alpha^2 + \sigma^2$. Each `target` is a linear r
     edm      what a linear guess leaves over   (alpha u_t + sigma h F) / h^2    (sigma u_t - alpha h F) / h^2
     energy   a potential whose gradient is F   as edm                           as edm
 
-with $k = \sigma \alpha' - \alpha \sigma'$. Both columns are taken as they stand: the second, computed from the
-first, would lose its digits at low noise. Only x0 has no better formula, and loses no more than standardised data do.
+with $k = \sigma \alpha' - \alpha \sigma'$. Both columns are computed as they stand: the second, computed from the
+first, would lose digits at low noise. Only x0 has no better formula.
 
 The edm target is the preconditioning of Karras et al. for any $(\alpha, \sigma)$: $u_t$ times $\alpha / h^2$ is the
 best linear guess for data of unit variance, its residual has standard deviation $\sigma / h$, and $F$ estimates that

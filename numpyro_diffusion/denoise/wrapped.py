@@ -1,9 +1,9 @@
-r"""Denoisers made from another: its condition held, many independent points, another clock.
+r"""Denoisers made from another one: a condition held, many independent points, another schedule.
 
 **A condition held.** A network $\hat x_0(x_t, t, c)$ that was trained with conditions stands for a family of laws
 $p(x \mid c)$. With $c$ held it is the denoiser of one of them, $E[x \mid x_t, c]$, and solvers, densities and kernels
-need not know that there are others. The condition is a leaf like the weights, but unlike them it is never frozen: a law
-may depend on another quantity of a model, and its gradient in that quantity is wanted.
+need not know of the others. The condition is a leaf like the weights, but it is never frozen: a law may depend on
+another quantity of a model, and gradients in that quantity are needed.
 
 **Independent points.** A plate of $n$ points $x_i \sim p$ is one point of $\prod_i p(x_i)$, whose posterior mean is
 that of each. Solvers and guidance, which move one point, then move the whole plate, and an observation may see all of
@@ -17,7 +17,7 @@ $$\lambda(t) = \lambda'(t'), \qquad x_t = \frac{\alpha_t}{\alpha'_{t'}}\, x'_{t'
 \hat x_0'(x'_{t'}, t') = \hat x_0(x_t, t), \qquad \hat\varepsilon'(x'_{t'}, t') = \hat\varepsilon(x_t, t).$$
 
 Both are the same numbers, whatever the network's target. Products and mixtures of several denoisers are in `combined`;
-how a network takes conditions is in `nn`.
+`nn` says how a network takes conditions.
 
 References:
     Karras et al., Elucidating the design space of diffusion-based generative models, 2022, appendix B,
@@ -85,7 +85,7 @@ class Conditioned(Around):
     cond: ArrayLike
 
     def __post_init__(self) -> None:
-        # By its class alone: a pytree is also rebuilt around leaves that are no arrays.
+        # Only its class is checked: a pytree is also rebuilt around leaves that are not arrays.
         if callable(self.base) and not _takes_condition(self.base):
             kind = type(self.base).__name__
             inside = f". To hold a condition inside, give {kind} a Conditioned(denoiser, cond)"
@@ -186,12 +186,12 @@ class Rescheduled:
         return Prediction(prediction.x0, prediction.eps, x_t, t, self.schedule)
 
     def log_density(self, x_t: jax.Array, t: ArrayLike, *cond: ArrayLike | None) -> jax.Array:
-        """The diffused log-density under the new schedule, where the denoiser has one: up to a constant if it is so."""
+        """The diffused log-density under the new schedule, where the denoiser has one; up to a constant if that is."""
         factor, base_t = self._translate(t, jnp.result_type(x_t))
         return self.base.log_density(factor * x_t, base_t, *cond) + jnp.size(x_t) * jnp.log(factor)
 
     def _translate(self, t: ArrayLike, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """The time of the same noise level on the denoiser's clock, after the factor that takes a point there."""
+        """The factor that takes a point to the denoiser's schedule, and the time of the same noise level there."""
         clock = self.base.schedule
         base_t = jnp.clip(clock.inverse_noise_level(self.schedule.noise_level(t)), clock.t_min, clock.t_max)
         return (clock.alpha(base_t) / self.schedule.alpha(t)).astype(dtype), base_t
@@ -202,14 +202,14 @@ def reschedule(denoiser: Denoiser, schedule: Schedule) -> Rescheduled:
 
     Args:
         denoiser: the model.
-        schedule: the other noising process, in the units of the denoiser's own: of the data for an exact denoiser, of
-            the data's standard deviation for a network.
+        schedule: the other noising process, in the units of the denoiser's own schedule: those of the data for an exact
+            denoiser, the data's standard deviation for a network.
 
     Returns:
         A denoiser. Its schedule is the one given, cut to the noise levels that the denoiser knows.
 
     Raises:
-        TypeError: if `schedule` is no schedule, or a `Scaled` one.
+        TypeError: if `schedule` is not a schedule, or a `Scaled` one.
         ValueError: if its log-SNR does not fall, or the two schedules have no noise level in common.
 
     Example:
@@ -242,7 +242,7 @@ def _cut(schedule: Schedule, lowest: float, highest: float) -> Schedule:
 
 
 def inside(denoiser: Denoiser) -> Denoiser:
-    """The denoiser behind those that change its clock or hold its condition, and nothing else."""
+    """The denoiser inside wrappers that change its schedule or hold its condition."""
     while isinstance(denoiser, Rescheduled | Conditioned):
         denoiser = denoiser.base
     return denoiser

@@ -1,7 +1,7 @@
 r"""Densities of quantised data: uniform dequantisation and bits per dimension.
 
-A density on real numbers says nothing of pixels that take 256 values: a model may put unbounded density on each. Spread
-the values uniformly over their bins of width $\Delta$, $\tilde x = x + \Delta\, U$, and by Jensen's inequality
+A density on real numbers says nothing about pixels that take 256 values: a model may put unbounded density on each.
+Spread the values uniformly over their bins of width $\Delta$, $\tilde x = x + \Delta\, U$; then by Jensen's inequality
 
 $$-\log_2 P(x) \le -\frac{1}{\log 2} \left( E_U \log p(\tilde x) + d \log \Delta \right), \qquad
 P(x) = \int_{[x, x + \Delta)^d} p :$$

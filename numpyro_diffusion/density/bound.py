@@ -14,16 +14,16 @@ $$\mathrm{KL}(q(u_T | x) \,\|\, p(u_T)), \qquad
 - \log \frac{\tilde\beta_k}{v_k} \right), \qquad -E \log p(x \mid u_0).$$
 
 The variance of a transition lies between two: $\tilde\beta_k = \lambda_s^2 (1 - r^2)$ ("posterior"), right if $x$ were
-known, and $\beta_k = \lambda_t^2 - \lambda_s^2$ ("beta"), right if nothing were. The best isotropic one,
-$\tilde\beta_k + (1 - r^2)^2\, \mathrm{tr}\, \mathrm{Cov}[x | u_t] / d$, lies on the log-line between them at a place
-that `learn_variances` finds. In the limit of many steps the choice is immaterial and the diffusion term becomes
+known, and $\beta_k = \lambda_t^2 - \lambda_s^2$ ("beta"), right if nothing were known. The best isotropic one,
+$\tilde\beta_k + (1 - r^2)^2\, \mathrm{tr}\, \mathrm{Cov}[x | u_t] / d$, lies between them on a logarithmic scale, where
+`learn_variances` finds it. In the limit of many steps the choice does not matter, and the diffusion term becomes
 
 $$\tfrac12 \int E\|\varepsilon - \hat\varepsilon\|^2 \, \mathrm{d} \log \mathrm{SNR} \qquad (\text{"continuous"}),$$
 
 of which the sum with the posterior variance is an upper Riemann sum, as errors fall with the SNR.
 
 This is a bound on the density of the *reverse process*. The probability flow (`flow`) has the same law only if the
-score is exact; `elbo_gap` measures the two against each other, and for a learned score its sign is not known before.
+score is exact; `elbo_gap` compares the two, and for a learned score the gap may have either sign.
 
 References:
     Ho, Jain, Abbeel, Denoising diffusion probabilistic models, 2020, https://arxiv.org/abs/2006.11239.

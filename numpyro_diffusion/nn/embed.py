@@ -10,8 +10,8 @@ The coordinate of this library is $c = -\tfrac18 \log \mathrm{SNR} = \tfrac14 \l
 about -1.6 to 1.6 over the noise levels 0.002 to 500. The lowest frequency, 1, is monotone over that range; the highest
 turns once while the noise level grows by a factor of two.
 
-The frequencies are a fixed geometric ladder: no parameters, nothing drawn at random, nothing to store. What is done
-with the features is the matter of the backbones (`mlp`).
+The frequencies are a fixed geometric ladder: no parameters, nothing drawn at random, nothing to store. For what a
+network does with the features see `mlp`.
 
 References:
     Tancik et al., Fourier features let networks learn high frequency functions in low dimensional domains, 2020,

@@ -12,8 +12,8 @@ preconditioning returns the best linear guess for isotropic data, and the first 
 
 Every backbone of this library has the same call, `backbone(x, c_noise, cond=None)`, for ONE point: `x` of
 `event_shape`, `c_noise` a scalar, no batch axis; `jax.vmap` makes the batch. It also has `event_shape` and `config`,
-the plain arguments from which a checkpoint rebuilds it. Backbones know nothing of schedules or targets: what the output
-means is decided in `denoise.network`.
+the plain arguments from which a checkpoint rebuilds it. Backbones know nothing of schedules or targets: for the meaning
+of the output see `denoise.network`.
 
 References:
     He et al., Identity mappings in deep residual networks, 2016, https://arxiv.org/abs/1603.05027.

@@ -1,16 +1,16 @@
-r"""What a network is in evaluation and in training: the same weights, with and without random layers.
+r"""A network in evaluation and in training: the same weights, without and with random layers.
 
 In evaluation a network is a function $F_\theta(x)$. In training a layer such as dropout draws a mask $m$, so that the
 loss is
 
 $$E_m\, L(F_{\theta, m}), \qquad m \sim \text{the streams of keys that the layers were built with},$$
 
-a fresh mask for each example and each step. A layer's stream is a variable of the network in flax; here it is not part
-of the weights, but is made anew from one key, so that one key always gives one function and nothing has to be carried
-from step to step, saved or averaged.
+a fresh mask for each example and each step. In flax a layer's stream is a variable of the network. Here it is not part
+of the weights but is made anew from one key, so that the same key always gives the same function and nothing has to be
+carried from step to step, saved or averaged.
 
-Layers that learn statistics of a batch in passing (`nnx.BatchNorm`) are outside of this picture: their answer at a
-point depends on other points, and a denoiser is a function of one.
+Layers that learn statistics of a batch (`nnx.BatchNorm`) do not fit: their answer at a point depends on other points,
+and a denoiser is a function of one point.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class TrainingMode:
 
     Args:
         graphdef: its structure, in training mode.
-        streams: path, shape and tag of each variable of its streams, and whether that is a key or a counter.
+        streams: path, shape and tag of each variable of its streams, and whether it is a key or a counter.
     """
 
     graphdef: nnx.GraphDef

@@ -1,11 +1,13 @@
 r"""A U-Net for signals and images: convolutions at several resolutions, joined across.
 
-Going down, residual blocks at each resolution are kept aside and the signal is halved; going up, they are handed back:
+Going down, the outputs of residual blocks at each resolution are stored and the signal is halved; going up, they are
+used again:
 
 $$h_{i+1} = \mathrm{down}(B_i(h_i)), \qquad g_i = B'_i(\mathrm{up}(g_{i+1}), h_i),$$
 
 so that the output sees every scale. A block normalises over groups of channels, convolves, is scaled and shifted by the
-noise level (and the condition), convolves again, and adds its input. At chosen levels every place attends to all.
+noise level (and the condition), convolves again, and adds its input. At chosen levels every place attends to all
+others.
 
 Written for one point without a batch axis: under `jax.vmap` each convolution becomes one convolution of the batch. The
 output layer starts at zero, so that an untrained denoiser is the best linear guess.
@@ -157,7 +159,7 @@ class UNet(nnx.Module):
             for block in blocks:
                 h = block(jnp.concatenate([h, kept.pop()], -1), embedding)
             if level < len(self.double):
-                h = self.double[level](h)  # before the places are doubled: a fraction of the cost after
+                h = self.double[level](h)  # before the places are doubled, at a fraction of the cost
                 for axis in range(self.spatial):
                     h = jnp.repeat(h, 2, axis)
         out = self.output_layer(jax.nn.silu(_group_norm(h)))

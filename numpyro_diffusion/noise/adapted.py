@@ -1,18 +1,18 @@
 r"""Noise levels that suit a law: far below its narrowest part and far above the whole of it.
 
 A solver stops at the lowest noise level $\lambda_{\min}$ of its schedule, and starts from a Gaussian at the highest. A
-law of standard deviation $c$ is known by what it looks like in units of $c$: `VE()` has the levels .002 to 80 for
-$c = 1$, and the same proportions serve any other law. One narrow component of deviation $n$ among wide ones needs
-levels down to $.002\, n$. So the default of laws that know their scale is
+law of standard deviation $c$ should have the same levels in units of $c$ as any other: `VE()` has the levels .002 to 80
+for $c = 1$. One narrow component of deviation $n$ among wide ones needs levels down to $.002\, n$. So the default of
+laws that know their scale is
 
 $$\lambda_{\min} = .002\, n, \qquad \lambda_{\max} = 80\, c,$$
 
 in the form of a `Scaled` schedule, whose scale $c$ may be traced. The proportion $n / c$ is a plain number, rounded to
-a power of two, so that laws alike in shape are one program; of traced arrays it is not known, and taken for one.
+a power of two, so that laws of similar shape share one program; for traced arrays it is not known, and taken as one.
 
-Where $n / c$ is small the levels of a grid lie farther apart. Of a mixture whose narrow component has a hundredth or a
-thousandth of the spread, `DPMSolverPP(64)` draws with that component's deviation within 1 %, while the log-density by
-`Heun(64)` is off by .06 and .16 nats at its centre: give `density_solver` more steps.
+Where $n / c$ is small the levels of a grid lie farther apart. For a mixture whose narrow component has a hundredth or a
+thousandth of the spread, the draws of `DPMSolverPP(64)` have that component's deviation within 1 %, while the
+log-density by `Heun(64)` is off by .06 and .16 nats at its centre: give `density_solver` more steps.
 """
 
 import math
@@ -25,7 +25,7 @@ from numpyro_diffusion.noise.schedule import VE, Scaled, Schedule, check_decreas
 
 
 def schedule_for(scale: ArrayLike, narrowest: ArrayLike | None = None, schedule: Schedule | None = None) -> Schedule:
-    """The schedule given, if it resolves the law; if none is given, one that does.
+    """The given schedule, if it resolves the law; without one, a schedule that does.
 
     Args:
         scale: standard deviation of the law as a whole, a positive scalar.
@@ -36,7 +36,7 @@ def schedule_for(scale: ArrayLike, narrowest: ArrayLike | None = None, schedule:
         A schedule in the units of the data.
 
     Raises:
-        TypeError: if `schedule` is no schedule.
+        TypeError: if `schedule` is not a schedule.
         ValueError: if its log-SNR does not fall, or its lowest noise level is above the narrowest part.
     """
     narrowest = scale if narrowest is None else narrowest
@@ -47,7 +47,7 @@ def schedule_for(scale: ArrayLike, narrowest: ArrayLike | None = None, schedule:
         return Scaled(VE(VE.sigma_min * proportion, VE.sigma_max), jax.lax.stop_gradient(jnp.asarray(scale)))
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a noise.Schedule; got {type(schedule).__name__}")
-    if not isinstance(schedule, Scaled):  # a scale may be traced, and moves nothing up or down
+    if not isinstance(schedule, Scaled):  # a scale may be traced, and does not change whether the log-SNR falls
         check_decreasing(schedule)
     if known:
         with jax.ensure_compile_time_eval():

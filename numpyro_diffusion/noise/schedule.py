@@ -16,8 +16,8 @@ $f = \mathrm{d} \log \alpha / \mathrm{d}t$ and $g^2 = \mathrm{d} \sigma^2 / \mat
 from automatic differentiation, so that a new schedule is two functions and an inverse.
 
 Some schedules reach $\sigma = 0$ or $\alpha = 0$ at the ends, where the SNR is infinite or zero: `t_min` and `t_max`
-bound the part that is used for training and sampling. Where on it a solver stops is the matter of `grid`; how a point
-is moved, that of `solve`.
+bound the part that is used for training and sampling. For the times that a solver visits see `grid`, for its steps see
+`solve`.
 
 References:
     Song et al., Score-based generative modeling through stochastic differential equations, 2021,

@@ -7,9 +7,10 @@ $$\alpha_t^2 = \mathrm{sigmoid}(\ell_t), \qquad \sigma_t^2 = \mathrm{sigmoid}(-\
 
 If $t$ is uniform, the log-SNR has the density $p(\ell) = |\mathrm{d}t / \mathrm{d}\ell|$. So a schedule is a choice of
 where the effort goes, and can be made from one: `Tabulated.from_density`. Kingma et al. learn it such that the variance
-of the loss is least; with the density proportional to the loss at each level, every time contributes alike.
+of the loss is least; with the density proportional to the loss at each level, every time contributes equally.
 
-Scaling is no loss of generality: what a schedule does beyond the log-SNR is the matter of a clock (`schedule`).
+A variance-preserving schedule is no loss of generality: two schedules with the same log-SNR differ only by a scaling of
+$x_t$ (`schedule`).
 
 References:
     Kingma et al., Variational diffusion models, 2021, section 4 and appendix I, https://arxiv.org/abs/2107.00630.

@@ -1,9 +1,9 @@
-r"""The probability flow with the step size left to an error estimate, by diffrax.
+r"""The probability flow with step sizes chosen by an error estimate, by diffrax.
 
 The flow of `flow` in its own coordinates and clock, where an embedded Runge-Kutta pair estimates the error of each step
 and a controller keeps it below `rtol` and `atol`. The map from noise to data is then smooth only up to those
-tolerances, which is what a gradient-based kernel on it sees; and its number of evaluations differs from point to point,
-so that under `jax.vmap` every point waits for the slowest. A fixed grid has neither trouble: this one is for reference
+tolerances, which matters to gradient-based kernels; and the number of evaluations differs from point to point, so that
+under `jax.vmap` every point waits for the slowest. A fixed grid has neither problem: this solver is for reference
 solutions and for laws whose scales no grid has been tuned to.
 
 References:
@@ -35,7 +35,7 @@ class AdaptiveFlow(Solver):
     Args:
         rtol: relative tolerance of a step.
         atol: absolute tolerance of a step, in units of the spread of the noisy law.
-        max_steps: steps after which it gives up; the result is then NaN.
+        max_steps: number of steps after which it gives up; the result is then NaN.
 
     Raises:
         ValueError: if a tolerance is not positive or `max_steps` below one.
@@ -46,11 +46,11 @@ class AdaptiveFlow(Solver):
     atol: float = 1e-5
     max_steps: int = 1024
 
-    num_times = 2  # it visits the two ends of the ladder, and what lies between as it sees fit
+    num_times = 2  # the two ends of the ladder; diffrax chooses the times between them
     grid: TimeGrid = UniformLogSNR()
     law = "flow"
     order = 5
-    evaluations_per_step = None  # known after it ran: see `integrate`
+    evaluations_per_step = None  # known only after the run: see `integrate`
 
     def __post_init__(self) -> None:
         _checks.positive(rtol=self.rtol, atol=self.atol)

@@ -1,27 +1,27 @@
-r"""What a solver is: a step from a time to an earlier one, and the loop that walks a grid of them.
+r"""What a solver is: a step from a time to an earlier one, and the loop that walks a grid of times.
 
 Divide a noisy point by its signal, $u = x_t / \alpha_t$, and clock it by its noise level
 $\lambda = \sigma_t / \alpha_t$: then every schedule is the same process, $u = x + \lambda \varepsilon$, with the
 probability flow $\mathrm{d}u / \mathrm{d}\lambda = \hat\varepsilon$. All solvers step in these coordinates or in ones
-derived from them, so that a schedule is a choice of clock and of nothing else. A solver with `num_times = n` visits $n$
-times: $n - 1$ steps down to `t_min`, and there the posterior mean, which is the answer.
+derived from them, so that a schedule is nothing but a choice of clock. A solver with `num_times = n` visits $n$ times:
+$n - 1$ steps down to `t_min`, where it returns the posterior mean.
 
-As steps grow fine, a walk tends to one of three things, and a solver says to which, by its `law`:
+As the steps become finer, a walk tends to one of three things. The `law` of a solver says to which:
 
 * "flow": the probability flow, a smooth map from noise to data without noise on the way;
 * "reverse": the noising process run backwards, so that what it draws from a noisy point is the law of $x$ given $x_t$;
 * "marginals": a process with the marginals $p_t$ and another joint law. Its draws are right; $x$ given $x_t$ is not.
 
-A move that noises a point and denoises it again needs the second. `order` is the order of the error in that law: with
+A move that noises a point and denoises it again needs "reverse". `order` is the order of the error in that law: with
 64 times the variance of $x$ given $x_t$ is off by about 2 % at order 2, and by 13 to 32 % at order 1
 (`docs/concepts/exactness.md`).
 
 Solvers start from the terminal law $N(\alpha_1 m, \alpha_1^2 s^2 + \sigma_1^2)$ with the denoiser's location $m$ and
-scale $s$. The true law at $t = 1$ has these moments on average but is not Gaussian: what this costs shrinks with
+scale $s$. The true law at $t = 1$ has these moments on average but is not Gaussian: the error shrinks with
 $\alpha_1 s / \sigma_1$, 0.013 for `VE()` on standardised data.
 
-The loop is written once, here, for one point; a step never allocates more than the next point, whatever the number of
-steps. The other files of this folder say which step to take.
+The loop is written once, here, for one point; the memory it needs does not grow with the number of steps. The other
+files of this folder have the steps.
 """
 
 import abc
@@ -45,9 +45,9 @@ class Solver(abc.ABC):
     Attributes:
         num_times: number of times visited, at least 2.
         grid: where these times lie.
-        law: what the walk tends to as its steps grow fine: "flow", "reverse" or "marginals"; see the module.
+        law: what the walk tends to as its steps become finer: "flow", "reverse" or "marginals"; see the module.
         order: order of the error in that law: of the point for a flow, of means over draws for the others.
-        evaluations_per_step: denoiser evaluations in a step; None if that is not known before.
+        evaluations_per_step: denoiser evaluations in a step; None if not known before the run.
     """
 
     num_times: int
@@ -63,7 +63,7 @@ class Solver(abc.ABC):
 
     @property
     def stochastic(self) -> bool:
-        """Whether a step draws noise: unless the walk is the flow."""
+        """Whether a step draws noise, which all do but those of the flow."""
         return self.law != "flow"
 
     def init(self, denoiser: Denoiser, x_t: jax.Array) -> Memory:
@@ -74,7 +74,7 @@ class Solver(abc.ABC):
             x_t: the point that the walk starts from, of `event_shape`.
 
         Returns:
-            A pytree of arrays of fixed shapes, empty for a solver that looks at nothing but the point.
+            A pytree of arrays of fixed shapes, empty for a solver that needs nothing but the point.
         """
         return ()
 
@@ -103,7 +103,7 @@ class Solver(abc.ABC):
         """
 
     def evaluations(self, start: ArrayLike = 0) -> ArrayLike | None:
-        """Denoiser evaluations of a walk from the `start`-th time of the grid; None if not known before."""
+        """Denoiser evaluations of a walk from the `start`-th time of the grid; None if not known before the run."""
         if self.evaluations_per_step is None:
             return None
         return (self.num_times - 1 - start) * self.evaluations_per_step + 1

@@ -1,11 +1,12 @@
-r"""Predictor and corrector: any solver moves the point down, Langevin steps then settle it at its new level.
+r"""Predictor and corrector: any solver moves the point down, then Langevin steps correct it at its new level.
 
-The predictor errs in the law of the point; the corrector leaves $p_s$ in place up to its own step and forgets part of
-that error. Its own error does not vanish with the number of levels $n$ where it forgets fast: for data of variance $V$
-the variance at level $\lambda$ is too large by the factor $1 + r^2 \lambda^2 / (V + \lambda^2)$. But it forgets ever
-more slowly, and from $r^2 \lambda^2$ about $V / n$ on the predictor is left to itself: what remains is of order one in
-the step, and of the other sign than the error of `Ancestral`, so that at some $n$ the two cancel. Whether this is worth
-its evaluations is a question of the law: `benchmarks/solvers.py` has figures.
+The predictor makes an error in the law of the point. The corrector leaves $p_s$ invariant, up to the order of its own
+step, and removes part of that error. Where it forgets fast, its own error does not vanish with the number of levels
+$n$: for data of variance $V$ the variance at level $\lambda$ is too large by the factor
+$1 + r^2 \lambda^2 / (V + \lambda^2)$. But it forgets more and more slowly, and once $r^2 \lambda^2$ is below about
+$V / n$ it no longer matters: the error that remains is of order one in the step, and of the opposite sign to that of
+`Ancestral`, so that at some $n$ the two cancel. Whether this is worth its evaluations depends on the law:
+`benchmarks/solvers.py` has figures.
 
 References:
     Song et al., Score-based generative modeling through stochastic differential equations, 2021, algorithm 1,
@@ -36,7 +37,7 @@ class PredictorCorrector(Solver):
         snr: their size, the ratio of `langevin.snr_step_size`.
 
     Raises:
-        TypeError: if `predictor` is no solver.
+        TypeError: if `predictor` is not a solver.
         ValueError: if `num_corrections` is below one or `snr` not positive.
     """
 
@@ -45,7 +46,7 @@ class PredictorCorrector(Solver):
     snr: float = 0.16
 
     law = "marginals"
-    order = 1  # over a flow of order two the corrector's own
+    order = 1  # that of the corrector, also with a predictor of order two
 
     def __post_init__(self) -> None:
         if not isinstance(self.predictor, Solver):

@@ -11,7 +11,7 @@ the data are $N(m, s^2 I)$: steps are spent on what is not Gaussian. The clock i
 the data and logarithmic above it. Heun's method averages the velocities at both ends of a step and is of order two;
 Euler's method in $\lambda$ is `Ancestral(eta=0)`.
 
-A flow keeps the law but is no reversible move: it is the map behind `NoiseReparam`, not a proposal.
+A flow keeps the law but is not a reversible move: it is the map behind `NoiseReparam`, not a proposal.
 
 References:
     Karras et al., Elucidating the design space of diffusion-based generative models, 2022,

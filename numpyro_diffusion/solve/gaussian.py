@@ -5,26 +5,26 @@ $\lambda_t$ to $\lambda_s$, with $r = \lambda_s / \lambda_t$ and $u = x / \alpha
 
 $$u_s = D + k\, (u_t - D) + \lambda_s f z, \qquad z \sim N(0, I).$$
 
-The *kept* share $k$ of the old noise and the *fresh* noise $f$ are functions of $r$. If the new noise is to have the
-right level when $D$ is the clean point, $\lambda_s^2 = k^2 \lambda_t^2 + \lambda_s^2 f^2$, then
-$k = r \sqrt{1 - f^2}$, and one number is left to choose:
+The *kept* share $k$ of the old noise and the *fresh* noise $f$ are functions of $r$. The new noise has the right level
+when $D$ is the clean point, $\lambda_s^2 = k^2 \lambda_t^2 + \lambda_s^2 f^2$, if $k = r \sqrt{1 - f^2}$. That leaves
+one number to choose:
 
     Ancestral          f^2 = eta^2 (1 - r^2)      how Song et al. (2021) scale the noise of Ho et al. (2020)
     ExponentialEuler   f^2 = 1 - r^(2 eta^2)      the exact solution of the process of noise share eta
 
 Both are DDIM at $\eta = 0$ and DDPM at $\eta = 1$; between the two they differ. `EulerMaruyama` has the mean of DDPM
 and the noise of the noisier end, $k = r^2$ and $f = \sqrt{1 - r^2} / r$: the other of the two choices of variance of Ho
-et al. What all three forget is that the clean point is uncertain. Where the law of $x$ is flat on the scale of
-$\lambda_t$, the first two have too little noise by the factor $r^2$ in its variance, and the last has the right amount;
-where $x$ is all but known, the first two have the right amount, and the last too much by $1 / r^2$.
+et al. All three ignore that the clean point is uncertain. Where the law of $x$ is flat on the scale of $\lambda_t$, the
+variance of the noise is too small by the factor $r^2$ in the first two, and right in the last; where $x$ is almost
+known, it is right in the first two, and too large by $1 / r^2$ in the last.
 
 `DPMSolverPP` does not hold $D = \hat x_0(x_t)$ but extrapolates: with $h = \log \lambda_t / \lambda_s$ and the step
 before,
 
 $$D = \hat x_0(x_t) + \frac{h}{2 h_{\text{before}}} \left( \hat x_0(x_t) - \hat x_0(x_{\text{before}}) \right),$$
 
-which is of order two at one evaluation a step: DPM-Solver++(2M), and SDE-DPM-Solver++(2M) at $\eta = 1$. Its first step
-has nothing to remember and is one of `ExponentialEuler`.
+which is of order two with one evaluation a step: DPM-Solver++(2M), and SDE-DPM-Solver++(2M) at $\eta = 1$. Its first
+step has no step before it and is one of `ExponentialEuler`.
 
 References:
     Ho, Jain, Abbeel, Denoising diffusion probabilistic models, 2020, https://arxiv.org/abs/2006.11239.
@@ -49,7 +49,7 @@ from numpyro_diffusion.solve.base import Law, Memory, Solver
 
 
 class GaussianSolver(Solver):
-    """A solver whose step from `x_t` is a Gaussian of known mean and deviation; guided walks weigh by its density."""
+    """A solver whose step from `x_t` is a Gaussian of known mean and deviation, by which guided walks are weighted."""
 
     order = 1
     evaluations_per_step = 1
@@ -127,7 +127,7 @@ class _Eta(GaussianSolver):
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Ancestral(_Eta):
-    r"""DDPM ($\eta = 1$), DDIM ($\eta = 0$) and what lies between, of order one.
+    r"""DDPM ($\eta = 1$), DDIM ($\eta = 0$) and everything between them, of order one.
 
     Args:
         num_times: number of times visited, one denoiser evaluation each.

@@ -2,12 +2,12 @@ r"""The Langevin step, written once, and the rule that gives its size from the s
 
 $$x \leftarrow x + h\, \nabla \log p(x) + \sqrt{2 h}\, z, \qquad z \sim N(0, I),$$
 
-leaves $p$ in place as $h \to 0$; at a finite step it errs by order $h$ (for $N(0, 1)$ the variance is $1 / (1 - h/2)$).
-Song et al. choose $h$ such that the step's noise is a fixed multiple of its signal, $h = 2 (r \|z\| / \|g\|)^2$ with
-norms averaged over a batch. One point's own norm will not do: a step whose size depends on where it starts does not
-leave $p$ in place, and explodes where the score happens to vanish. But the mean is bounded,
-$E\|g\|^2 \le d / \sigma_t^2$, since a posterior mean of the noise is no longer than the noise, with equality where
-the noise is all there is. So
+leaves $p$ invariant as $h \to 0$; at a finite step it is biased by order $h$ (for $N(0, 1)$ the variance is
+$1 / (1 - h/2)$). Song et al. choose $h$ such that the ratio of the score's step to the noise is fixed,
+$h = 2 (r \|z\| / \|g\|)^2$ with norms averaged over a batch. The norm at a single point will not do: a step whose size
+depends on where it starts does not leave $p$ invariant, and explodes where the score happens to vanish. But the mean is
+bounded, $E\|g\|^2 \le d / \sigma_t^2$, since a posterior mean of the noise is on average no longer than the noise, with
+equality where there is nothing but noise. So
 
 $$h = 2 r^2 \sigma_t^2,$$
 
@@ -42,7 +42,7 @@ def langevin_step(key: jax.Array, x: jax.Array, score: jax.Array, step_size: Arr
 
 
 def snr_step_size(sigma: ArrayLike, snr: float) -> jax.Array:
-    r"""The step $h = 2 r^2 \sigma_t^2$ at which the noise is at least `snr` times the signal, on average.
+    r"""The step $h = 2 r^2 \sigma_t^2$, whose part by the score is on average at most `snr` times its noise.
 
     Args:
         sigma: standard deviation $\sigma_t$ of the noise at this level, in the units of `x`.

@@ -1,7 +1,7 @@
-r"""Stochastic solvers of higher order: noise that is exact, a flow that is accurate.
+r"""Stochastic solvers of higher order: exact noising followed by an accurate flow.
 
-The reverse process is a little noising followed by a longer flow down. Both leave the family of marginals $p_t$ in
-place, the noising exactly and the flow up to its own error, so a step that composes them,
+The reverse process is a little noising followed by a longer flow down. Both keep the family of marginals $p_t$, the
+noising exactly and the flow up to its own error, so a step that composes them,
 
 $$\hat\lambda = \lambda_t\, (\lambda_t / \lambda_s)^c, \qquad
 \hat u = u_t + \sqrt{\hat\lambda^2 - \lambda_t^2}\, z, \qquad u_s = \mathrm{Heun}(\hat u;\ \hat\lambda \to \lambda_s),$$
@@ -10,8 +10,8 @@ keeps the law of the samples to second order, where the ancestral step keeps it 
 per unit of $\log \lambda$ tends to that of the reverse process, $\eta = 1$; with $c = 0$ nothing is put in and the
 step is `Heun`.
 
-What it gets right to second order is the law of its draws. The law of $x$ given $x_t$ it has to first order only, and
-with a large constant: in 64 times its variance is 47, 28 and 6 % too large at $\lambda$ = 0.1, 0.5 and 2 for N(0, 1)
+Only the law of its draws is right to second order. The law of $x$ given $x_t$ is right to first order, with a large
+constant: in 64 times its variance is 47, 28 and 6 % too large at $\lambda$ = 0.1, 0.5 and 2 for N(0, 1)
 (`docs/concepts/exactness.md`). So it counts as a solver of the marginals.
 
 References:

@@ -20,7 +20,7 @@ $r$ is $c = 2 r^2$ (`"snr"`).
 
 On a Gaussian prior with a linear likelihood all three have a closed form: mean and variance follow an affine recursion,
 and the tests hold the kernel to it. `metropolis` accepts or rejects each step (MALA, with the density of the reverse
-move), which leaves the target of each level, $p_t(x_t)\, e^{G}$, in place and removes the first error.
+move), which leaves the target of each level, $p_t(x_t)\, e^{G}$, invariant and removes the first error.
 
 Draws are independent, unless `restart_level` lets a draw begin at the last one, noised to that level.
 

@@ -5,7 +5,7 @@ Both propose $x_t' = x_t + h s(x_t) + \sqrt{2 h}\, \xi$, each site with its own 
 $$a = \min\left(1, \frac{\pi(x_t')\, k(x_t \mid x_t')}{\pi(x_t)\, k(x_t' \mid x_t)}\right), \qquad
 k(x' \mid x) = N(x'; x + h s(x), 2 h),$$
 
-where the reverse move starts from the new point's score, so the noisy posterior $\pi$ of the level stays in place.
+where the reverse move starts from the new point's score, so the noisy posterior $\pi$ of the level stays invariant.
 
 References:
     Roberts and Tweedie, Exponential convergence of Langevin distributions and their discrete approximations, 1996,

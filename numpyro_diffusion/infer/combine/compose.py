@@ -1,6 +1,6 @@
 r"""Several kernels on the same sites: one after the other, or one drawn at random.
 
-If $K_1 \dots K_m$ all leave the posterior $\pi$ in place, so do
+If $K_1 \dots K_m$ all leave the posterior $\pi$ invariant, so do
 
 $$K_1 K_2 \cdots K_m \quad (\texttt{Cycle}), \qquad \sum_j p_j K_j \quad (\texttt{Mixture}),$$
 

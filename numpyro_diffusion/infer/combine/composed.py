@@ -240,5 +240,5 @@ def _built(kernel: Any, model: Model | None, name: str) -> MCMCKernel:
 def status_of(kernel: MCMCKernel) -> Status:
     """What a kernel says of itself, or what is known of NumPyro's HMC and NUTS."""
     if isinstance(kernel, HMC):
-        return Status("density", True, "leaves the model's own law in place")
-    return getattr(kernel, "status", None) or Status("unknown", False, "does not say what law it leaves in place")
+        return Status("density", True, "leaves the model's own law invariant")
+    return getattr(kernel, "status", None) or Status("unknown", False, "does not say what law it leaves invariant")

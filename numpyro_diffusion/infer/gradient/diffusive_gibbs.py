@@ -5,7 +5,7 @@ For the joint law of a point $q$ of the posterior $\pi$ and a noised $x_t = \alp
 $$x_t \mid q \sim N(\alpha q, \sigma^2 C), \qquad q \mid x_t \propto \pi(q)\, N(x_t; \alpha q, \sigma^2 C),$$
 
 where $C$ is the preconditioner, the identity by default. Noise that is as wide as the gap between two modes takes
-$x_t$ to where both may have come from. The second draw is made by Metropolis moves that leave it in place:
+$x_t$ to where both may have come from. The second draw is made by Metropolis moves that leave it invariant:
 
 1. A *restart* $q' = x_t / \alpha + (\sigma / \alpha)\, C^{1/2} \epsilon'$, wherever $q$ is. As a function of $q'$ its
    density is $N(x_t; \alpha q', \sigma^2 C)$ up to a constant, so this factor cancels in the test, and what is left is
@@ -15,7 +15,7 @@ $$a = \min\left(1, \frac{\pi(q')}{\pi(q)}\right).$$
 2. MALA steps on the conditional, whose gradient is
    $\nabla \log \pi(q) - C^{-1} (q - x_t / \alpha)\, (\alpha / \sigma)^2$.
 
-Both use true values, so $\pi$ is left in place at any step size. $\alpha$ and $\sigma$ enter by the noise level
+Both use true values, so $\pi$ is left invariant at any step size. $\alpha$ and $\sigma$ enter by the noise level
 $\rho = \sigma / \alpha$ alone; the paper's $\alpha$, with $\sigma^2 = 1 - \alpha^2$, is
 $\rho = \sqrt{1 - \alpha^2} / \alpha$. Several levels, from high to low, are gone through within a draw. The step of a
 level starts at $h = h_1\, \rho^2 / (1 + \rho^2)$, where the fraction is the variance of the conditional if that of

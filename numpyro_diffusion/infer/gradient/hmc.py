@@ -10,7 +10,7 @@ the test
 
 $$a = \min\left(1, \frac{\pi(q')}{\pi(q)}\, e^{\frac12 \|p\|^2 - \frac12 \|p'\|^2}\right)$$
 
-leaves $\pi(q) N(p; 0, I)$ in place if its ratio is that of a density, even if the score is not its gradient. With a
+leaves $\pi(q) N(p; 0, I)$ invariant if its ratio is that of a density, even if the score is not its gradient. With a
 `LineIntegral` the ratio is the work of the score along the straight segment.
 
 Before each trajectory the momentum is refreshed, in part or whole, $p \leftarrow \sqrt{1 - r}\, p + \sqrt{r}\, \xi$,

@@ -2,12 +2,13 @@ r"""Step size and preconditioner, adapted in warm-up by NumPyro's own scheme, fo
 
 A preconditioner is a positive definite matrix $C = A^\top A$, and a kernel works in coordinates $w$ with
 $q = A^\top w$, in which $C$ is the identity: the gradient is $A \nabla_q$ and a step of any isotropic kernel in $w$ is
-one with $C$ in $q$. Stan's windows (`numpyro.infer.hmc_util.warmup_adapter`) estimate $C$ from the draws of warm-up,
-diagonal or dense, and the step size by dual averaging of the acceptance. Afterwards both stand still.
+one with $C$ in $q$. `numpyro.infer.hmc_util.warmup_adapter` estimates $C$, diagonal or dense, from the draws of warm-up
+in Stan's windows, and the step size by dual averaging of the acceptance. After warm-up both are fixed.
 
-A particle of a population may not adapt by its own history: its kernel would depend on where it is, and would no longer
-leave its target in place (particles in a narrow place would learn to stay there). `pool_adaptation` gives all particles
-one step size and one preconditioner, those of the population, on which a single particle has a part of the order $1/N$.
+A particle of a population must not adapt by its own history: its kernel would depend on where it is, and would no
+longer leave its target invariant (particles in a narrow region would learn to stay there). `pool_adaptation` gives all
+particles one step size and one preconditioner, those of the population, on which a single particle has an influence of
+order $1/N$.
 
 References:
     Hoffman and Gelman, The No-U-Turn sampler, 2014 (dual averaging), https://arxiv.org/abs/1111.4246.
@@ -88,7 +89,7 @@ class Adaptation:
         return state if self.adapt_mass_matrix else state._replace(mm_state=None)  # nothing to estimate
 
     def update(self, state: Any, i: jax.Array, num_warmup: int, accept_prob: jax.Array, q: jax.Array) -> Any:
-        """The state after step number `i`, counted from zero; the same one when warm-up is over."""
+        """The state after step number `i`, counted from zero; unchanged once warm-up is over."""
         adapt = lambda: self._adapter(num_warmup)[1](i, accept_prob, (q,), state)  # noqa: E731
         return jax.lax.cond(shared(i) < num_warmup, adapt, lambda: state)
 
@@ -108,11 +109,11 @@ def pool_adaptation(states: Any) -> Any:
 
     Args:
         states: the state of a kernel that was started with particles as chains, a leading axis on every leaf. Wherever
-            it holds an `adapt_state` of NumPyro's scheme, beside the point `z`, dual averaging is replaced by its mean
+            it has an `adapt_state` of NumPyro's scheme beside the point `z`, dual averaging is replaced by its mean
             over particles, which is that of the mean acceptance, and the preconditioner by the particles' covariance.
 
     Returns:
-        The same, of the same shapes.
+        The pooled state, of the same shapes.
     """
 
     def pool(node: Any) -> Any:
@@ -133,7 +134,7 @@ def _pooled(adapt_state: Any, z: dict[str, jax.Array]) -> Any:
         return leaf if is_count else jnp.broadcast_to(leaf.mean(0), leaf.shape).astype(leaf.dtype)
 
     first = adapt_state.step_size[0]
-    step_size = first * jnp.exp(mean(jnp.log(adapt_state.step_size / first)))  # the same number where all are the same
+    step_size = first * jnp.exp(mean(jnp.log(adapt_state.step_size / first)))  # exactly `first` where all are equal
     pooled = adapt_state._replace(step_size=step_size, ss_state=jax.tree.map(mean, adapt_state.ss_state))
     if adapt_state.mm_state is None:
         return pooled

@@ -1,23 +1,23 @@
 r"""What a kernel may ask of a diffusion prior, and how far the answer can be trusted.
 
 A kernel on the joint posterior moves by the gradient of $\log p(x) + \log L(x)$ and, if it tests its moves, needs the
-difference of this between two points. For the likelihood both are plain. For a diffusion prior there are three answers,
-and each says what it is worth in its `status`:
+difference of this between two points. For the likelihood both are available. For a diffusion prior there are three
+answers, and the `status` of each says how far it can be trusted:
 
 * `Score`: the gradient alone, $\nabla \log p$ at the smallest noise level. No test can be made with it.
 * `Density`: a log-density. The denoiser's own, $\log p_t(\alpha_t x)$ at the smallest noise level, where it has one (an
   exact denoiser, an energy network), or that of the probability flow, by one solve. A test with it leaves the law of
-  that density in place.
+  that density invariant.
 * `LineIntegral`: differences only, as the work of the score along the segment between two points,
 
 $$\log p(x') - \log p(x) \approx \int_0^1 s(x + \tau (x' - x))^\top (x' - x)\, \mathrm{d}\tau,$$
 
-by quadrature. A learned score need not be a gradient, and where it is none the integral depends on the path and there
-is no law that the test would leave in place. How far it is from one is measured: the work around a closed triangle, its
-*circulation*, is zero for a gradient, up to the quadrature.
+by quadrature. A learned score need not be a gradient. Where it is not, the integral depends on the path, and there is
+no law that the test would leave invariant. The *circulation*, the work around a closed triangle, measures how far the
+score is from a gradient: for a gradient it is zero, up to the quadrature.
 
-`with_density` puts the value of `Density` in the place of the priors' own `log_prob`: an ordinary NumPyro model, for
-NumPyro's own kernels too. What the others answer is no density, and stays inside this package.
+`with_density` replaces the priors' own `log_prob` by the value of `Density`. The result is an ordinary NumPyro model,
+also for NumPyro's own kernels. The answers of the others are not densities and stay inside this package.
 
 References:
     Song et al., Score-based generative modeling through stochastic differential equations, 2021,
@@ -53,10 +53,10 @@ _WITHOUT_DENSITY = (
 
 
 class Status(NamedTuple):
-    """What is behind a kernel, for its users."""
+    """What a kernel is exact for, for its users."""
 
-    provides: str  # what is asked of the prior: "score", "density", "line integral", "flow", "reverse process"
-    exact: bool  # whether the kernel leaves a law in place that can be named
+    provides: str  # what it needs from the prior: "score", "density", "line integral", "flow", "reverse process"
+    exact: bool  # whether the kernel leaves a known law invariant
     statement: str  # that law, or what is approximate
 
 
@@ -73,7 +73,7 @@ class Provider(abc.ABC):
 
     @property
     def evaluations_of_test(self) -> int:
-        """Denoiser evaluations that a test takes beside those at its two ends, per point."""
+        """Denoiser evaluations that a test needs besides those at its two ends, per point."""
         return 0
 
     @abc.abstractmethod
@@ -85,7 +85,7 @@ class Provider(abc.ABC):
             u: points of shape `(..., *noise_shape)`.
 
         Returns:
-            The log-density of each if `has_density`; if not, values that mean nothing.
+            The log-density of each if `has_density`; otherwise the values mean nothing.
         """
 
     @abc.abstractmethod
@@ -101,7 +101,7 @@ class Provider(abc.ABC):
 class Score(Provider):
     """The score at the smallest noise level, and nothing else."""
 
-    status = Status("score", False, "moves by the score and tests nothing: biased by the order of its step")
+    status = Status("score", False, "moves by the score without a test: biased by the order of its step")
 
     def log_density(self, prior: DiffusionPrior, u: jax.Array) -> jax.Array:
         def one(denoiser: Denoiser, u: jax.Array) -> jax.Array:
@@ -135,7 +135,7 @@ class Density(Provider):
 
     source: Literal["auto", "denoiser", "flow"] = "auto"
 
-    status = Status("density", True, "leaves the law of the prior's density in place: denoiser's own, or flow's")
+    status = Status("density", True, "leaves the law of the prior's density invariant: the denoiser's, or the flow's")
     has_density = True
 
     def __post_init__(self) -> None:
@@ -154,7 +154,7 @@ class Density(Provider):
         if depends and source == "denoiser" and density_kind(prior.denoisers) == "unnormalized":
             raise ValueError(
                 f"the density at site {name!r} is known but for a constant that depends on other latent sites: "
-                f'{kernel} cannot move these by it. Use Density("flow"), NoiseSpace(model) or DiffusionGibbs(model)'
+                f'{kernel} cannot move those by it. Use Density("flow"), NoiseSpace(model) or DiffusionGibbs(model)'
             )
         if source is None:
             raise ValueError(
@@ -173,10 +173,10 @@ class LineIntegral(Score):
     """Differences of the log-density as the work of the score along a segment, by quadrature.
 
     Args:
-        num_points: points of the rule: odd and at least 3 for Simpson's, which reuses both ends; at least 1 for
-            Gauss-Legendre's.
+        num_points: points of the rule: for Simpson's, which reuses both ends, an odd number of at least 3; for
+            Gauss-Legendre's at least 1.
         rule: "simpson" or "gauss-legendre".
-        circulation: whether to measure the work around a triangle with every test, at the cost of some evaluations.
+        circulation: whether to measure the work around a triangle with every test, which costs some evaluations.
 
     Raises:
         ValueError: if the rule is unknown or cannot have that many points.
@@ -225,8 +225,9 @@ class LineIntegral(Score):
 def with_density(model: Model, source: Literal["auto", "denoiser", "flow"] = "auto") -> Model:
     """A model for NumPyro's own kernels, with the cheapest density that its diffusion priors have.
 
-    An exact denoiser or an energy network has one at a single evaluation, where `DiffusionPrior.log_prob` solves the
-    probability flow. An energy is a log-density but for a constant: good for moving x, not for comparing models.
+    It makes a difference for energy networks: their own density costs one evaluation, where the `log_prob` of a
+    `DiffusionPrior` solves the probability flow by default. An energy is a log-density up to a constant: good for
+    moving x, but not for comparing models. Exact denoisers have their closed form either way.
 
     Args:
         model: NumPyro model.
@@ -274,7 +275,7 @@ class _Provide(Reparam):
 
 
 class _ProvidedPrior(DiffusionPrior):
-    """A prior that answers through a provider; made by kernels, for their own use."""
+    """A prior whose density comes from a provider; made by `with_density` and by kernels."""
 
     pytree_aux_fields = ("provider",)
 

@@ -1,6 +1,6 @@
 r"""Moving a population by a kernel until it has forgotten where it started.
 
-All particles move as one batch by a kernel that leaves their target in place, so any number of moves is right; it
+All particles move as one batch by a kernel that leaves their target invariant, so any number of moves is right; it
 decides how well copies of one ancestor come apart. The moves end when the correlation between particles and their
 starting points, the mean over the dimensions of a site and the largest over sites,
 
@@ -55,7 +55,7 @@ def move(
     """Moves particles until they have forgotten where they were.
 
     Args:
-        kernel: leaves the particles' target in place; takes them as its chains.
+        kernel: leaves the particles' target invariant; takes them as its chains.
         keys: random keys, one for each particle, (N,).
         z: unconstrained values by site, (N, ...).
         args: the model's arguments.

@@ -5,7 +5,7 @@ Particles start as draws of the prior and walk through
 $$\pi_\beta(x, \theta) \propto p(x, \theta)\, L(x, \theta)^\beta, \qquad 0 = \beta_0 < \dots < \beta_T = 1.$$
 
 At each temperature they are reweighted by $L^{\beta' - \beta}$, as far as an effective sample size allows, resampled,
-and moved by a kernel that leaves $\pi_{\beta'}$ in place, again and again until they have forgotten where they came
+and moved by a kernel that leaves $\pi_{\beta'}$ invariant, again and again until they have forgotten where they came
 from. `DiffusionPCN` is the kernel for diffusion priors: it asks nothing but values of the likelihood, and one batch of
 all particles is one call of the network. It adapts its noise levels anew at each temperature.
 
@@ -26,7 +26,7 @@ correlation $\rho$ that they leave in it. If the approach is geometric, $D \rho 
 since $\partial_\beta \log Z = E_\beta[\log L]$ the next step misses that times $\Delta \beta$. The sum over
 temperatures is added to the error, and a warning says where moves fell short.
 
-What is exact: the law of the particles as their number grows, for any kernel that leaves $\pi_\beta$ in place. The
+What is exact: the law of the particles as their number grows, for any kernel that leaves $\pi_\beta$ invariant. The
 approximation of the kernel itself remains, for `DiffusionPCN` its discretised reverse process.
 
 References:
@@ -179,7 +179,7 @@ class TemperedSMC(ParticleSampler):
                 if not bool(jnp.isfinite(population.log_likelihood).any()):
                     raise ValueError(
                         f"at temperature {happened.temperature:.4g} the moves have taken all particles to points of "
-                        "zero likelihood: the kernel does not leave the posterior in place. Use one with a Metropolis "
+                        "zero likelihood: the kernel does not leave the posterior invariant. Use one with a Metropolis "
                         "test"
                     )
                 bar.set_postfix_str(f"ESS {happened.effective_size:.0f}, moves {happened.num_moves}", refresh=False)

@@ -1,9 +1,9 @@
-r"""What kernels share whose state is a whole walk of the solver, from noise to data.
+r"""The base of kernels whose state is a whole walk of the solver, from noise to data.
 
 With the walk as state, $\pi(x_{T:0}) \propto p(x_T) \prod p(x_s \mid x_t)\, L(x_0)$ can be evaluated up to a constant,
-and a kernel can leave it in place for any number of steps. A clean point alone would not do: the law of a solver's walk
-given its end is not known, and the noising process seen backwards, which stands for it in the limit of many steps, is
-not quite that law. `guided_pcn` and `particle_gibbs` say how the walk moves.
+and a kernel can leave it invariant for any number of steps. A clean point alone would not be enough: the law of a
+solver's walk given its end is not known, and the noising process run backwards equals it only in the limit of many
+steps. `guided_pcn` and `particle_gibbs` say how the walk moves.
 """
 
 import jax
@@ -22,7 +22,7 @@ from numpyro_diffusion.solve import GaussianSolver, Solver
 
 
 class WalkKernel(DiffusionKernel):
-    """Base of the kernels that keep a walk of all diffusion sites.
+    """Base of the kernels that keep a walk of all diffusion sites as their state.
 
     Args:
         model: NumPyro model whose latent sites are all diffusion sites.
@@ -32,7 +32,7 @@ class WalkKernel(DiffusionKernel):
         init_strategy: where chains start, as in NumPyro; None draws the priors.
 
     Raises:
-        ValueError: for an unknown guidance; when run, for a model or a guidance that does not suit.
+        ValueError: for an unknown guidance; when run, for a model or a guidance that the kernel cannot handle.
         TypeError: for a model that is not callable or a solver whose steps have no density.
     """
 
@@ -77,7 +77,7 @@ class WalkKernel(DiffusionKernel):
     def _weigh(
         self, found: GuidedSites, ends: jax.Array, t: jax.Array, reading: Reading
     ) -> tuple[dict[str, jax.Array], jax.Array]:
-        """Clean points of walks that end at these, in NumPyro's coordinates, and the rest of the model there."""
+        """The clean ends of walks, in NumPyro's coordinates, and the log-density of the rest of the model there."""
 
         def one(x_t: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
             z = found.from_denoiser(found.guided.base(x_t, t).x0)
@@ -87,7 +87,7 @@ class WalkKernel(DiffusionKernel):
 
 
 def solver_of(found: GuidedSites, solver: Solver | None, kernel: str) -> GaussianSolver:
-    """The solver given, or the one that all sites have as their sampler.
+    """The given solver, or the sampler that all sites share.
 
     Raises:
         ValueError: if sites have different samplers and none is given.

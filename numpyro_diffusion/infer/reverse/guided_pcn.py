@@ -92,7 +92,7 @@ class GuidedPCNState(NamedTuple):
 class GuidedPCN(WalkKernel):
     """Moves all diffusion sites of a model by pCN in the noise of a guided walk.
 
-    Leaves the posterior under the solver's walk in place, for any guidance and any number of steps. Levels are drawn
+    Leaves the posterior under the solver's walk invariant, for any guidance and any number of steps. Levels are drawn
     and adapted as in `DiffusionPCN`.
 
     Args:

@@ -107,7 +107,7 @@ class Independence(DiffusionKernel):
     """
 
     status = Status(
-        "density or reverse process", True, "leaves the model's law in place, with priors as their `sample` draws them"
+        "density or reverse process", True, "leaves the model's law invariant, with priors as their `sample` draws them"
     )
     takes_point = True
 

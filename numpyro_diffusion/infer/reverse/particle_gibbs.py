@@ -6,7 +6,7 @@ $$\pi(x_{T:0}) \propto p(x_T) \prod p(x_s \mid x_t)\; L(x_0),$$
 
 is what `TwistedSMC` approximates with many particles. Conditional SMC makes a Markov kernel of it: the current walk is
 kept as one of $N$ particles, the others walk beside it, guided and weighted, and a new walk is drawn from the others by
-its final weight and tested against the kept one. **This leaves $\pi$ in place for any $N \ge 2$**: no bias of order
+its final weight and tested against the kept one. **This leaves $\pi$ invariant for any $N \ge 2$**: no bias of order
 $1 / N$. Particles are resampled where their weights have become uneven, and there the kept walk draws its own past anew
 among all of them (ancestor sampling) with weights
 
@@ -91,7 +91,7 @@ class _Cloud(NamedTuple):
 class ParticleGibbs(WalkKernel):
     """Draws all diffusion sites of a model by conditional SMC with ancestor sampling over the reverse process.
 
-    Leaves the posterior under the solver's walk in place for any number of particles.
+    Leaves the posterior under the solver's walk invariant for any number of particles.
 
     Args:
         model: NumPyro model whose latent sites are all diffusion sites, possibly in plates; `DiffusionGibbs` takes the
