@@ -6,6 +6,8 @@
     fit_over_scan         steps per second of `fit` over a hand-written scan of the same loss and optimiser
     recompilations        programs compiled by a second `mcmc.run` on new data and weights, all kernels together
     compile_25m_over_1m   compile time of a run with 25 million weights as a model argument over one with a million
+    model_runs_max        executions of the model's Python before the first draw of a first run, most over all kernels
+    start_over_inner      cold start of NoiseSpace(NUTS) over that of NumPyro's NUTS on the reparameterised model
 
 Times are medians of interleaved repetitions.
 """
@@ -26,12 +28,31 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 from flax import nnx
-from numpyro.infer import MCMC
+from numpyro.handlers import reparam
+from numpyro.infer import MCMC, NUTS
+from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffusion.denoise import NetworkDenoiser
 from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.infer import DiffusionGibbs, DiffusionPCN, NoiseSpace
+from numpyro_diffusion.infer import (
+    MALA,
+    ULA,
+    AnnealedLangevin,
+    Cycle,
+    DiffusionGibbs,
+    DiffusionPCN,
+    GuidedPCN,
+    GuidedReverse,
+    Independence,
+    LineIntegral,
+    Mixture,
+    NoiseSpace,
+    ParticleGibbs,
+    ScoreHMC,
+    SplitGibbs,
+)
 from numpyro_diffusion.nn import MLP
+from numpyro_diffusion.reparam import NoiseReparam
 from numpyro_diffusion.solve import Ancestral, DPMSolverPP, Heun, Solver, StochasticHeun, solve, terminal_point
 from numpyro_diffusion.train import denoising_loss, fit
 
@@ -153,6 +174,59 @@ def recompilations() -> dict[str, int]:
     return counts
 
 
+def many_kernels(fast: bool) -> dict[str, tuple[Callable, Callable]]:
+    """What makes each kernel, and the model it is made for."""
+    few = {"NUTS": (NUTS, joint), "DiffusionPCN": (DiffusionPCN, alone), "NoiseSpace": (NoiseSpace, joint)}
+    if fast:
+        return few
+    return few | {
+        "GuidedPCN": (GuidedPCN, alone),
+        "ParticleGibbs": (ParticleGibbs, alone),
+        "DiffusionGibbs": (DiffusionGibbs, joint),
+        "MALA": (partial(MALA, provider=LineIntegral()), joint),
+        "ScoreHMC": (partial(ScoreHMC, provider=LineIntegral()), joint),
+        "ULA": (ULA, joint),
+        "AnnealedLangevin": (AnnealedLangevin, alone),
+        "GuidedReverse": (GuidedReverse, alone),
+        "SplitGibbs": (partial(SplitGibbs, rho=0.5), joint),
+        "Independence": (Independence, alone),
+        "Cycle": (lambda model: Cycle([DiffusionPCN, Independence], model=model), alone),
+        "Mixture": (lambda model: Mixture([DiffusionPCN, Independence], model=model), alone),
+    }
+
+
+def model_runs(fast: bool) -> dict[str, int]:
+    """Executions of the model up to the first draw."""
+    counts = {}
+    for name, (make, model) in many_kernels(fast).items():
+        runs = [0]
+
+        def counted(*args: object, model: Callable = model, runs: list[int] = runs) -> None:
+            runs[0] += 1
+            model(*args)
+
+        mcmc = MCMC(make(counted), num_warmup=0, num_samples=1, num_chains=2, chain_method="vectorized")
+        mcmc.run(jax.random.key(0), jnp.zeros(EVENT), prior_of(8, 0))
+        counts[name] = runs[0]
+    return counts
+
+
+def start_over_inner(repeats: int) -> float:
+    """Cold starts, in turn."""
+    in_noise_space = reparam(joint, config={"x": NoiseReparam()})
+
+    def start(kernel: MCMCKernel) -> object:
+        jax.clear_caches()
+        keys = jax.random.split(jax.random.key(0), 4)
+        args = jnp.zeros(EVENT), prior_of(16, 0)
+        return kernel.init(keys, 100, None, model_args=args, model_kwargs={})
+
+    def ratio() -> float:
+        return seconds(lambda: start(NoiseSpace(joint))) / seconds(lambda: start(NUTS(in_noise_space)))
+
+    return float(np.median([ratio() for _ in range(repeats)]))
+
+
 def compile_seconds(features: int) -> tuple[float, int]:
     """Compile time of a first run with the prior as a model argument, and its number of weights."""
     jax.clear_caches()
@@ -172,6 +246,7 @@ def main() -> None:
 
     solvers = solver_over_network(64 if options.fast else 512, 64 if options.fast else 256, repeats)
     counts = recompilations()
+    runs = model_runs(options.fast)
     small, small_size = compile_seconds(100 if options.fast else 400)
     large, large_size = compile_seconds(200 if options.fast else 2000)
     results = {
@@ -181,6 +256,9 @@ def main() -> None:
         "recompilations": sum(counts.values()),
         "recompilations_each": counts,
         "compile_25m_over_1m": large / small,
+        "model_runs_max": max(count for name, count in runs.items() if name != "NUTS"),
+        "model_runs_each": runs,
+        "start_over_inner": start_over_inner(1 if options.fast else 5),
         "weights": [small_size, large_size],
         "device": jax.devices()[0].device_kind,
     }

@@ -33,6 +33,7 @@ from numpyro_diffusion.infer import MALA, ULA, Density, LineIntegral, Score, Sco
 from numpyro_diffusion.infer.gradient.hmc import leapfrog
 from numpyro_diffusion.infer.gradient.langevin import log_reversal
 from numpyro_diffusion.infer.kernel.adapt import Root
+from numpyro_diffusion.infer.model.record import Record
 from numpyro_diffusion.infer.model.target import Evaluation, Target
 from numpyro_diffusion.nn import MLP
 
@@ -198,13 +199,14 @@ class Rotating:
 def test_line_integral_and_circulation(x64):
     """The work of a mixture's score is the difference of its log-density; in a circle, only a rotating field works."""
     a, b, c = jnp.array([0.0, 0.0]), jnp.array([1.0, 0.5]), jnp.array([-0.5, 1.0])
-    at_end = Target(learned_mixture, LineIntegral(21), (1.0,), {}, {"x": a})
-    exact = Target(learned_mixture, Density("denoiser"), (1.0,), {}, {"x": a})
+    at_end = Target(Record(learned_mixture).at((1.0,), {}), LineIntegral(21), {"x": a})
+    exact = Target(Record(learned_mixture).at((1.0,), {}), Density("denoiser"), {"x": a})
     found = at_end.log_ratio(at_end.evaluate(a), at_end.evaluate(b), a, b)
     truth = exact.evaluate(b).log_density - exact.evaluate(a).log_density
     assert float(found) == pytest.approx(float(truth), abs=1e-5)
     assert abs(float(at_end.circulation(a, b, c))) < 1e-4
-    rotating = Target(partial(known_noise, Y, DiffusionPrior(Rotating(), density="none")), LINE, (), {}, {"x": a})
+    record = Record(partial(known_noise, Y, DiffusionPrior(Rotating(), density="none")))
+    rotating = Target(record.at((), {}), LINE, {"x": a})
     area = 0.5 * abs(float(b[0] * c[1] - b[1] * c[0]))
     assert float(rotating.circulation(a, b, c)) == pytest.approx(2.0 * area * Rotating.rate, rel=1e-6)
 
