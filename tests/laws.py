@@ -320,3 +320,20 @@ def quadrature(y=Y):
 
 TABLE = jnp.array([[3.0, -1.0], [0.0, 2.0]])
 """Data of two points in a plate."""
+
+
+# Conditional priors
+
+
+@jax.tree_util.register_static
+class AroundCondition:
+    """The exact conditional denoiser of N(c, 1), known to stand at 0 with scale 1 when nothing is said of c."""
+
+    schedule, event_shape, location, scale = VE(0.01, 40.0), (1,), 0.0, 1.0
+
+    def __call__(self, x_t, t, cond=None):
+        return Gaussian(jnp.zeros(1) + cond, 1.0, self.schedule)(x_t, t)
+
+
+def around(centres, **options):
+    return DiffusionPrior(AroundCondition(), cond=centres, cond_batch_dims=1, **options)

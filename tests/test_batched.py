@@ -7,10 +7,11 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from flax import nnx
+from laws import around
 from numpyro.handlers import reparam, seed, trace
 from numpyro.infer.util import log_density
 
-from numpyro_diffusion.denoise import Conditioned, Gaussian, NetworkDenoiser
+from numpyro_diffusion.denoise import Conditioned, NetworkDenoiser
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.nn import MLP, Condition
 from numpyro_diffusion.noise import VE
@@ -54,21 +55,7 @@ def test_each_row_is_the_prior_under_its_condition(of):
     np.testing.assert_allclose(grid, expected.reshape(grid.shape), rtol=1e-4, atol=1e-4)
 
 
-@jax.tree_util.register_static
-class AroundCondition:
-    """The exact conditional denoiser of N(c, 1), known to stand at 0 with scale 1 when nothing is said of c."""
-
-    schedule, event_shape, location, scale = VE(0.01, 40.0), (1,), 0.0, 1.0
-
-    def __call__(self, x_t, t, cond=None):
-        return Gaussian(jnp.zeros(1) + cond, 1.0, self.schedule)(x_t, t)
-
-
 CENTRES = np.array([-2.0, 0.0, 1.5], np.float32)
-
-
-def around(centres, **options):
-    return DiffusionPrior(AroundCondition(), cond=centres, cond_batch_dims=1, **options)
 
 
 def test_draws_of_each_row():

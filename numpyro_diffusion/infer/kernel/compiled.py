@@ -25,6 +25,8 @@ import numpy as np
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.sites import traced
 
+_TAKEN = (jax.Array, np.ndarray, np.inexact, float)
+"""What a program takes; whole numbers may be shapes."""
 _KEPT = 4
 """Readings of a model whose compiled functions are kept."""
 
@@ -69,7 +71,12 @@ class Compiled:
         arguments = _Arguments(args, kwargs)
         try:
             reading = _Reading(self._model, arguments)
-        except jax.errors.JAXTypeError:  # the model asks for the value of a symbol
+        except (
+            TypeError,
+            jax.errors.JAXTypeError,
+            jax.errors.JAXIndexError,
+        ):
+            # the model asks for the value of a symbol, or is wrong, which shows again
             arguments = _Arguments(args, kwargs, all_static=True)
             reading = _Reading(self._model, arguments)
         programs = next((programs for kept, programs in self._kept if kept.is_same(reading)), None)
@@ -97,7 +104,7 @@ class _Arguments:
 
     def __init__(self, args: tuple, kwargs: dict[str, Any], all_static: bool = False) -> None:
         leaves, structure = jax.tree.flatten((args, kwargs))
-        taken = [not all_static and isinstance(leaf, jax.Array | np.ndarray | np.generic | float) for leaf in leaves]
+        taken = [not all_static and isinstance(leaf, _TAKEN) for leaf in leaves]
         static = [None if is_taken else leaf for leaf, is_taken in zip(leaves, taken, strict=True)]
         self.arrays = [leaf for leaf, is_taken in zip(leaves, taken, strict=True) if is_taken]
         self.static = structure, tuple(taken), () if all_static else tuple(static)  # else constants of the reading

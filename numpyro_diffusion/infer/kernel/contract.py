@@ -24,6 +24,7 @@ from numpyro.util import is_prng_key
 from numpyro_diffusion import _precision
 from numpyro_diffusion.infer.kernel.compiled import Compiled
 from numpyro_diffusion.infer.kernel.start import Strategy
+from numpyro_diffusion.infer.model.checks import check_supports
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading, Record
 
@@ -139,6 +140,7 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
             self._compiled_start = Compiled(self._model, self._start_all)
         self._record = self._lent  # anew for every run: what a model reads from elsewhere may have changed
         reading = self.read(model_args, model_kwargs)
+        check_supports(type(self).__name__, reading.structure)
         self._check_model(reading)
         first = (lambda leaf: leaf[0]) if self._vectorized else (lambda leaf: leaf)
         self._bind(first(rng_key), jax.tree.map(first, init_params), reading)

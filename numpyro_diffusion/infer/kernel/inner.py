@@ -10,7 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from numpyro.handlers import seed
+from numpyro.infer.gibbs import GIBBS_SITES_KWARG
+from numpyro.infer.hmc import HMC
 from numpyro.infer.mcmc import MCMCKernel
+from numpyro.infer.util import constrain_fn
 
 from numpyro_diffusion.infer.model.handlers import Model
 
@@ -48,14 +52,19 @@ def build(argument: str, kernel: KernelLike, model: Model, **options: Any) -> MC
 
 def bind(kernel: MCMCKernel, key: jax.Array, num_warmup: int, init_params: Any, args: tuple, kwargs: dict) -> None:
     """Lets a kernel keep what it needs of a model, at arguments that it may keep; nothing is computed."""
+    jax.eval_shape(lambda key, params: bound(kernel, key, num_warmup, params, args, kwargs), key, init_params)
 
-    def start(key: jax.Array, init_params: Any) -> Any:
-        return kernel.init(key, num_warmup, init_params, model_args=args, model_kwargs=kwargs)
 
-    jax.eval_shape(start, key, init_params)
+def bound(kernel: MCMCKernel, key: jax.Array, num_warmup: int, init_params: Any, args: tuple, kwargs: dict) -> Any:
+    """The initial state of a kernel, which keeps what it needs of the model at these arguments.
+
+    Where a composite kernel conditions the model, kernels other than HMC take values to start at as constrained ones.
+    """
+    if init_params is not None and GIBBS_SITES_KWARG in kwargs and not isinstance(kernel, HMC):
+        init_params = constrain_fn(seed(kernel.model, jax.random.key(0)), args, kwargs, init_params)
+    return kernel.init(key, num_warmup, init_params, model_args=args, model_kwargs=kwargs)
 
 
 def started(kernel: MCMCKernel, key: jax.Array, num_warmup: int, init_params: Any, args: tuple, kwargs: dict) -> Any:
-    """The initial state of a kernel, which keeps nothing of the arguments."""
-    copy = kernel.wrap_model(lambda model: model)
-    return copy.init(key, num_warmup, init_params, model_args=args, model_kwargs=kwargs)
+    """The same of a copy: the kernel itself keeps nothing of the arguments."""
+    return bound(kernel.wrap_model(lambda model: model), key, num_warmup, init_params, args, kwargs)

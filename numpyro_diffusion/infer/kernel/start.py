@@ -93,7 +93,7 @@ def _given(reading: Reading, init_params: Mapping[str, Any]) -> Point:
     names = list(reading.structure.latent)
     if set(init_params) != set(names):
         raise ValueError(f"init_params must have the latent sites {sorted(names)}; got {sorted(init_params)}")
-    values = {name: jnp.asarray(init_params[name], jnp.result_type(init_params[name], float)) for name in names}
+    values = {name: jnp.asarray(init_params[name], jnp.result_type(float)) for name in names}
     if not is_block(reading):
         return values
     model = seed(conditioned(reading.model), jax.random.key(0))

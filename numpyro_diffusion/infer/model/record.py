@@ -10,12 +10,12 @@ Jacobian of each constrained site. Kernels put together what they need.
 
 A `Record` belongs to one run. Its `Reading` at the model's arguments has the `structure`, from an abstract trace, and
 evaluates the model through a function that JAX traces once for arguments of one kind: however often a kernel asks, at
-the start, in a step or in post-processing, the user's Python runs two or three times. A new run makes a new record, so
-that data which the model reads from elsewhere are read anew.
+the start, in a step or in post-processing, the user's Python runs two or three times. A run that starts anew makes
+a new record, so that data which the model reads from elsewhere are read anew.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from jax.extend.core import Literal, jaxprs_in_params
 from numpyro.distributions import biject_to
 from numpyro.distributions.util import is_identically_one
 from numpyro.handlers import seed, substitute, trace
-from numpyro.infer.gibbs import conditioned
+from numpyro.infer.gibbs import GIBBS_SITES_KWARG, conditioned
 from numpyro.infer.util import _unconstrain_reparam, compute_log_probs
 from numpyro.primitives import Messenger
 
@@ -58,6 +58,7 @@ class LatentSite:
         is_dropped: whether `drop_prior` has taken its prior out of the model.
         is_altered: whether a mask, a scale or a subsampling plate changes its term in the model.
         depends_on: names of the other latent sites that its distribution depends on.
+        support_depends_on: names of sites that a composite kernel conditions on and its support depends on.
     """
 
     shape: tuple[int, ...]
@@ -66,7 +67,8 @@ class LatentSite:
     is_discrete: bool
     is_dropped: bool
     is_altered: bool
-    depends_on: frozenset[str]
+    depends_on: frozenset[str] = frozenset()
+    support_depends_on: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,8 @@ class Reading:
 
     def origin(self) -> dict[str, jax.Array]:
         """The origin of the unconstrained coordinates: a point to read priors at that depend on none."""
-        return {name: jnp.zeros(site.unconstrained_shape) for name, site in self.structure.latent.items()}
+        sites = self.structure.latent.items()
+        return {name: jnp.zeros(site.unconstrained_shape) for name, site in sites if not site.is_discrete}
 
     def sites(self, z: Mapping[str, jax.Array] | None = None) -> dict[str, PriorSite]:
         """The diffusion sites with their priors, which `z` tells where they depend on other latent sites."""
@@ -228,20 +231,30 @@ def _evaluate(model: Model, args: tuple, kwargs: dict[str, Any], z: dict[str, ja
     )
 
 
+_PREFIX = "numpyro_diffusion/"
+_DRAWN = "/drawn"  # no name of a site: what a model draws that is none
+
+
+def _named(value: jax.Array, name: str) -> jax.Array:
+    """The same value, with a name that `_origins` finds behind all that is made of it."""
+    return checkpoint_name(value, _PREFIX + name)
+
+
 class _Watch(Messenger):
     """Handler: sees what a trace does not keep."""
 
     def __init__(self, fn: Model) -> None:
         super().__init__(fn)
-        self.draws_elsewhere = False
         self.in_loop: list[str] = []
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        self.draws_elsewhere |= msg["type"] == "prng_key"
+        if msg["type"] == "prng_key" and msg["kwargs"]["rng_key"] is not None:  # `seed` has given one
+            msg["kwargs"]["rng_key"] = _named(msg["kwargs"]["rng_key"], _DRAWN)
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "control_flow":
-            _, (body, _) = msg["value"]
+            _, found = msg["value"]
+            body = found[0] if isinstance(found, tuple) else found  # of `scan`, or of a branch of `cond`
             self.in_loop += [name for name, site in body.trace.items() if is_diffusion_site(site)]
 
 
@@ -258,24 +271,34 @@ def _structure(model: Model, args: tuple, kwargs: dict[str, Any]) -> Structure:
         else:
             to_support = biject_to(support)
             value = to_support(jnp.zeros(to_support.inverse_shape(site["fn"].shape())))
-        return checkpoint_name(value, site["name"])
+        return _named(value, site["name"])
 
-    def read() -> dict[str, list]:
+    given = kwargs.get(GIBBS_SITES_KWARG, {})
+
+    def read() -> tuple[dict[str, list], dict[str, list]]:
+        named = {name: _named(value, name) for name, value in given.items()}
         watch = _Watch(substitute(seed(model, jax.random.key(0)), substitute_fn=at_origin))
-        found["sites"] = sites = trace(watch).get_trace(*args, **kwargs)
-        found["watch"] = watch
-        return {name: jax.tree.leaves(s["fn"]) for name, s in sites.items() if s["type"] == "sample"}
+        sites = trace(watch).get_trace(*args, **({**kwargs, GIBBS_SITES_KWARG: named} if named else kwargs))
+        samples = {name: s for name, s in sites.items() if s["type"] == "sample"}
+        latent = {name: s for name, s in samples.items() if not s["is_observed"]}
+        found.update(sites=sites, watch=watch, latent={name: _latent(s) for name, s in latent.items()})
+        laws = {name: jax.tree.leaves((s["fn"], s["value"] if s["is_observed"] else ())) for name, s in samples.items()}
+        return laws, {name: jax.tree.leaves(s["fn"].support) for name, s in latent.items()}
 
     jaxpr, shapes = jax.make_jaxpr(read, return_shape=True)()
-    origins = jax.tree.unflatten(jax.tree.structure(shapes), _origins(jaxpr.jaxpr))
-    sites, watch = found["sites"], found["watch"]
-    is_latent = lambda s: s["type"] == "sample" and not s["is_observed"]  # noqa: E731
+    origins = _origins(jaxpr.jaxpr)
+    laws, supports = jax.tree.unflatten(jax.tree.structure(shapes), origins)
+    sites, watch, latent = found["sites"], found["watch"], found["latent"]
     plates = {name: s["args"] for name, s in sites.items() if s["type"] == "plate"}
+    everything = frozenset().union(*(names for leaves in laws.values() for names in leaves))
     return Structure(
         latent={
-            name: _latent(site, frozenset().union(*origins[name]) - {name})
-            for name, site in sites.items()
-            if is_latent(site)
+            name: replace(
+                site,
+                depends_on=frozenset().union(*laws[name]) & (latent.keys() - {name}),
+                support_depends_on=frozenset().union(*supports[name]) & given.keys(),
+            )
+            for name, site in latent.items()
         },
         observed_priors=tuple(
             name
@@ -284,12 +307,13 @@ def _structure(model: Model, args: tuple, kwargs: dict[str, Any]) -> Structure:
         ),
         subsampled=tuple(name for name, (size, subsample_size) in plates.items() if (subsample_size or size) < size),
         in_loop=tuple(watch.in_loop),
-        draws_elsewhere=watch.draws_elsewhere,
+        draws_elsewhere=_DRAWN in everything,
         deterministic=tuple(name for name, s in sites.items() if s["type"] == "deterministic"),
     )
 
 
-def _latent(site: Mapping[str, Any], depends_on: frozenset[str]) -> LatentSite:
+def _latent(site: Mapping[str, Any]) -> LatentSite:
+    """What can be said of a site while its trace is alive; on what it depends comes later."""
     fn = site["fn"]
     is_discrete = bool(fn.support.is_discrete)
     is_diffusion = is_diffusion_site(site)
@@ -300,7 +324,6 @@ def _latent(site: Mapping[str, Any], depends_on: frozenset[str]) -> LatentSite:
         is_discrete=is_discrete,
         is_dropped=as_written(site) is not fn,
         is_altered=_is_masked(as_written(site)) or not (site["scale"] is None or is_identically_one(site["scale"])),
-        depends_on=depends_on,
     )
 
 
@@ -325,7 +348,7 @@ def _origins(jaxpr: Any) -> list[frozenset]:
 
 def _names(eqn: Any) -> frozenset:
     """Names of the sites that an operation introduces, by itself or inside."""
-    if eqn.primitive.name == "name":
-        return frozenset({eqn.params["name"]})
+    if eqn.primitive.name == "name" and eqn.params["name"].startswith(_PREFIX):
+        return frozenset({eqn.params["name"].removeprefix(_PREFIX)})
     inner = (inside for jaxpr in jaxprs_in_params(eqn.params) for inside in jaxpr.eqns)
     return frozenset().union(*map(_names, inner))

@@ -22,12 +22,13 @@ from numpyro.handlers import reparam, seed
 from numpyro.infer import NUTS
 from numpyro.infer.gibbs import conditioned
 from numpyro.infer.mcmc import MCMCKernel
-from numpyro.infer.util import constrain_fn
+from numpyro.infer.util import constrain_fn, potential_energy
 
 from numpyro_diffusion import _precision
+from numpyro_diffusion.infer.kernel.choose import all_finite
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
 from numpyro_diffusion.infer.kernel.inner import KernelLike, bind, build, started
-from numpyro_diffusion.infer.kernel.start import Strategy, is_block, start
+from numpyro_diffusion.infer.kernel.start import Strategy, start
 from numpyro_diffusion.infer.model.checks import check_fixed, check_has_prior, check_names, check_walkable
 from numpyro_diffusion.infer.model.density import Status
 from numpyro_diffusion.infer.model.handlers import Model, as_written, is_diffusion_site
@@ -134,26 +135,44 @@ class NoiseSpace(DiffusionKernel):
         check_walkable("NoiseSpace", reading.sites_in_the_abstract())
 
     def _bind(self, key: jax.Array, init_params: dict | None, reading: Reading) -> None:
-        inner_params = None if init_params is None else jax.eval_shape(partial(self._behind, reading), init_params)
+        inner_params = None if init_params is None else jax.eval_shape(partial(self._given, key, reading), init_params)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inner_params)
         bind(self._inner, key, self._num_warmup, zeros, reading.args, reading.kwargs)
 
+    def _given(self, key: jax.Array, reading: Reading, init_params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Where the inner kernel starts, in its own coordinates, for a chain that is told where to start."""
+        if set(init_params) & set(map(noise_name, reading.structure.diffusion)):
+            return init_params  # told in these coordinates
+        return self._behind(reading, start(key, reading, init_params, None, partial(self._is_valid, reading)))
+
+    def _is_valid(self, reading: Reading, z: dict[str, jax.Array]) -> jax.Array:
+        """Whether the inner kernel can go on from the noise behind a point."""
+        potential = partial(potential_energy, seed(self._inner.model, jax.random.key(0)), reading.args, reading.kwargs)
+        return all_finite(jax.value_and_grad(potential)(self._behind(reading, z)))
+
     def _behind(self, reading: Reading, z: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """The noise behind diffusion sites, and the other sites, all unconstrained."""
-        if set(z) == {noise_name(name) if name in reading.structure.diffusion else name for name in z}:
-            return dict(z)  # given in the inner kernel's own coordinates
         sites = reading.sites(z)
         noise = {noise_name(name): noise_behind(site, site.to_denoiser(z[name])) for name, site in sites.items()}
         return {**{name: value for name, value in z.items() if name not in sites}, **noise}
 
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> NoiseSpaceState:
-        if is_block(reading) and init_params is not None:
-            init_params = start(key, reading, init_params)
-        elif init_params is None and self._init_strategy is not None:
-            init_params = start(key, reading, None, self._init_strategy)
-        inner_params = None if init_params is None else self._behind(reading, init_params)
+        inner_params = None
+        if init_params is not None:
+            inner_params = self._given(key, reading, init_params)
+        elif self._init_strategy is not None:
+            z = start(key, reading, None, self._init_strategy, partial(self._is_valid, reading))
+            inner_params = self._behind(reading, z)
         inner_state = started(self._inner, key, self._num_warmup, inner_params, reading.args, reading.kwargs)
         return self._report(inner_state, reading)
+
+    def _check_start(self, state: NoiseSpaceState) -> None:
+        bad = int(jnp.sum(~jnp.isfinite(state.potential_energy)))
+        if bad and hasattr(state.inner_state, "potential_energy"):
+            raise ValueError(
+                f"the log-density is not finite at the start of {bad} of {state.potential_energy.size} chains. Pass "
+                "init_params where it is finite"
+            )
 
     def _step(self, state: NoiseSpaceState, reading: Reading) -> NoiseSpaceState:
         inner_state = state.inner_state._replace(rng_key=state.rng_key)

@@ -41,6 +41,7 @@ References:
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +54,7 @@ from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.infer.kernel.choose import keep_finite
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
-from numpyro_diffusion.infer.kernel.inner import KernelLike, build
+from numpyro_diffusion.infer.kernel.inner import KernelLike, bound, build, started
 from numpyro_diffusion.infer.kernel.start import Strategy, start
 from numpyro_diffusion.infer.model.checks import (
     check_continuous,
@@ -215,13 +216,14 @@ class SplitGibbs(DiffusionKernel):
         return (couplings * ratio**left).astype(couplings.dtype)
 
     def _bind(self, key: jax.Array, init_params: dict | None, reading: Reading) -> None:
-        jax.eval_shape(lambda key: self._start_with(self._rest, key, init_params, reading), key)
+        start_rest = partial(bound, self._rest)
+        jax.eval_shape(lambda key: self._start_with(start_rest, key, init_params, reading), key)
 
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> SplitGibbsState:
-        return self._start_with(self._rest.wrap_model(lambda model: model), key, init_params, reading)
+        return self._start_with(partial(started, self._rest), key, init_params, reading)
 
     def _start_with(
-        self, rest: MCMCKernel, key: jax.Array, init_params: dict | None, reading: Reading
+        self, start_rest: Callable, key: jax.Array, init_params: dict | None, reading: Reading
     ) -> SplitGibbsState:
         sites = reading.sites()
         key, key_x, key_rest = jax.random.split(key, 3)
@@ -236,7 +238,7 @@ class SplitGibbs(DiffusionKernel):
             rest_params = {**others, **{offset_name(name): jnp.zeros_like(value) for name, value in u.items()}}
         kwargs = with_coupling(reading.kwargs, u, rho)
         steps = self._num_warmup * self._num_inner
-        rest_state = rest.init(key_rest, steps, rest_params, model_args=reading.args, model_kwargs=kwargs)
+        rest_state = start_rest(key_rest, steps, rest_params, reading.args, kwargs)
         missing = jnp.full((), jnp.nan)
         side = self._likelihood_side(u, rho, rest_state)
         z = {**self._other_values(rest_state, u), **x}
