@@ -1,8 +1,8 @@
 """A condition that may be absent, for networks that are trained with and without one.
 
 `Condition(value, present)` is an array and a switch. The switch is an array too, so that in one batch some rows keep
-their condition and some lose it, as the training of classifier-free guidance needs. `None` means no condition, and an array
-means one that is present; the network learns what to take in place of an absent one.
+their condition and some lose it, as the training of classifier-free guidance needs. `None` means no condition, and an
+array means one that is present; the network learns what to take in place of an absent one.
 
 References:
     Ho and Salimans, Classifier-free diffusion guidance, 2022, https://arxiv.org/abs/2207.12598.

@@ -1,11 +1,12 @@
 r"""What `Cycle` and `Mixture` have in common: kernels that hand a point to each other.
 
-Kernels meet in NumPyro's unconstrained coordinates. A composed kernel keeps the point and every kernel's own state, and
-a move is: give the kernel the point, have it evaluate anew what it caches there if another has moved since, let it
-move, take the point back. Whose caches are up to date is one number in the state (`fresh`), so nothing is evaluated for
-a kernel that does not move, and a composite kernel outside, NumPyro's `Gibbs` for one, makes them all old for free.
+Kernels share a point in NumPyro's unconstrained coordinates. A composed kernel keeps the point and every kernel's own
+state. To make a move it gives the kernel the point, has it evaluate its caches anew if another has moved since, lets it
+move, and takes the point back. One number in the state (`fresh`) says whose caches are up to date, so nothing is
+evaluated for a kernel that does not move, and an outer composite kernel, such as NumPyro's `Gibbs`, marks them all as
+old at no cost.
 
-That works for kernels whose state is where they say: HMC and NUTS, and those of this library that declare
+That works for kernels that keep their point in the sample field: HMC and NUTS, and those of this library that declare
 `takes_point`. A kernel that keeps its point elsewhere, in blocks (`Gibbs`) or as noise (`NoiseSpace`), would not notice
 that it was moved, and is refused.
 """
@@ -38,7 +39,7 @@ class ComposedState(NamedTuple):
         z: current point, by site, in NumPyro's unconstrained coordinates.
         kernel_states: each kernel's own state, where it moved last; `kernel_states.0.step_size` and the like are
             fields to collect.
-        fresh: index of the kernel whose caches belong to the current point, -1 for none.
+        fresh: index of the kernel whose caches are those of the current point, -1 for none.
         kernel_index: index of the kernel that moved last.
         accept_prob: its acceptance probability, NaN if it has none; in a cycle one for each kernel, (num_kernels,).
         num_score_evals: its denoiser evaluations, per point, as far as it counts them; in a cycle, of all kernels.
@@ -61,8 +62,8 @@ class Composed(DiffusionKernel):
     """Base of `Cycle` and `Mixture`: builds and checks the kernels, starts them at one point, lets one of them move.
 
     Args:
-        kernels: kernels on the same model object and the same sites, or, if `model` is given, what makes them from it.
-        model: NumPyro model for kernels that are yet to be made.
+        kernels: kernels on the same model object and the same sites; or classes or factories, if `model` is given.
+        model: NumPyro model for classes and factories.
 
     Raises:
         ValueError: if there is no kernel, if models differ, or a kernel cannot be handed a point.
@@ -91,7 +92,7 @@ class Composed(DiffusionKernel):
 
     @property
     def status(self) -> Status:
-        """Exact if all kernels are, for the laws that they name."""
+        """Exact if all kernels are, for the laws in their statements."""
         parts = [(type(kernel).__name__, status_of(kernel)) for kernel in self._given]
         provides = ", ".join(dict.fromkeys(part.provides for _, part in parts))
         statement = "; ".join(dict.fromkeys(f"{name} {part.statement}" for name, part in parts))
@@ -206,7 +207,7 @@ class Composed(DiffusionKernel):
         return kernel
 
     def get_diagnostics_str(self, state: ComposedState) -> str:
-        """Those of all kernels."""
+        """The diagnostics of all kernels."""
         parts = zip(self._kernels, state.kernel_states, strict=True)
         return " | ".join(kernel.get_diagnostics_str(kernel_state) for kernel, kernel_state in parts)
 
@@ -238,7 +239,7 @@ def _built(kernel: Any, model: Model | None, name: str) -> MCMCKernel:
 
 
 def status_of(kernel: MCMCKernel) -> Status:
-    """What a kernel says of itself, or what is known of NumPyro's HMC and NUTS."""
+    """The status of a kernel, also of NumPyro's HMC and NUTS."""
     if isinstance(kernel, HMC):
         return Status("density", True, "leaves the model's own law invariant")
     return getattr(kernel, "status", None) or Status("unknown", False, "does not say what law it leaves invariant")

@@ -1,9 +1,9 @@
 r"""Diffusion sites by one kernel, every other latent site by another, in turn.
 
-NumPyro's own `Gibbs` does the sweeping, refreshing and conditioning. What this adds is the split: the diffusion sites
-are found, and where their priors do not depend on the other sites the block of the others runs on the model without
-them, since $p(\theta \mid x, y) \propto p(\theta)\, p(y \mid x, \theta)$ does not contain $p(x)$: no probability flow
-is solved to move a noise level.
+NumPyro's own `Gibbs` does the sweeping, refreshing and conditioning. This kernel adds the split: it finds the diffusion
+sites. If their priors do not depend on the other sites, the block of the others runs on the model without these priors,
+since $p(\theta \mid x, y) \propto p(\theta)\, p(y \mid x, \theta)$ does not contain $p(x)$: no probability flow is
+solved to move a noise level.
 """
 
 from collections.abc import Callable
@@ -57,7 +57,7 @@ class DiffusionGibbs(DiffusionKernel):
         x_kernel: the kernel of the diffusion sites: a class such as `DiffusionPCN` or `NoiseSpace`, a
             `functools.partial` of one, or a kernel, which is moved to this model. NumPyro's own kernels are given the
             model with its priors' densities.
-        rest_kernel: the kernel of the other sites, in the same ways; one that can be a block of NumPyro's `Gibbs`.
+        rest_kernel: the kernel of the other sites, given in the same ways; it must be usable as a block of `Gibbs`.
 
     Raises:
         ValueError: when run, for a model without diffusion sites or with nothing else to sample, or for a kernel in
@@ -104,7 +104,7 @@ class DiffusionGibbs(DiffusionKernel):
         check_fixed("DiffusionGibbs", structure)
         check_continuous("DiffusionGibbs", structure)
         if not structure.others:
-            raise ValueError("the model has no latent sites besides its diffusion sites; use its x_kernel alone")
+            raise ValueError("the model has no latent sites besides its diffusion sites; use the x_kernel alone")
         if structure.dependent and isinstance(self._x_kernel, NoiseSpace):
             raise ValueError(
                 f"the priors of {structure.dependent} depend on other latent sites: moving those would move x behind "
@@ -172,7 +172,7 @@ class DiffusionGibbs(DiffusionKernel):
     def refresh(self, state: DiffusionGibbsState, model_args: tuple, model_kwargs: dict | None) -> DiffusionGibbsState:
         """Refreshes both blocks, each given the other.
 
-        NumPyro's `Gibbs` refreshes a block when another of its blocks has moved; what moves outside it does not see.
+        NumPyro's `Gibbs` refreshes a block when another of its blocks has moved, but does not see moves outside of it.
         """
         kwargs = {} if model_kwargs is None else model_kwargs
         blocks, gibbs_state = self._gibbs.blocks, state.gibbs_state
@@ -197,5 +197,5 @@ class DiffusionGibbs(DiffusionKernel):
         return self._gibbs.postprocess_fn(model_args, model_kwargs)
 
     def get_diagnostics_str(self, state: DiffusionGibbsState) -> str:
-        """Those of both blocks."""
+        """The diagnostics of both blocks."""
         return self._gibbs.get_diagnostics_str(state.gibbs_state)

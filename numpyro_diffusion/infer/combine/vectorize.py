@@ -1,12 +1,12 @@
-r"""Any kernel for one chain, run as many chains at once.
+r"""A kernel for one chain, run on many chains at once.
 
-NumPyro's `chain_method="vectorized"` hands a kernel all chains in one batch, and a kernel that was written for one
-chain (`Gibbs`, `BarkerMH`) refuses it, while HMC and NUTS fail on a second run with new data. This coat gives a kernel
-one chain at a time, under `jax.vmap`. Each chain is as it would be alone.
+NumPyro's `chain_method="vectorized"` hands a kernel all chains in one batch. A kernel that was written for one chain
+(`Gibbs`, `BarkerMH`) refuses it, while HMC and NUTS fail on a second run with new data. This wrapper gives a kernel one
+chain at a time, under `jax.vmap`. Each chain runs as it would alone.
 
-Kernels that bind the model's arguments when they start, and can therefore not `refresh`, are started again wherever
-the program of a step is built, and the result is thrown away: what is bound are then the arguments of that program,
-new data under `jit_model_args=True` included, and the compiler removes the start.
+Kernels that bind the model's arguments when they start, and therefore cannot `refresh`, are started again wherever the
+program of a step is built, and the result is thrown away. They are then bound to the arguments of that program,
+including new data under `jit_model_args=True`, and the compiler removes the start.
 """
 
 import copy
@@ -32,8 +32,8 @@ class Vectorize(DiffusionKernel):
         kernel: a kernel on a NumPyro model.
 
     Raises:
-        TypeError: if `kernel` is no kernel.
-        ValueError: if it is an ensemble of chains by itself, or was built on a potential function.
+        TypeError: if `kernel` is not a kernel.
+        ValueError: if it moves an ensemble of chains itself, or was built on a potential function.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist

@@ -1,9 +1,8 @@
-"""A kernel inside a kernel: given as a class, a factory or an instance, bound where it can be used.
+"""A kernel inside a kernel: given as a class, a factory or an instance, and bound to the model's arguments.
 
-NumPyro's HMC keeps functions of the model from its `init`, so that it must be started where these will be called. A
-start that is being compiled is no such place: its arguments are gone afterwards. `bind` therefore starts a kernel in
-the abstract, with the arguments as they are and nothing computed, and `started` starts a copy that is thrown away after
-its state has been taken.
+NumPyro's HMC keeps functions of the model from its `init`, so it must be started with arguments that still exist when
+these are called. The tracers of a start that is being compiled do not. `bind` therefore starts a kernel abstractly, with
+the arguments as they are and without computing anything, and `started` takes the state of a copy that is thrown away.
 """
 
 from collections.abc import Callable
@@ -15,15 +14,15 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro_diffusion.infer.model.handlers import Model
 
 KernelLike = MCMCKernel | Callable[..., MCMCKernel]
-"""A kernel, or what makes one from a model: a kernel class, a `functools.partial` of one, a function."""
+"""A kernel, or a factory of one from a model: a kernel class, a `functools.partial` of one, a function."""
 
 
 def build(argument: str, kernel: KernelLike, model: Model, **options: Any) -> MCMCKernel:
     """A kernel on a model.
 
     Args:
-        argument: under whose name the kernel was given, for errors.
-        kernel: a kernel class, a factory, or a kernel that is built on any model and moves to this one.
+        argument: name of the argument by which the kernel was given, for errors.
+        kernel: a kernel class, a factory, or a kernel on any model, which is moved to this one.
         model: the model.
         **options: passed on to a class or a factory.
 
@@ -31,8 +30,8 @@ def build(argument: str, kernel: KernelLike, model: Model, **options: Any) -> MC
         The kernel.
 
     Raises:
-        TypeError: if it is no kernel and makes none.
-        ValueError: for options beside an instance.
+        TypeError: if it is not a kernel and does not make one.
+        ValueError: for options given with an instance.
     """
     if isinstance(kernel, MCMCKernel):
         if options:
@@ -47,7 +46,7 @@ def build(argument: str, kernel: KernelLike, model: Model, **options: Any) -> MC
 
 
 def bind(kernel: MCMCKernel, key: jax.Array, num_warmup: int, init_params: Any, args: tuple, kwargs: dict) -> None:
-    """Lets a kernel keep what it needs of a model, at arguments that it may keep; nothing is computed."""
+    """Binds a kernel to the model's arguments, which it may keep; nothing is computed."""
 
     def start(key: jax.Array, init_params: Any) -> Any:
         return kernel.init(key, num_warmup, init_params, model_args=args, model_kwargs=kwargs)
@@ -56,6 +55,6 @@ def bind(kernel: MCMCKernel, key: jax.Array, num_warmup: int, init_params: Any, 
 
 
 def started(kernel: MCMCKernel, key: jax.Array, num_warmup: int, init_params: Any, args: tuple, kwargs: dict) -> Any:
-    """The initial state of a kernel, which keeps nothing of the arguments."""
+    """The initial state of a kernel, which itself does not keep the arguments."""
     copy = kernel.wrap_model(lambda model: model)
     return copy.init(key, num_warmup, init_params, model_args=args, model_kwargs=kwargs)
