@@ -1,8 +1,9 @@
 """A kernel inside a kernel: given as a class, a factory or an instance, and bound to the model's arguments.
 
 NumPyro's HMC keeps functions of the model from its `init`, so it must be started with arguments that still exist when
-these are called. The tracers of a start that is being compiled do not. `bind` therefore starts a kernel abstractly, with
-the arguments as they are and without computing anything, and `started` takes the state of a copy that is thrown away.
+these are called. The tracers of a start that is being compiled do not. `bind` therefore starts a kernel abstractly,
+with the arguments as they are and without computing anything, and `started` takes the state of a copy that is thrown
+away.
 """
 
 from collections.abc import Callable

@@ -1,18 +1,17 @@
-r"""A NumPyro model, split: its diffusion sites on one side, everything else on the other.
+r"""The diffusion sites of a NumPyro model: their points, their coordinates, and the rest of the model.
 
 The joint density of a model with diffusion sites $x$ and other latent sites $\theta$ is
 
 $$p(x, \theta, y) = \underbrace{\prod_i p(x_i)}_{\text{priors}} \;
 \underbrace{p(\theta)\, p(y \mid x, \theta)}_{\text{rest}}.$$
 
-A kernel that moves $x$ by prior-reversible proposals needs the second factor alone. `drop_prior` is a handler that
-takes the first out of a model: the sites stay where they are (values, supports, plates), their `log_prob` is never
-called.
+A site holds the points of its plates, of `expand` and `to_event`, and of a batch of conditions, in three coordinate
+systems: the support, NumPyro's unconstrained space, and the denoiser's own space.
 
 With a constrained support, the Jacobian of the support belongs to the prior as well. The rest is therefore evaluated at
-constrained values, never through NumPyro's unconstrained potential, which would count it.
+constrained values, never through NumPyro's unconstrained potential, which would include it.
 
-This file only reads models; it moves nothing.
+This file only reads models, see also `record`; `drop_prior` is in `handlers`.
 """
 
 from collections.abc import Callable, Mapping
@@ -97,7 +96,7 @@ class PriorSite:
 
     @property
     def denoiser(self) -> Denoiser:
-        """For what all points have in common: schedule, shape, location and scale."""
+        """The prior's denoiser, for what all points have in common: schedule, shape, location and scale."""
         return self.prior.denoisers
 
     @property
@@ -214,7 +213,7 @@ def log_rest(model: Model, args: tuple, kwargs: Mapping[str, Any], x: Mapping[st
         x: constrained values of all latent sites that are not conditioned on.
 
     Returns:
-        A scalar, up to no constant: normalised where the model is.
+        A scalar, normalised if the model is.
     """
     rest = seed(drop_prior(conditioned(model)), jax.random.key(0))
     return jnp.asarray(log_density(rest, args, dict(kwargs), dict(x))[0])
