@@ -11,8 +11,8 @@ the digest against all that was read. What loads is what was saved, bit for bit,
 bytes. Weights that are not finite are refused in both directions, before they can cause errors elsewhere.
 
 Files may come from strangers: nothing is unpickled, and no class is imported by a name from a file. Names of networks
-and schedules are looked up among this library's own; a user's network is given by its class. States of optimisers are not
-saved (see `fit(checkpoint=)` for a run that goes on), nor are exact denoisers: those are a line of code.
+and schedules are looked up among this library's own; a user's network is given by its class. States of optimisers are
+not saved (see `fit(checkpoint=)` for a run that goes on), nor are exact denoisers: those are a line of code.
 
 References:
     The safetensors format, https://huggingface.co/docs/safetensors.

@@ -160,7 +160,7 @@ def importance_weighted_bound(
     """
     if isinstance(transition, str) and transition == "continuous":
         raise ValueError(
-            'transition must be "posterior", "beta" or weights: paths have steps, and a continuous one none'
+            'transition must be "posterior", "beta" or an array: paths have steps, and "continuous" is their limit'
         )
     x, levels, times = _check(denoiser, x, transition, num_times, grid, num_paths=num_paths)
     variances = _variances(levels, transition)

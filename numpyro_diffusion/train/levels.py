@@ -12,12 +12,12 @@ have less variance than independent ones. Levels are those of standardised data,
 $\lambda = \log \mathrm{SNR} + 2 \log c$ with $c$ the data's standard deviation: schedules here are in these units.
 
 The variance is least with levels in proportion to the size of what they contribute, $p \propto E[g^2 \mid
-\lambda]^{1/2}$, a density that `Adaptive` learns on the way. What varies in training is the gradient,
-$g = w\, \| D \nabla_\theta L \|$, with $D$ one over the root mean square of the batch's gradient in each array of
-weights, as Adam scales it. Its size at a level is estimated without forming the gradients: for random signs $v$ in the
-space of the weights $E_v (v^\top D \nabla_\theta L)^2 = \| D \nabla_\theta L \|^2$, a Jacobian-vector product for a
-batch in every eighth step. The usual proxy, the loss $g = w L$, costs nothing but is poor: most of a denoising loss cannot be
-removed by any network. docs/concepts/training.md compares both with fixed levels.
+\lambda]^{1/2}$, a density that `Adaptive` learns on the way. What varies in training is the gradient, $g = w\, \| D
+\nabla_\theta L \|$, with $D$ one over the root mean square of the batch's gradient in each array of weights, as Adam
+scales it. Its size at a level is estimated without forming the gradients: for random signs $v$ in the space of the
+weights $E_v (v^\top D \nabla_\theta L)^2 = \| D \nabla_\theta L \|^2$, a Jacobian-vector product for a batch in every
+eighth step. The usual proxy, the loss $g = w L$, costs nothing but is poor: most of a denoising loss cannot be removed
+by any network. docs/concepts/training.md compares both with fixed levels.
 
 Sizes are relative to an initial law, the best one for the loss of standard normal data, $w(\lambda)\,
 \mathrm{sigmoid}(\lambda)$, which for the EDM weighting is the log-normal one. With $r$ their ratio to it,

@@ -14,7 +14,8 @@ products, or as many as there are probes.
 
 The second-order loss also matches the Jacobian, which may be wrong even if the error of the score is small, and on
 which the density of the probability flow depends. By Tweedie's second formula $I + \sigma_t^2 \nabla s$ is the
-covariance of $\varepsilon$ given $x_t$, so with the residual $\ell = \varepsilon - \hat\varepsilon$, held constant, and probes $z$,
+covariance of $\varepsilon$ given $x_t$, so with the residual $\ell = \varepsilon - \hat\varepsilon$, held constant, and
+probes $z$,
 
 $$\tfrac1d \left\| (I + \sigma_t^2 \nabla s)\, z - \ell\, (\ell^\top z) \right\|^2 .$$
 

@@ -49,7 +49,7 @@ class Cycle(Composed):
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
-        >>> from numpyro.infer import MCMC, NUTS
+        >>> from numpyro.infer import MCMC
         >>> from numpyro_diffusion.denoise import Gaussian
         >>> from numpyro_diffusion.distributions import DiffusionPrior
         >>> from numpyro_diffusion.infer import MALA, Cycle, DiffusionPCN

@@ -151,7 +151,7 @@ class Composed(DiffusionKernel):
             if states and set(here) != set(z):
                 raise ValueError(
                     f"the kernels of {type(self).__name__} must move the same sites; {type(kernel).__name__} moves "
-                    f"{sorted(here)}, those before it {sorted(z)}. Give kernels on parts of the sites a block each of "
+                    f"{sorted(here)}, those before it {sorted(z)}. For kernels on different sites use "
                     "numpyro.infer.Gibbs"
                 )
             z = here if z is None or not states else z
@@ -220,7 +220,7 @@ def _built(kernel: Any, model: Model | None, name: str) -> MCMCKernel:
     if not isinstance(kernel, MCMCKernel):
         if not callable(kernel) or model is None:
             raise TypeError(
-                f"{name} takes kernels, or model= and what makes kernels from it; got {kernel!r}"
+                f"{name} takes kernels, or model= and classes or factories of kernels; got {kernel!r}"
                 f"{'' if model is not None else ' and no model'}"
             )
         kernel = kernel(model)
@@ -229,8 +229,8 @@ def _built(kernel: Any, model: Model | None, name: str) -> MCMCKernel:
         raise TypeError(f"what {name} is given must make an MCMCKernel from a model; got {kind}")
     if not getattr(kernel, "takes_point", isinstance(kernel, HMC)):
         raise ValueError(
-            f"{kind} cannot be handed a point by {name}: it keeps its own elsewhere than in its state's "
-            f"{kernel.sample_field!r}, or does not refresh. Nest the other way round, {name} as its x_kernel, its "
+            f"{kind} cannot be handed a point by {name}: it does not keep its point in its state's "
+            f"{kernel.sample_field!r}, or does not refresh. Nest the other way round, with {name} as its x_kernel, its "
             "inner kernel or its block, or take DiffusionPCN, MALA, Independence, HMC or NUTS"
         )
     if getattr(kernel, "model", None) is None:

@@ -107,8 +107,8 @@ class DiffusionGibbs(DiffusionKernel):
             raise ValueError("the model has no latent sites besides its diffusion sites; use the x_kernel alone")
         if structure.dependent and isinstance(self._x_kernel, NoiseSpace):
             raise ValueError(
-                f"the priors of {structure.dependent} depend on other latent sites: moving those would move x, of which "
-                "the x-kernel keeps the noise. Use NoiseSpace(model) on all sites, or x_kernel=DiffusionPCN"
+                f"the priors of {structure.dependent} depend on other latent sites: moving those would move x, while "
+                "the x-kernel keeps its noise. Use NoiseSpace(model) on all sites, or x_kernel=DiffusionPCN"
             )
 
     def _blocks(self, reading: Reading) -> Gibbs:

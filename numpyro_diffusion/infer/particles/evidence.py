@@ -70,6 +70,7 @@ def evidence_of(islands: jax.Array) -> Evidence:
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from numpyro_diffusion.infer.particles.evidence import evidence_of
         >>> value, error, _ = evidence_of(jnp.log(jnp.array([1.0, 2.0, 3.0, 2.0])))
         >>> round(float(jnp.exp(value)), 3), round(float(error), 3)  # (sd 0.816) / 2 / sqrt(4)
         (2.0, 0.204)

@@ -105,10 +105,10 @@ class DiffusionPCN(DiffusionKernel):
         TypeError: for a model that is not callable or a solver that is not stochastic.
 
     Example:
-        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> import jax, numpyro, numpyro.distributions as dist
         >>> from numpyro.infer import MCMC
         >>> from numpyro_diffusion.denoise import Gaussian
-        >>> from numpyro_diffusion.denoise import Denoiser
+        >>> from numpyro_diffusion.distributions import DiffusionPrior
         >>> from numpyro_diffusion.infer import DiffusionPCN
         >>> def model(y):
         ...     x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0])))

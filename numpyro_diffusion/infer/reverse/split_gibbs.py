@@ -131,7 +131,7 @@ class SplitGibbs(DiffusionKernel):
         >>> import jax, numpyro, numpyro.distributions as dist
         >>> from numpyro.infer import MCMC
         >>> from numpyro_diffusion.denoise import Gaussian
-        >>> from numpyro_diffusion.denoise import Denoiser
+        >>> from numpyro_diffusion.distributions import DiffusionPrior
         >>> from numpyro_diffusion.infer import SplitGibbs
         >>> def model(y):
         ...     x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0]), density="none"))
