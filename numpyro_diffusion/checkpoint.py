@@ -1,4 +1,4 @@
-r"""Saving a trained denoiser to one file, and getting exactly it back.
+r"""Saving a trained denoiser to one file, and getting back exactly the same one.
 
 A denoiser is more than its weights: the same numbers under another schedule, target or scale are a different, wrong
 denoiser, and nothing would say so. So one safetensors file carries the whole definition,
@@ -8,11 +8,11 @@ $$\text{file} = \{\text{weights}, m, c\} \;+\; \mathrm{JSON}\{\text{schedule and
 
 and loading rebuilds the network from the JSON, checks the name, shape and precision of every tensor against it, and
 the digest against all that was read. What loads is what was saved, bit for bit, and saving it again gives the same
-bytes. Weights that are not finite are refused both ways: a kernel that met them later would blame the data.
+bytes. Weights that are not finite are refused in both directions, before they can cause errors elsewhere.
 
-Files come from strangers: nothing is unpickled, and no class is imported by a name from a file. Names of networks and
-schedules are looked up among this library's own; a user's network is given by its class. States of optimisers are not
-saved (see `fit(checkpoint=)` for a run that goes on), nor are exact denoisers: those are a line of code.
+Files may come from strangers: nothing is unpickled, and no class is imported by a name from a file. Names of networks
+and schedules are looked up among this library's own; a user's network is given by its class. States of optimisers are
+not saved (see `fit(checkpoint=)` for a run that goes on), nor are exact denoisers: those are a line of code.
 
 References:
     The safetensors format, https://huggingface.co/docs/safetensors.
@@ -52,7 +52,7 @@ def save(path: str | os.PathLike, denoiser: NetworkDenoiser) -> None:
     Raises:
         TypeError: if `denoiser` is not a `NetworkDenoiser`, or its backbone has no `config`.
         ValueError: if a weight is not finite or of an unknown precision, the schedule is not one of `noise`, or the
-            backbone's `config` does not rebuild it.
+            backbone cannot be rebuilt from its `config`.
 
     Example:
         >>> import pathlib, tempfile

@@ -28,7 +28,7 @@ class NoiseReparam(Reparam):
     """Replaces a `DiffusionPrior` site `x` by a standard normal site `x_noise` and a deterministic `x`.
 
     Example:
-        >>> import jax, numpyro
+        >>> import numpyro
         >>> from numpyro.handlers import reparam, seed, trace
         >>> from numpyro_diffusion.denoise import Gaussian
         >>> from numpyro_diffusion.distributions import DiffusionPrior

@@ -361,7 +361,7 @@ def test_starts_where_it_is_told():
         np.testing.assert_allclose(state.z["x"], given["x"], atol=0.02)
     assert start(DiffusionPCN(observed), Y, init_params={"x": jnp.ones((2, 2), int)}).z["x"].dtype == jnp.float32
     with pytest.raises(ValueError, match=r"init_params must have the latent sites \['x'\]; got \['z'\]"):
-        start(DiffusionPCN(observed), Y, init_params={"z": x[None]})
+        start(DiffusionPCN(observed), Y, init_params={"z": jnp.stack([x, x])})
 
 
 # Kernels inside kernels

@@ -17,7 +17,7 @@ from numpyro_diffusion.denoise import Gaussian, GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import DiffusionGibbs, SplitGibbs, Status
 from numpyro_diffusion.infer.model.levels import grid_from
-from numpyro_diffusion.infer.model.sites import prior_sites
+from numpyro_diffusion.infer.model.record import Record
 from numpyro_diffusion.noise import VE, VP, Karras, UniformLogSNR, UniformTime
 from numpyro_diffusion.solve import DPMSolverPP, EulerMaruyama, Heun, StochasticHeun, solve
 
@@ -225,7 +225,7 @@ def test_coupling_falls_in_warm_up(started):
     """From `rho_start`, by default the prior's scale, to `rho` over the first half of 20 draws, and stays there."""
     kernel, state = started
     np.testing.assert_allclose(state.noise_level, 1.0, rtol=1e-6)
-    sites = prior_sites(unknown_noise, (Y, STANDARD), {})
+    sites = Record(unknown_noise).at((Y, STANDARD), {}).sites()
     for start, one in [(1.0, kernel), (3.0, QUICK(unknown_noise, rho_start=3.0))]:
         one._num_warmup = 20
         couplings = jax.vmap(partial(one._coupling_at, sites=sites))(jnp.arange(25))

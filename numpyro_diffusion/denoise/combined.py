@@ -278,8 +278,8 @@ def _agreed(denoisers: Sequence[Denoiser]) -> tuple[Denoiser, ...]:
         if not _same_levels(denoisers[0].schedule, denoiser.schedule):
             raise ValueError(
                 f"denoisers must have one schedule, in the units of the data; got {denoisers[0].schedule} and, of "
-                f"denoisers[{i}], {denoiser.schedule}. Make them with one (the default of an exact law follows its "
-                f"scale), or Rescheduled(denoisers[{i}], denoisers[0].schedule) asks it under the first one's"
+                f"denoisers[{i}], {denoiser.schedule}. Give them the same one (the default of an exact law follows its "
+                f"scale), or use Rescheduled(denoisers[{i}], denoisers[0].schedule)"
             )
     return denoisers
 

@@ -160,7 +160,7 @@ def importance_weighted_bound(
     """
     if isinstance(transition, str) and transition == "continuous":
         raise ValueError(
-            'transition must be "posterior", "beta" or weights: paths have steps, and a continuous one none'
+            'transition must be "posterior", "beta" or an array: paths have steps, and "continuous" is their limit'
         )
     x, levels, times = _check(denoiser, x, transition, num_times, grid, num_paths=num_paths)
     variances = _variances(levels, transition)
@@ -209,8 +209,8 @@ def elbo_gap(
         grid: as in `elbo`.
 
     Returns:
-        The gap with its standard error, and the cost of each transition beyond the continuous limit. What the sum of
-        these leaves over is due to the terminal law, the reconstruction and the difference of flow and reverse process.
+        The gap with its standard error, and the cost of each transition beyond the continuous limit. The rest of the
+        gap is due to the terminal law, the reconstruction and the difference between flow and reverse process.
     """
     keys = jax.random.split(key, 3)
     key_probes = None if num_probes is None else keys[0]

@@ -10,9 +10,9 @@ one augmented solve by Heun's method or an adaptive one. The trace takes $d$ Jac
 it is estimated: $\mathrm{tr}\, A = E[z^\top A z]$ for probes with $E[z z^\top] = I$ (Hutchinson), drawn once and held
 along the path, so that the integral is unbiased and its spread over the probes is its standard error.
 
-Three errors, none hidden: the solver's, of order two in the step; the smoothing of $p$ by the smallest noise level
-$\lambda_0$, of order $\lambda_0^2$; and the terminal law, a Gaussian with the data's overall location and scale, where
-the truth is the data's law under the largest noise. The last is zero only for an isotropic Gaussian; it is of order
+There are three errors: that of the solver, of order two in the step; the smoothing of $p$ by the smallest noise level
+$\lambda_0$, of order $\lambda_0^2$; and the terminal law, a Gaussian with the data's overall location and scale instead
+of the data's law under the largest noise. The last is zero only for an isotropic Gaussian; it is of order
 $(s / \lambda_1)^2$ in nats.
 
 The gradient in $x$ is *defined* as the score, in forward and reverse mode, and is never taken through the solve. In the
@@ -43,7 +43,7 @@ from numpyro_diffusion.solve import AdaptiveFlow, Heun, flow
 
 
 class LogProb(NamedTuple):
-    """A log-density with what is known of its error and its cost."""
+    """A log-density with its error, as far as it is known, and its cost."""
 
     value: jax.Array  # nats, a scalar; its gradient in x is the score
     standard_error: jax.Array  # of the probes: 0 for the exact trace, NaN for a single probe
@@ -75,7 +75,7 @@ def log_prob(
 
     Raises:
         ValueError: if `x` is not of `event_shape`, `num_probes` is below one or `probes` unknown, or a key is missing
-            or idle.
+            or not needed.
         TypeError: if `solver` is of another kind, or the denoiser is a `Product`, whose flow has another law.
 
     Example:
@@ -162,7 +162,7 @@ def _solve(
 
 
 def clean_score(denoiser: Denoiser, x: jax.Array) -> jax.Array:
-    """The gradient of log p at a clean point of `event_shape`, read off at the smallest noise level."""
+    """The gradient of log p at a clean point of `event_shape`, taken at the smallest noise level."""
     t = denoiser.schedule.t_min
     alpha = denoiser.schedule.alpha(t).astype(x.dtype)
     return (alpha * denoiser((alpha * x).astype(x.dtype), t).score).astype(x.dtype)
@@ -196,7 +196,7 @@ def _log_prob_jvp(solver, primals, tangents):
         replaced = list(leaves)
         for i, leaf in zip(moving, moved, strict=True):
             replaced[i] = leaf
-        with _precision.highest():  # a rule is traced where the derivative is taken
+        with _precision.highest():  # this rule is traced where the derivative is taken
             value, *rest = _solve(solver, jax.tree.unflatten(structure, replaced), x, probes)
         return value, tuple(rest)
 

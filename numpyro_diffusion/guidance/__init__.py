@@ -1,4 +1,4 @@
-"""Guidance: conditioned denoisers, which are denoisers."""
+"""Guidance: denoisers given data, which are denoisers too."""
 
 from numpyro_diffusion.guidance.classifier_free import ClassifierFree
 from numpyro_diffusion.guidance.guided import GUIDANCES, Guided, Outlook

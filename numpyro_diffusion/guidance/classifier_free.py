@@ -1,11 +1,11 @@
-r"""Classifier-free guidance: more of a condition than there is.
+r"""Classifier-free guidance: the effect of a condition, exaggerated.
 
-A conditional denoiser that also answers without its condition is moved along the difference,
+The prediction of a conditional denoiser that also answers without its condition is moved along the difference,
 
 $$\hat x_0(\varnothing) + w \left( \hat x_0(c) - \hat x_0(\varnothing) \right).$$
 
-At $w = 1$ it is the conditional denoiser, at $w = 0$ the unconditional one. Above 1 it sharpens, and is then the
-denoiser of no law: the product $p_t(x_t)\, p_t(c \mid x_t)^w$ at each time is not the noised version of one.
+At $w = 1$ it is the conditional denoiser, at $w = 0$ the unconditional one. Above 1 it sharpens, and then it is not the
+denoiser of any law: the product $p_t(x_t)\, p_t(c \mid x_t)^w$ is not a noised law.
 
 References:
     Ho and Salimans, Classifier-free diffusion guidance, 2022, https://arxiv.org/abs/2207.12598.
@@ -26,8 +26,8 @@ from numpyro_diffusion.denoise.wrapped import Around
 class ClassifierFree(Around):
     r"""Guidance without a likelihood: $\hat x_0(\varnothing) + w \left( \hat x_0(c) - \hat x_0(\varnothing) \right)$.
 
-    At $w = 1$ it is the conditional denoiser, at $w = 0$ the unconditional one. Above 1 it sharpens, and is then the
-    denoiser of no law: the product $p_t(x_t)\, p_t(c \mid x_t)^w$ at each time is not the noised version of one.
+    At $w = 1$ it is the conditional denoiser, at $w = 0$ the unconditional one. Above 1 it sharpens, and then it is not
+    the denoiser of any law; see the module.
 
     Args:
         base: a denoiser trained with conditions and without.

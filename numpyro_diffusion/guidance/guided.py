@@ -6,21 +6,21 @@ $\hat x_0$ and covariance $V$. Were that law Gaussian, the observation would shi
 $$\hat x_0(x_t \mid y) = \hat x_0 + \frac{\sigma_t^2}{\alpha_t} J^\top A^\top
 \left( S_y + A V A^\top \right)^{-1} (y - A \hat x_0), \qquad J = \frac{\partial \hat x_0}{\partial x_t},$$
 
-which is Tweedie's formula with the score of $N(y; A \hat x_0, S_y + A V A^\top)$ added, its covariance held. The
+which is Tweedie's formula with the score of $N(y; A \hat x_0, S_y + A V A^\top)$ added, its covariance held fixed. The
 published methods are choices of $V$:
 
-    dps     0                                    the clean point taken for known
+    dps     0                                    the clean point taken as known
     pigdm   (lambda^2 c^2 / (lambda^2 + c^2)) I  a Gaussian prior of the data's scale c
     tmpd    (sigma^2 / alpha) diag(J 1)          row sums of Tweedie's covariance
     mmps    (sigma^2 / alpha) J                  Tweedie's covariance itself, by conjugate gradients
     flat    lambda^2 I                           a flat prior: the clean point is x_t / alpha, J = I / alpha
 
-The fourth is exact if the prior is Gaussian. None is for other priors, and **nothing here corrects for it**: a guided
-denoiser is a proposal, a twisting function or an approximation, and kernels that use one say which. The last asks the
-network for no derivative; it is how MCGDiff looks ahead.
+"mmps" is exact if the prior is Gaussian. For other priors none is, and **nothing here corrects for it**: a guided
+denoiser is a proposal, a twisting function or an approximation, and kernels that use one say which. "flat" needs no
+derivative of the network; it is how MCGDiff looks ahead.
 
-A nonlinear observation is linearised at $\hat x_0$. A likelihood that is no Gaussian has its gradient there, which is
-the dps form; the other choices need a Gaussian. A guided denoiser is a denoiser: any solver walks it.
+A nonlinear observation is linearised at $\hat x_0$. Of a likelihood that is not Gaussian only the gradient there is
+used, which is the dps form; the other choices need a Gaussian. A guided denoiser is a denoiser: any solver can walk it.
 
 The Gaussian behind the formula has a value too, the log of the *twisting function*
 $\hat p(y \mid x_t) = N(y; A \hat x_0, S_y + A V A^\top)$, which says how well a noisy point will explain the data.
@@ -58,7 +58,7 @@ LinearMap = Callable[[jax.Array], jax.Array]
 
 
 class Outlook(NamedTuple):
-    """What a noisy point says of the clean one and of the data."""
+    """What a noisy point tells about the clean one and about the data."""
 
     x0: jax.Array  # posterior mean under the prior, of `event_shape`
     guided: jax.Array  # posterior mean given the observation too
@@ -66,7 +66,7 @@ class Outlook(NamedTuple):
 
 
 class _View(NamedTuple):
-    """A law of the clean point behind a noisy one: what the formula needs of it."""
+    """A law of the clean point behind a noisy one, as far as the formula needs it."""
 
     prediction: Prediction  # under the prior
     centre: jax.Array  # mean of the law that the observation is predicted with
@@ -90,7 +90,7 @@ class Guided(Around):
         num_iterations: conjugate gradient steps of all but "dps"; as many as `y` has entries make them exact.
 
     Raises:
-        ValueError: if the guidance is unknown, or is not "dps" for a likelihood that is no Gaussian observation.
+        ValueError: if the guidance is unknown, or is not "dps" for a likelihood that is not a Gaussian observation.
 
     Example:
         >>> import jax.numpy as jnp
@@ -204,7 +204,7 @@ class Guided(Around):
         whiten = lambda v: (see(view.spread(unsee(v.reshape(shape) / scale))) / scale).reshape(-1)  # noqa: E731
         matrix = jax.vmap(whiten)(jnp.eye(whitened.size, dtype=whitened.dtype))
         values, vectors = jnp.linalg.eigh(0.5 * (matrix + matrix.T))
-        growth = 1.0 + jnp.maximum(values, 0.0)  # a network's covariance may have negative values; a law's has none
+        growth = 1.0 + jnp.maximum(values, 0.0)  # a network's covariance may have negative eigenvalues
         turned = vectors.T @ whitened
         log_scale = jnp.sum(jnp.log(scale)) + 0.5 * whitened.size * jnp.log(2.0 * jnp.pi)
         log_density = -0.5 * jnp.sum(turned**2 / growth + jnp.log(growth)) - log_scale

@@ -1,8 +1,8 @@
-r"""What is known of a clean point: a Gaussian observation of it, or any likelihood.
+r"""What is known about a clean point: a Gaussian observation of it, or any likelihood.
 
 An `Observation` is $y = h(x) + s \varepsilon$, a `Likelihood` a function of $x$ that can be differentiated. Both hold
-their arrays as leaves, so that new data are no new program. What a denoiser makes of them is the matter of `guided`;
-how they are read from a NumPyro model, of `infer`.
+their arrays as leaves, so that new data do not compile a new program. For what a denoiser makes of them see `guided`,
+for how they are read from a NumPyro model see `infer.model.observation`.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class Observation:
     parameters: Any = None
 
     def mean_of(self, x: jax.Array) -> jax.Array:
-        """What is observed of a clean point without noise."""
+        """What would be observed of a clean point without noise."""
         return self.mean(x, self.parameters)
 
 

@@ -1,7 +1,7 @@
-r"""Reconstruction: what is known of a point put in the place of what is predicted (RePaint's mask).
+r"""Reconstruction: known entries of a point replace their predictions (RePaint's mask).
 
-Walked by a solver, the known entries end where they should and the others see them through $x_t$ alone: an
-approximation, like its model. For the exact posterior give the model a narrow likelihood, or none and `DiffusionPCN`.
+Walked by a solver, the known entries end at their values. The others depend on them only through $x_t$, which is an
+approximation, like RePaint's own. For the exact posterior write the known entries as data with a narrow likelihood.
 
 References:
     Lugmayr et al., RePaint: inpainting using denoising diffusion probabilistic models, 2022,
@@ -21,15 +21,15 @@ from numpyro_diffusion.denoise.wrapped import Around
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Reconstructed(Around):
-    """Entries that are known without noise, put in the place of their predictions (RePaint).
+    """Entries that are known without noise replace their predictions (RePaint).
 
-    Walked by a solver, the known entries end where they should and the others see them through $x_t$ alone: an
-    approximation, like its model.
+    Walked by a solver, the known entries end at their values. The others depend on them only through $x_t$, which is an
+    approximation, like RePaint's own.
 
     Args:
         base: the denoiser of the prior.
         known: which entries are known, truth values of `event_shape`.
-        y: their values, of `event_shape`; what stands at the others does not matter.
+        y: their values, of `event_shape`; those of the other entries do not matter.
     """
 
     base: Denoiser

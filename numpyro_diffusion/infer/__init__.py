@@ -1,4 +1,4 @@
-"""Kernels for `numpyro.infer.MCMC`: diffusion priors inside ordinary models."""
+"""Kernels for `numpyro.infer.MCMC`, and particle samplers: diffusion priors inside ordinary models."""
 
 from numpyro_diffusion.infer.anneal import AnnealedLangevin, GuidedReverse, at_clean_point
 from numpyro_diffusion.infer.combine import Cycle, DiffusionGibbs, Mixture, Vectorize

@@ -4,14 +4,14 @@ $$u = \frac{x - m}{c}, \qquad m = \frac1n \sum_i x_i \;\text{(per feature)}, \qq
 c^2 = \frac1{n d} \sum_{i} \| x_i - m \|^2,$$
 
 so that the data have mean zero in every feature and unit variance over all of them. The scale is one number, not one
-per feature: the noise stays isotropic in the units of the data, and features that hardly vary stay quiet. The
+per feature: the noise stays isotropic in the units of the data, and features that hardly vary stay small. The
 arithmetic is NumPy's, in double precision, so that an offset far larger than the spread costs no digits; mean and scale
 are rounded to the network's precision first, since that is what the denoiser will hold.
 
 Rows stay on the device; each step draws its own from them, with replacement. A stream is any iterable of batches, for
 data larger than memory: each call takes the next ones, standardises them on the host and puts them on the device. Its
-location and scale are those of the batches of the first call. An iterable that can be walked again, such as a data
-loader, is; an iterator is used up, and then training ends. Every batch is checked as rows are.
+location and scale are those of the batches of the first call. An iterable that can be restarted, such as a data loader,
+is restarted; an iterator is used up, and then training ends. Every batch is checked like rows.
 
 For what a step does with a batch see `steps`.
 """
@@ -48,10 +48,10 @@ class Feed(Protocol):
     digest: str
 
     def take(self, count: int) -> tuple[Rows, int]:
-        """Rows for at most `count` steps, and for how many."""
+        """Rows for at most `count` steps, and the number of steps that they are for."""
 
     def skip(self, count: int) -> None:
-        """Leaves out the batches of the first `count` steps, which a run that is resumed has seen."""
+        """Skips the batches of the first `count` steps, which a resumed run has seen."""
 
 
 class Resident:
@@ -80,8 +80,8 @@ class Stream:
 
     Args:
         batches: arrays (batch_size, *event_shape), or pairs of such and conditions (batch_size, *cond_shape).
-        denoiser: the model, whose units are measured unless they are `given`.
-        given: whether the denoiser has its units already.
+        denoiser: the model, whose location and scale are measured unless they are `given`.
+        given: whether the denoiser already has its location and scale.
         batch_size: rows that each batch must have.
         steps_per_call: batches of a full call.
         mesh: devices over whose first axis a batch is shared out.
@@ -113,7 +113,7 @@ class Stream:
         self._rest = itertools.chain(first, self._walk())
 
     def _walk(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Checked batches, from the start again where that is possible."""
+        """Checked batches, again and again if the iterable can be restarted."""
         while True:
             before = self._read
             for batch in self._batches:
@@ -151,11 +151,11 @@ class Stream:
 
 
 class Data(NamedTuple):
-    """What is trained and on what."""
+    """A denoiser and the data that it is trained on."""
 
     denoiser: NetworkDenoiser  # before training, in the units of the data
     source: Feed  # of batches
-    held_out: Rows | None  # standardised points and conditions that are not trained on
+    held_out: Rows | None  # standardised points and conditions that training does not use
 
 
 def open_data(
@@ -172,7 +172,7 @@ def open_data(
     steps_per_call: int,
     mesh: Mesh | None,
 ) -> Data:
-    """Puts a backbone into the units of its data, and decides what is held out; arguments are those of `fit`."""
+    """Makes a denoiser in the units of its data, and splits off held-out rows; arguments are those of `fit`."""
     if is_stream(data):
         if cond is not None:
             raise ValueError("cond must come with the batches of a stream: let data give pairs (batch, cond)")
@@ -197,7 +197,7 @@ def open_data(
 def standardize(
     backbone: nnx.Module | NetworkDenoiser, data: ArrayLike, schedule: Schedule | None, target: str | None
 ) -> tuple[NetworkDenoiser, jax.Array]:
-    """Puts a backbone into the units of the data, and the data into those of the backbone.
+    """Makes a denoiser of a backbone in the units of the data, and standardises the data.
 
     Args:
         backbone: a network, or a denoiser that keeps its own location, scale, schedule and target.
@@ -226,7 +226,7 @@ def standardize(
 def denoiser_of(
     backbone: nnx.Module | NetworkDenoiser, schedule: Schedule | None, target: str | None
 ) -> NetworkDenoiser:
-    """A denoiser as it is, or that of a network."""
+    """The denoiser given, or one made of a network."""
     if not isinstance(backbone, NetworkDenoiser):
         return NetworkDenoiser(backbone, schedule=schedule, target="edm" if target is None else target)
     if schedule is not None or target is not None:
@@ -248,7 +248,7 @@ def apply_units(denoiser: NetworkDenoiser, data: np.ndarray) -> np.ndarray:
 
 
 def check_rows(name: str, data: Any, event_shape: tuple[int, ...]) -> np.ndarray:
-    """Raises unless the rows can be trained on: real, finite and of the right shape."""
+    """Raises unless the rows are real, finite and of the right shape."""
     data = np.asarray(data)
     if not (np.issubdtype(data.dtype, np.floating) or np.issubdtype(data.dtype, np.integer)):
         raise TypeError(f"{name} must be real numbers; got an array of {data.dtype}")
@@ -268,7 +268,7 @@ def check_varies(data: np.ndarray) -> None:
 
 
 def split_rows(key: jax.Array, rows: Rows, fraction: float) -> tuple[Rows, Rows | None]:
-    """Training and held-out rows: at least one of each unless nothing is held out, and no more than are used."""
+    """Training and held-out rows: at least one of each unless nothing is held out, and no more held out than used."""
     num_rows = len(rows[0])
     if fraction == 0.0:
         return rows, None
@@ -279,7 +279,7 @@ def split_rows(key: jax.Array, rows: Rows, fraction: float) -> tuple[Rows, Rows 
 
 
 def is_stream(data: Any) -> bool:
-    """Whether these are batches to be walked: an iterable that is neither an array nor a list of numbers."""
+    """Whether data are a stream of batches: an iterable that is neither an array nor a list of numbers."""
     return isinstance(data, Iterable) and not (hasattr(data, "__array__") or isinstance(data, list | tuple))
 
 

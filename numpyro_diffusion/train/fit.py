@@ -8,14 +8,14 @@ with the parts of an `objective`: a loss $L$, a weighting $w$ and a law of the n
 a cosine decay. The denoiser that comes back holds $m$ and $c$, so that its user stays in the units of the data, and the
 moving average of the weights, frozen.
 
-This file puts the pieces together: batches come from `data`, compiled calls of many steps are in `steps`, what the host
-does between them, and how a run is kept and resumed, in `run`. The same key and the same backbone give the same
-weights, bit for bit.
+This file puts the pieces together: batches come from `data`, compiled calls of many steps from `steps`, and `run` has
+the work of the host between them and keeps and resumes runs. The same key and the same backbone give the same weights,
+bit for bit.
 
 Only `nnx.Param` is trained. Dropout acts in training, with a fresh mask for each example and step, and nowhere else:
-held-out losses and the denoiser that comes back have none. Batch statistics (`nnx.BatchNorm`) are refused, because a
-denoiser is a function of one point and its training loss would then be that of no denoiser. For what a backbone is see
-`nn`, for what its output means `denoise.network`.
+held-out losses and the denoiser that comes back have none. Batch statistics (`nnx.BatchNorm`) are refused: a denoiser
+is a function of one point, and with them the training loss would depend on a whole batch. For backbones see `nn`, for
+the meaning of their output `denoise.network`.
 """
 
 import functools
@@ -45,7 +45,7 @@ from numpyro_diffusion.train.weighting import Weighting
 
 
 class FitResult(NamedTuple):
-    """What training leaves behind."""
+    """The result of training."""
 
     denoiser: NetworkDenoiser  # the averaged weights, frozen, in the units of the data
     losses: np.ndarray  # training loss of every step, (num_steps,)
@@ -100,7 +100,7 @@ def fit(
         schedule: the noising process in standardised units; `VE()` by default.
         target: what the network's output means; "edm" by default.
         loss: function `loss(denoiser, key, x, t, cond)` of one point; `losses.DenoisingScoreMatching()` by default.
-        weighting: what each log-SNR counts; `weighting.EDM()` by default.
+        weighting: how much each log-SNR counts; `weighting.EDM()` by default.
         noise_levels: where levels are drawn; by default the law that belongs to the weighting, `levels.suited_to`.
         num_steps: number of gradient steps.
         batch_size: rows in a minibatch, drawn with replacement.
@@ -109,13 +109,13 @@ def fit(
         ema_decay: decay of the weights' moving average, in [0, 1); 0 keeps the last iterate.
         held_out: rows to measure the held-out loss on, or a pair of rows and conditions, instead of a share of `data`.
         validation_fraction: share of the rows held out, in [0, 1), but at most 1024 rows; 0 holds nothing out.
-        num_evaluations: how often in a run the held-out loss is measured, about.
-        patience: measurements without a smaller held-out loss after which training ends; the average where it was least
-            is then what is kept.
-        steps_per_call: steps of one compiled call, after which the bar moves and Ctrl-C is heard.
-        checkpoint: file that keeps the run, at each measurement, each minute and at the end. If it is there, training
-            goes on from it, and ends with what an uninterrupted run would have given, bit for bit on one machine. A
-            stream must give the same batches again. Of an own loss the name alone is compared.
+        num_evaluations: approximate number of measurements of the held-out loss in a run.
+        patience: measurements without a smaller held-out loss after which training ends; the average at the smallest
+            one is kept.
+        steps_per_call: steps of one compiled call, after which the bar moves and Ctrl-C takes effect.
+        checkpoint: file that keeps the run, written at each measurement, each minute and at the end. If it exists,
+            training goes on from it, and ends with what an uninterrupted run would have given, bit for bit on one
+            machine. A stream must give the same batches again. A loss of your own is compared only by its name.
         mesh: devices over whose first axis each batch is shared out.
         progress_bar: whether to show the running loss.
 
@@ -185,7 +185,7 @@ def fit(
 
 
 def _result(initial: NetworkDenoiser, progress: run.Progress, interrupted: bool) -> FitResult:
-    """What is kept of a run, on one device whatever the mesh was."""
+    """The result of a run, on one device whatever the mesh was."""
     best, levels = jax.tree.map(
         lambda leaf: jax.numpy.asarray(np.asarray(leaf)), (progress.best, progress.state.levels)
     )
@@ -202,7 +202,7 @@ def _configuration(
     ema_decay: float,
     optimizer: optax.GradientTransformation,
 ) -> dict[str, str]:
-    """All that a run depends on, by name, for comparison with one that is resumed."""
+    """Everything that a run depends on, by name, for comparison with one that is resumed."""
     denoiser = opened.denoiser
     params = denoiser.params
     parts = {
@@ -239,7 +239,7 @@ def _default_optimizer(num_steps: int) -> optax.GradientTransformation:
 
 @functools.lru_cache
 def _clipped(optimizer: optax.GradientTransformation, clip_norm: float | None) -> optax.GradientTransformation:
-    """The optimiser behind a bound on the gradient's norm; the same object for the same two."""
+    """The optimiser with a bound on the gradient's norm; the same object for the same arguments."""
     return optimizer if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
 
 

@@ -1,4 +1,4 @@
-r"""Where noise levels are drawn: importance sampling, which changes a loss's variance and never its value.
+r"""Where noise levels are drawn: importance sampling, which changes the variance of a loss but not its mean.
 
 The objective is an integral over the log-SNR in the range of a schedule (`weighting`), and each example of a batch
 estimates it at one level,
@@ -7,27 +7,27 @@ $$2 \mathcal L_w / d = E_{\lambda \sim p} \left[ \frac{w(\lambda)}{p(\lambda)}\,
 \tfrac1d \| \varepsilon - \hat\varepsilon \|^2 \right],$$
 
 with any density $p > 0$ there. A law is given by the inverse of its distribution function and by its log-density, both
-in $\lambda$; the levels of a whole batch are drawn at once, because a batch that spreads them evenly (`LowDiscrepancy`)
-has less variance than independent ones. Levels are those of standardised data, $\lambda = \log \mathrm{SNR} + 2 \log c$
-with $c$ the data's standard deviation: the schedule given here is the one in these units.
+in $\lambda$; the levels of a whole batch are drawn at once, because levels that are spread evenly (`LowDiscrepancy`)
+have less variance than independent ones. Levels are those of standardised data,
+$\lambda = \log \mathrm{SNR} + 2 \log c$ with $c$ the data's standard deviation: schedules here are in these units.
 
 The variance is least with levels in proportion to the size of what they contribute, $p \propto E[g^2 \mid
-\lambda]^{1/2}$, a density that `Adaptive` learns on the way. What varies in training is the gradient,
-$g = w\, \| D \nabla_\theta L \|$, with $D$ one over the root mean square of the batch's gradient in each array of
-weights, as Adam scales it. Its size at a level is seen without forming the gradients: for random signs $v$ in the space
-of the weights $E_v (v^\top D \nabla_\theta L)^2 = \| D \nabla_\theta L \|^2$, a Jacobian-vector product of a batch made
-in every eighth step. The usual proxy, the loss $g = w L$, costs nothing but is poor: most of a denoising loss is what
-no network can remove. docs/concepts/training.md has both against fixed levels.
+\lambda]^{1/2}$, a density that `Adaptive` learns on the way. What varies in training is the gradient, $g = w\, \| D
+\nabla_\theta L \|$, with $D$ one over the root mean square of the batch's gradient in each array of weights, as Adam
+scales it. Its size at a level is estimated without forming the gradients: for random signs $v$ in the space of the
+weights $E_v (v^\top D \nabla_\theta L)^2 = \| D \nabla_\theta L \|^2$, a Jacobian-vector product for a batch in every
+eighth step. The usual proxy, the loss $g = w L$, costs nothing but is poor: most of a denoising loss cannot be removed
+by any network. docs/concepts/training.md compares both with fixed levels.
 
-Sizes are measured against a start, the best law for the loss of standard normal data, $w(\lambda)\,
+Sizes are relative to an initial law, the best one for the loss of standard normal data, $w(\lambda)\,
 \mathrm{sigmoid}(\lambda)$, which for the EDM weighting is the log-normal one. With $r$ their ratio to it,
 
 $$p(\lambda) \propto (1 - \mathrm{floor})\; w\, \mathrm{sigmoid}(\lambda)\; E[r^2 \mid \lambda]^{1/2}
 + \mathrm{floor}\; w\, \mathrm{sigmoid}(\lambda),$$
 
-each part normalised. $E[r^2]$ is an exponential moving average in bins of the log-SNR. The floor keeps every bin fed,
-and no weight $w / p$ is more than 1 / floor times what it is under the start. A batch is drawn from what was known
-before it, so each step's loss is unbiased.
+each part normalised. $E[r^2]$ is an exponential moving average in bins of the log-SNR. With the floor every bin gets
+draws, and no weight $w / p$ is more than 1 / floor times that under the initial law. A batch is drawn from the law
+known before it, so each step's loss is unbiased.
 
 References:
     Kingma et al., Variational diffusion models, 2021, appendix I (low discrepancy), https://arxiv.org/abs/2107.00630.
@@ -63,7 +63,7 @@ def log_snr_range(schedule: Schedule) -> tuple[jax.Array, jax.Array]:
 
 
 def spread_evenly(key: jax.Array, num: int) -> jax.Array:
-    """Uniform numbers, each by itself, that together leave no gap: one offset for all, shape (num,)."""
+    """Numbers, each of them uniform, that together leave no gap: one offset for all, shape (num,)."""
     return (jax.random.uniform(key) + jnp.arange(num) / num) % 1.0
 
 
@@ -99,14 +99,14 @@ class NoiseLaw(abc.ABC):
         return self.quantile(jax.random.uniform(key, (num,)), schedule, state)
 
     def start(self, schedule: Schedule, weighting: Weighting) -> State:
-        """What is known before the first batch."""
+        """The state before the first batch."""
         return ()
 
     def update(self, state: State, log_snr: jax.Array, values: jax.Array, schedule: Schedule) -> State:
-        r"""What is known after one more batch.
+        r"""The state after one more batch.
 
         Args:
-            state: what was known before.
+            state: the state before.
             log_snr: the levels of the batch, shape (batch,).
             values: $w(\lambda)$ times what is followed there, shape (batch,); for a gradient, its product with a random
                 direction.
@@ -130,8 +130,8 @@ def check_noise_law(noise_levels: NoiseLaw) -> NoiseLaw:
 class LogNormal(NoiseLaw):
     r"""Log-normal noise levels, $\log (\sigma_t / (\alpha_t c)) \sim N(\mathrm{mean}, \mathrm{std}^2)$, truncated.
 
-    The law is that of the normal given that the level lies in the schedule's range, which should hold some of its mass.
-    With `weighting.EDM` of the same numbers all examples count alike, but for $1 + e^{-\lambda}$.
+    It is the normal law given that the level lies in the schedule's range, which should have some of its mass.
+    With `weighting.EDM` of the same numbers all examples count alike, up to the factor $1 + e^{-\lambda}$.
 
     Args:
         mean: centre of the log noise level, in units of the data's standard deviation $c$.
@@ -157,9 +157,9 @@ class LogNormal(NoiseLaw):
 
     def quantile(self, u: jax.Array, schedule: Schedule, state: State = ()) -> jax.Array:
         low, high, sign = self._ends(schedule)
-        u = jnp.where(sign > 0.0, u, 1.0 - u)  # in any case from low noise to high
+        u = jnp.where(sign > 0.0, u, 1.0 - u)  # so that it is always from low noise to high
         z = sign * ndtri(ndtr(low) + u * (ndtr(high) - ndtr(low)))
-        return jnp.clip(-2.0 * (self.mean + self.std * z), *log_snr_range(schedule))  # which is rounding only
+        return jnp.clip(-2.0 * (self.mean + self.std * z), *log_snr_range(schedule))  # removes rounding errors
 
     def log_density(self, log_snr: ArrayLike, schedule: Schedule, state: State = ()) -> jax.Array:
         low, high, _ = self._ends(schedule)
@@ -214,7 +214,7 @@ class Uniform(NoiseLaw):
 class LowDiscrepancy(NoiseLaw):
     r"""Another law, with the levels of a batch spread evenly over it: quantiles of $(u + i / B) \bmod 1$ for one $u$.
 
-    Each level alone has the law given; together they leave no gaps.
+    Each level by itself has the given law; together they leave no gaps.
 
     Args:
         law: the law to spread over; uniform times are those of Kingma et al.
@@ -256,9 +256,9 @@ def suited_to(weighting: Weighting) -> NoiseLaw:
 
 
 class AdaptiveState(NamedTuple):
-    """What has been seen so far."""
+    """What `Adaptive` has learned so far."""
 
-    log_scale: jax.Array  # log of the start's density at the bins' centres, but for a constant, (num_bins,)
+    log_scale: jax.Array  # log of the initial density at the bins' centres, up to a constant, (num_bins,)
     moments: jax.Array  # moving average of the squared ratio to it, from zero, (num_bins,)
     weights: jax.Array  # moving average of one, in the bins that were seen, from zero, (num_bins,)
 
@@ -272,7 +272,7 @@ class Adaptive(NoiseLaw):
         num_bins: number of bins.
         follows: whether the size of the "gradient" or of the "loss" is followed.
         decay: of the moving average, for each example that falls into a bin, in (0, 1).
-        floor: share of the draws that keeps the law of the start, in (0, 1].
+        floor: share of the draws from the initial law, in (0, 1].
 
     Raises:
         ValueError: if a number is out of its range or `follows` unknown.
@@ -310,7 +310,7 @@ class Adaptive(NoiseLaw):
         overall = jnp.sum(start * state.moments) / jnp.maximum(jnp.sum(start * state.weights), tiny)
         learned = start * jnp.sqrt(
             state.moments + (1.0 - state.weights) * overall + tiny
-        )  # what is unseen is as the rest
+        )  # bins that were not seen are like the others
         return (1.0 - self.floor) * learned / jnp.sum(learned) + self.floor * start
 
     def start(self, schedule: Schedule, weighting: Weighting) -> AdaptiveState:
@@ -323,7 +323,7 @@ class Adaptive(NoiseLaw):
     def quantile(self, u: jax.Array, schedule: Schedule, state: AdaptiveState = ()) -> jax.Array:
         masses, (low, high) = self.masses(state), log_snr_range(schedule)
         upper = jnp.cumsum(masses)
-        u = u * upper[-1]  # which is one, but for rounding
+        u = u * upper[-1]  # one, up to rounding
         k = jnp.clip(jnp.searchsorted(upper, u, side="right"), 0, self.num_bins - 1)
         place = k + jnp.clip((u - upper[k] + masses[k]) / masses[k], 0.0, 1.0)
         return low + (high - low) * place / self.num_bins

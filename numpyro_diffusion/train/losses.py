@@ -8,27 +8,28 @@ $$\text{denoising:} \quad \tfrac1d \| \hat\varepsilon(x_t) - \varepsilon \|^2, \
 \text{sliced:} \quad 1 + \tfrac{\sigma_t^2}{d} \left( (z^\top s)^2 + 2\, z^\top \nabla s\, z \right)$$
 
 for random $z$ with $E[z z^\top] = I$. By Stein's identity all three have the same mean, whatever the model, and so the
-same minimiser, the score of $p_t$. They differ in what they need: the first the clean point, the others none, so that
-they also train at a noise level of the data's own; and in their variance and cost: the implicit one takes $d$
-Jacobian-vector products, or as many as there are probes.
+same minimiser, the score of $p_t$. The first needs the clean point; the others do not, so they can also be used when
+the data themselves have noise. They also differ in variance and cost: the implicit one takes $d$ Jacobian-vector
+products, or as many as there are probes.
 
-The second-order loss also matches the Jacobian, of which a small error of the score says nothing, and on which the
-density of the probability flow depends. By Tweedie's second formula $I + \sigma_t^2 \nabla s$ is the covariance of
-$\varepsilon$ given $x_t$, so with the residual $\ell = \varepsilon - \hat\varepsilon$, held constant, and probes $z$,
+The second-order loss also matches the Jacobian, which may be wrong even if the error of the score is small, and on
+which the density of the probability flow depends. By Tweedie's second formula $I + \sigma_t^2 \nabla s$ is the
+covariance of $\varepsilon$ given $x_t$, so with the residual $\ell = \varepsilon - \hat\varepsilon$, held constant, and
+probes $z$,
 
 $$\tfrac1d \left\| (I + \sigma_t^2 \nabla s)\, z - \ell\, (\ell^\top z) \right\|^2 .$$
 
-What denoising score matching regresses on is noisy itself, by the spread of the clean point given $x_t$. Which of $K$
+The target of denoising score matching is noisy itself, by the spread of the clean point given $x_t$. Which of $K$
 examples was noised to $x_t$? Row $j$ with a probability $p_j$ proportional to $N(x_t; \alpha_t x_j, \sigma_t^2 I)$, so
-that by Rao and Blackwell
+that, by Rao and Blackwell,
 
 $$\text{stable target:} \quad \tfrac1d \frac{\alpha_t^2}{\sigma_t^2} \Big\| \hat x_0(x_t) - \sum_j p_j x_j \Big\|^2 ,
 \qquad p_j = \frac{N(x_t; \alpha_t x_j, \sigma_t^2 I)}{\sum_k N(x_t; \alpha_t x_k, \sigma_t^2 I)}$$
 
 has the mean gradient of the denoising loss, whatever $K$, and less variance.
 
-For the level that a loss is taken at see `levels`, for what it counts there `weighting`. A loss is a function
-`loss(denoiser, key, x, t, cond)` of one point; any other of this signature can be given to `fit`.
+For the levels at which a loss is taken see `levels`, for its weight there `weighting`. A loss is a function
+`loss(denoiser, key, x, t, cond)` of one point; `fit` takes any function of this signature.
 
 References:
     Vincent, A connection between score matching and denoising autoencoders, 2011,
@@ -95,9 +96,9 @@ class DenoisingScoreMatching:
 
 @dataclass(frozen=True, eq=False)
 class StableTargetField:
-    r"""Denoising score matching on the mean of what may have been noised, $\| \hat x_0 - \sum_j p_j x_j \|^2$ as above.
+    r"""Denoising score matching on the mean of the possible clean points, $\| \hat x_0 - \sum_j p_j x_j \|^2$ as above.
 
-    For few dimensions: in many, one row has all the probability and the target is that of denoising score matching.
+    For few dimensions: in many, one row has all the probability, and the target is that of denoising score matching.
 
     Args:
         rows: examples of the law that is trained on, (rows, *event_shape), in the units that the loss is taken in. In
@@ -106,8 +107,8 @@ class StableTargetField:
         num_others: how many of them are drawn, with replacement, to be pooled with each point; $K - 1$.
 
     Raises:
-        ValueError: if `num_others` is below one, or, when called, for a conditional denoiser: examples under other
-            conditions say nothing of this one.
+        ValueError: if `num_others` is below one, or, when called, with a condition: examples under other conditions do
+            not belong to the same law.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -216,8 +217,8 @@ class SecondOrderScoreMatching:
     r"""Denoising score matching, of the score and of its Jacobian along Rademacher probes.
 
     $\| \hat\varepsilon - \varepsilon \|^2 / d + \mathrm{strength}\, \| (I + \sigma_t^2 \nabla s) z - \ell\,
-    (\ell^\top z) \|^2 / d$ with $\ell = \varepsilon - \hat\varepsilon$ held constant. Where the score is off, the
-    second target is off by the square of it.
+    (\ell^\top z) \|^2 / d$ with $\ell = \varepsilon - \hat\varepsilon$ held constant. An error of the score enters the
+    second target by its square.
 
     Args:
         strength: of the second-order term, positive.
@@ -274,5 +275,5 @@ def _mean_square(values: jax.Array) -> jax.Array:
 
 
 def _held(cond: ArrayLike | None) -> tuple[ArrayLike, ...]:
-    """The arguments that a condition makes: none for an unconditional denoiser, which takes none."""
+    """A condition as further arguments of a denoiser: none for an unconditional one."""
     return () if cond is None else (cond,)

@@ -1,16 +1,16 @@
-r"""What a step of training minimises: a loss, where it is taken, and what it counts there.
+r"""What a step of training minimises: a loss, the levels at which it is taken, and its weight there.
 
-A batch of rows draws its levels together, $\lambda_b \sim p$, and is worth
+The levels of a batch of rows are drawn together, $\lambda_b \sim p$, and its loss is
 
 $$\frac1B \sum_b \frac{w(\lambda_b)}{p(\lambda_b)}\, L(\theta; x_b, t(\lambda_b)), \qquad
 E = \int w(\lambda)\, E\, L(\theta; x, t(\lambda))\, \mathrm{d}\lambda = 2 \mathcal L_w / d,$$
 
-with $L$ of `losses`, $w$ of `weighting` and $p$ of `levels`: three choices that have nothing to do with each other.
+with $L$ of `losses`, $w$ of `weighting` and $p$ of `levels`: three independent choices.
 With the defaults, the EDM weighting at log-normal levels, $w / p = 1 + e^{-\lambda}$, and data that are an isotropic
 Gaussian have the loss one in any units.
 
-A model with a condition $y$ learns its unconditional sibling on the way if the condition is withheld from some rows,
-which is what classifier-free guidance needs.
+If the condition is withheld from some rows, a conditional model learns the unconditional one too, which classifier-free
+guidance needs.
 
 References:
     Ho and Salimans, Classifier-free diffusion guidance, 2022, https://arxiv.org/abs/2207.12598.
@@ -40,7 +40,7 @@ class Objective:
 
     Args:
         loss: function `loss(denoiser, key, x, t, cond)` of one point.
-        weighting: what each log-SNR counts.
+        weighting: how much each log-SNR counts.
         noise_levels: where levels are drawn; None for the law that belongs to the weighting, `levels.suited_to`.
         cond_dropout: probability that a row's condition is withheld.
 
@@ -65,7 +65,7 @@ class Objective:
             raise ValueError(f"cond_dropout must lie in [0, 1); got {self.cond_dropout}")
 
     def start(self, denoiser: Denoiser) -> State:
-        """What the law of the levels knows before the first batch."""
+        """The state of the law of the levels before the first batch."""
         return self.noise_levels.start(_standardised(denoiser), self.weighting)
 
     def __call__(
@@ -108,18 +108,18 @@ class Objective:
         state: State,
         gradient: nnx.State,
     ) -> State:
-        """What the law of the levels knows after the gradients of a batch, seen along one random direction.
+        """The state of the law of the levels after the gradients of a batch, along one random direction.
 
-        In each array of weights the direction is long where its gradient is short, as are the steps of Adam and its
-        kin: what counts is how much an array's gradient varies for its own size.
+        In each array of weights the direction is scaled by one over the size of its gradient, as are the steps of Adam
+        and similar optimisers: what counts is how much an array's gradient varies relative to its size.
 
         Args:
             denoiser: the denoiser whose weights are trained, unfrozen.
             key: random key, for levels, noises, withheld conditions and the direction.
             x: clean points, shape (batch, *event_shape).
             cond: their conditions, (batch, *cond_shape), or None.
-            state: what the law knew.
-            gradient: of the loss of a batch, whose arrays' root mean squares are the unit.
+            state: the state before.
+            gradient: of the loss of a batch; the root mean square of each array is its unit.
 
         Returns:
             The new state.
@@ -157,7 +157,7 @@ class Objective:
     def held_out(self) -> "Objective":
         """The same loss and weighting with all conditions present, at levels drawn as if the data were Gaussian.
 
-        So they are the same whatever law the training uses and has learned.
+        So held-out losses compare whatever law the training uses and has learned.
         """
         return Objective(self.loss, self.weighting, Adaptive(floor=1.0))
 
@@ -185,7 +185,7 @@ def denoising_loss(
         key: random key, for the level and the noise.
         x: clean point of the denoiser's event shape, in the units of the data.
         noise_levels: law of the noise level; by default the one that belongs to the weighting.
-        weighting: what each log-SNR counts; `EDM()` by default.
+        weighting: how much each log-SNR counts; `EDM()` by default.
         cond: what a conditional denoiser is conditioned on.
 
     Returns:
@@ -204,5 +204,5 @@ def denoising_loss(
 
 
 def _standardised(denoiser: Denoiser) -> Scaled:
-    """The schedule in units of the data's standard deviation, in which levels and weights are told."""
+    """The schedule in units of the data's standard deviation, those of levels and weights."""
     return Scaled(denoiser.schedule, 1.0 / denoiser.scale)

@@ -1,12 +1,12 @@
-r"""A run on the host, between compiled calls: it watches, measures, stops, and is kept on disk.
+r"""A run on the host, between compiled calls: measuring the loss, stopping, keeping the run on disk.
 
-Training is in calls of `steps_per_call` steps (`steps`). After each the host looks at the losses, and about
-`num_evaluations` times in a run at the held-out loss: always under the same noises, it falls while the fit generalises
-and rises once it memorises. With patience, training ends when it has not fallen for that many evaluations, and the
-average where it was least is kept. Ctrl-C ends training at the last finished call.
+Training is in calls of `steps_per_call` steps (`steps`). After each the host checks the losses, and about
+`num_evaluations` times in a run it measures the held-out loss, always under the same noises: it falls while the fit
+generalises and rises once it memorises. With patience, training ends when it has not fallen for that many evaluations,
+and the average at the smallest one is kept. Ctrl-C ends training at the last finished call.
 
-On disk a run is its `Progress` and its configuration: arrays under the paths that they have in the tree, and a table of
-names and values with which the run that goes on is compared. Each step draws from `fold_in(key, step)`, so that
+On disk a run is its `Progress` and its configuration: arrays under their paths in the tree, and a table of names and
+values with which a resumed run is compared. Each step draws from `fold_in(key, step)`, so that
 
 $$\text{state}_{k} \;\to\; \text{file} \;\to\; \text{state}_{k} \;\to\; \text{state}_n$$
 
@@ -37,12 +37,12 @@ _KEY = "numpyro_diffusion_training"
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to train and what to look at.
+    """How long to train, and how often to measure.
 
     Args:
         num_steps: gradient steps.
         steps_per_call: steps of one compiled call.
-        num_evaluations: held-out losses in a run, about.
+        num_evaluations: approximate number of held-out losses in a run.
         patience: evaluations without a smaller held-out loss after which training ends; None for never.
         progress_bar: whether to show the running loss.
 
@@ -70,10 +70,10 @@ class Plan:
 
 
 class Progress(NamedTuple):
-    """Where a run is: all that is needed to go on."""
+    """The state of a run: all that is needed to continue it."""
 
     state: TrainState  # what changes from step to step
-    best: nnx.State  # the average at the least held-out loss, or the latest one
+    best: nnx.State  # the average at the smallest held-out loss, or the latest one
     losses: np.ndarray  # training loss of every step, (steps,)
     held_out_steps: np.ndarray  # steps made before each held-out loss, (evaluations,)
     held_out_losses: np.ndarray  # held-out losses, (evaluations,)
@@ -84,7 +84,7 @@ class Progress(NamedTuple):
         return len(self.losses)
 
     def rounds_without_progress(self) -> int:
-        """Evaluations since the least held-out loss."""
+        """Evaluations since the smallest held-out loss."""
         return len(self.held_out_losses) - 1 - int(np.argmin(self.held_out_losses)) if len(self.held_out_losses) else 0
 
 
@@ -103,9 +103,9 @@ def train(
     """Trains to the end of a plan, or of the data, or of patience, or to Ctrl-C.
 
     Args:
-        plan: how long, and what to look at.
-        progress: where to go on.
-        advance: makes at most so many steps; returns the new state, the losses, and how many steps it made.
+        plan: how long, and how often to measure.
+        progress: where to continue.
+        advance: makes at most the given number of steps; returns the new state, the losses, and the number made.
         evaluate: the held-out loss, or None without held-out data.
         save: keeps a run on disk, or None.
 
@@ -113,7 +113,7 @@ def train(
         Where the run ended, and whether by Ctrl-C.
 
     Raises:
-        FloatingPointError: if a loss or a weight is not finite; what is on disk is from before.
+        FloatingPointError: if a loss or a weight is not finite; the file on disk is then from before.
     """
     interrupted, saved_at = False, time.monotonic()
     with tqdm(total=plan.num_steps, disable=not plan.progress_bar, desc="fit") as bar:
@@ -173,7 +173,7 @@ def _describe(progress: Progress, made: int) -> str:
 
 
 def _check_weights(progress: Progress) -> None:
-    """Raises `FloatingPointError` unless all weights are finite: the last step of a call may spoil them unseen."""
+    """Raises `FloatingPointError` unless all weights are finite: the last step of a call may spoil them."""
     for path, leaf in nnx.to_flat_state(progress.state.params):
         count = int((~np.isfinite(np.asarray(leaf[...]))).sum())
         if count:
@@ -187,7 +187,7 @@ def save(path: str | os.PathLike, progress: Progress, configuration: dict[str, s
     Args:
         path: file to write, in a folder that exists.
         progress: the run.
-        configuration: what the run is of, by name.
+        configuration: what the run depends on, by name.
     """
     arrays = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in _named(progress).items()}
     _files.write(path, _KEY, {"configuration": configuration}, arrays)
@@ -199,14 +199,14 @@ def load(path: str | os.PathLike, template: Progress, configuration: dict[str, s
     Args:
         path: file to read.
         template: a run of the same structure, such as one before its first step.
-        configuration: what the run must be of.
+        configuration: what the run must have been started with.
 
     Returns:
         The run.
 
     Raises:
-        ValueError: if the file is damaged, not a run's, or a run's with another configuration; the message says what
-            differs.
+        ValueError: if the file is damaged, not that of a run, or that of a run with another configuration; the message
+            says what differs.
     """
     try:
         description, arrays = _files.read(path, _KEY)
@@ -234,17 +234,17 @@ def _check_configuration(saved: dict[str, str], now: dict[str, str]) -> None:
 
 
 def fingerprint(function: Callable, *args: Any) -> str:
-    """A hash of the program that a function of arrays is, constants such as a learning rate included."""
+    """A hash of the program of a function of arrays, including constants such as a learning rate."""
     return fingerprint_of_text(str(jax.make_jaxpr(function)(*args)))
 
 
 def fingerprint_of_text(text: str) -> str:
-    """A hash of a text without the addresses in it, which change from process to process."""
+    """A hash of a text, leaving out memory addresses, which change from process to process."""
     return hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", text).encode()).hexdigest()[:16]
 
 
 def name_of(value: Any) -> str:
-    """A setting in words: the representation of a dataclass, the name of a function."""
+    """A setting as text: the representation of a dataclass, the name of a function."""
     if hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     return value if isinstance(value, str) else repr(value)
@@ -261,7 +261,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _as_was(value: np.ndarray, like: Any) -> Any:
-    """A stored array as the kind that it was: on the host, a random key, or on the device."""
+    """A stored array as what it was: an array on the host, a random key, or an array on the device."""
     if isinstance(like, np.ndarray):
         return value
     return (

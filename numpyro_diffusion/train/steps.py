@@ -6,16 +6,16 @@ $$\theta_{n+1} = \theta_n + \mathrm{optimiser}\!\left( \nabla_\theta \tfrac1B \s
 \bar\theta_{n+1} = \beta_n \bar\theta_n + (1 - \beta_n)\, \theta_{n+1}, \qquad
 \beta_n = \min\!\left( \beta, \frac{1 + n}{10 + n} \right).$$
 
-The moving average is what is kept: the last iterate of a stochastic optimiser jitters around the solution, an average
-over its recent past does not. It starts at the initial weights, which are worth nothing. With a constant $\beta$ they
-would keep the share $\beta^n$; with the growing $\beta_n$ it falls like $n^{-9}$, and the average always spans about
-the last tenth of the run until $\beta$ takes over. So short runs need no other setting than long ones.
+The result is the moving average: the last iterate of a stochastic optimiser jitters around the solution, an average
+over its recent past does not. It starts at the initial weights, which are useless. With a constant $\beta$ their share
+would be $\beta^n$; with the growing $\beta_n$ it falls like $n^{-9}$, and the average always spans about the last tenth
+of the run until $\beta$ takes over. So short runs need the same setting as long ones.
 
-Since the key of a step depends on its number alone, how steps are grouped into calls changes nothing. The number of
+Since the key of a step depends only on its number, it does not matter how steps are grouped into calls. The number of
 steps of a call is not compiled in, so that a shorter last call costs nothing. Data are an argument and stay on the
 device; the optimiser and the sizes are static: a second run of the same shapes compiles nothing. On several devices the
-rows of a batch are shared out, and everything else is on all of them (`mesh`). Nothing here touches the host: see `run`
-for that, and `data` for where batches come from.
+rows of a batch are divided, and everything else is on all of them (`mesh`). For the work of the host see `run`, for
+batches `data`.
 
 References:
     Polyak and Juditsky, Acceleration of stochastic approximation by averaging, 1992,
@@ -38,8 +38,8 @@ from numpyro_diffusion.denoise import NetworkDenoiser
 from numpyro_diffusion.train.levels import State
 from numpyro_diffusion.train.objective import Objective
 
-STEPS_PER_GRADIENT_SEEN = 8  # between looks at its size by adaptive noise levels, each worth half a step
-HELD_OUT_NOISES = 1024  # least noised points in a held-out loss; fewer rows are used again, under different noises
+STEPS_PER_GRADIENT_SEEN = 8  # between measurements of its size for adaptive noise levels, each the cost of half a step
+HELD_OUT_NOISES = 1024  # least number of noised points in a held-out loss; fewer rows are repeated with other noises
 
 Rows = tuple[jax.Array, jax.Array | None]  # points and their conditions
 Tree = TypeVar("Tree")
@@ -141,7 +141,7 @@ def held_out_loss(
 ) -> jax.Array:
     """The mean loss on held-out rows, under levels and noises that depend on the key alone.
 
-    Random layers do not act. With `Objective.held_out` held-out losses of one loss and weighting compare.
+    Random layers do not act. With `Objective.held_out`, held-out losses of the same loss and weighting can be compared.
 
     Args:
         denoiser: the denoiser, in the units of the rows.

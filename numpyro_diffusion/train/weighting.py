@@ -1,4 +1,4 @@
-r"""What a training objective values: weights on the log-SNR, so that objectives can be compared.
+r"""Weights on the log-SNR: what a training objective emphasises, in a form in which objectives can be compared.
 
 Whatever a network predicts and wherever its noise levels are drawn from, its expected squared error is
 
@@ -25,7 +25,7 @@ of the named loss, so that $2 \mathcal L_w / d$ *is* that loss per dimension. Th
 with data of standard deviation $c$, $\sigma$ counts in units of $c$.
 
 If $w$ never increases with $\lambda$ it is `monotonic`, and $\mathcal L_w$ is, up to a constant, the variational bound
-averaged over data with Gaussian noise added: a likelihood. Where the levels are drawn changes nothing of this; that is
+averaged over data with Gaussian noise added: a likelihood. This does not depend on where the levels are drawn, which is
 importance sampling (`levels`).
 
 References:

@@ -1,4 +1,4 @@
-"""Kernels whose every draw walks down the noise levels."""
+"""Kernels that walk down all noise levels for each draw."""
 
 from numpyro_diffusion.infer.anneal.annealed import AnnealedLangevin
 from numpyro_diffusion.infer.anneal.guided_reverse import GuidedReverse

@@ -4,23 +4,23 @@ At each level of a decreasing ladder, $K$ steps
 
 $$x_t \leftarrow x_t + h_t\, s_t(x_t) + \sqrt{2 h_t}\, \xi, \qquad h_t = c\, \sigma_t^2,$$
 
-by the guided score $s_t$ (`noisy`); then on to the next level from where the last one ended, and at the bottom the
+by the guided score $s_t$ (`posterior`); the next level starts where this one ended, and at the bottom the draw is the
 posterior mean. Song and Ermon's rule is $c = \epsilon / \sigma_L^2$ with their $\epsilon$ (the `"sigma"` rule,
 $h_t = \epsilon\, \sigma_t^2 / \sigma_L^2$ at levels $\sigma_1 > \dots > \sigma_L$), that of the signal-to-noise ratio
 $r$ is $c = 2 r^2$ (`"snr"`).
 
-**What is approximate.** Everything but the coordinates, and the test below mends one of three:
+**What is approximate.** There are three errors, and the Metropolis test below removes the first:
 
 1. The step. On a Gaussian of precision $\kappa$ a level's law has the variance $1 / (\kappa (1 - h \kappa / 2))$
    instead of $1 / \kappa$, and beyond $h \kappa = 2$ the walk explodes.
 2. The walk is short. Per step a level forgets a share $h \kappa$ of where it started; with $h \propto \sigma_t^2$ the
-   last levels hardly move what is wider than they are, and a draw has the law of some level above the last.
-3. The guidance is a formula, see `noisy`. With `at_clean_point`, $\kappa$ is up to $1 / \sigma_t^2$ plus that of the
-   likelihood through the denoiser: precise data need a small $c$.
+   last levels hardly move directions that are wider than they are, and a draw has the law of some level above the last.
+3. The guidance is a formula, see `posterior`. With `at_clean_point`, $\kappa$ is up to $1 / \sigma_t^2$ plus that of
+   the likelihood through the denoiser: precise data need a small $c$.
 
 On a Gaussian prior with a linear likelihood all three have a closed form: mean and variance follow an affine recursion,
-and the tests hold the kernel to it. `metropolis` accepts or rejects each step (MALA, with the density of the reverse
-move), which leaves the target of each level, $p_t(x_t)\, e^{G}$, invariant and removes the first error.
+and the tests compare the kernel with it. `metropolis` accepts or rejects each step (MALA, with the density of the
+reverse move), which leaves the target of each level, $p_t(x_t)\, e^{G}$, invariant and removes the first error.
 
 Draws are independent, unless `restart_level` lets a draw begin at the last one, noised to that level.
 
@@ -66,8 +66,8 @@ class AnnealedLangevinState(NamedTuple):
         level_step_size: the step h at each level, of the first site.
         level_score_norm: mean norm of the guided score at each level.
         num_score_evals: denoiser evaluations of the last draw, per point.
-        diverging: whether a step or the draw was not finite, and was not taken, or a step was driven by far more than
-            its noise.
+        diverging: whether a step or the draw was not finite, and was not taken, or the score moved a step by far more
+            than its noise.
         rng_key: random key.
     """
 
@@ -93,17 +93,18 @@ class AnnealedLangevin(AnnealedKernel):
         levels: noise levels $\sigma_t / \alpha_t$, strictly decreasing, in the units of the data, in place of these.
         steps_per_level: Langevin steps at each level.
         step_rule: "snr" or "sigma", see the module.
-        step_size: $r$ of the signal-to-noise rule (Song et al. take 0.16 for images, where it leaves a walk of a few
-            steps too short here), or $\epsilon$ in squared units of the noisy point.
+        step_size: $r$ of the signal-to-noise rule (Song et al. take 0.16 for images, with which a walk of a few steps
+            is too short here), or $\epsilon$ in squared units of the noisy point.
         restart_level: noise level to which the last draw is noised to begin the next; None begins from noise.
-        guidance: what stands for the likelihood of noisy points, see `noisy`, or one of `guidance.GUIDANCES` such as
-            "mmps", for one site with Gaussian data; None takes the likelihood at the predicted clean point.
+        guidance: what stands for the likelihood of noisy points, see `infer.at_clean_point`, or one of
+            `guidance.GUIDANCES` such as "mmps", for one site with Gaussian data; None takes the likelihood at the
+            predicted clean point.
         metropolis: whether to test each step. Needs priors with a density at every level.
 
     Raises:
         ValueError: for a number out of its range, an unknown rule, a ladder that does not decrease; when run, for a
-            ladder or a restart outside of the schedule, a model without a latent `DiffusionPrior` site or with other
-            latent sites, or a test without a density.
+            ladder or a restart level outside of the schedule, a model without a latent `DiffusionPrior` site or with
+            other latent sites, or a test without a density.
         TypeError: for a model or a guidance that is not callable.
 
     Example:
@@ -124,7 +125,7 @@ class AnnealedLangevin(AnnealedKernel):
     status = Status(
         "score",
         False,
-        "biased by the step, by walks too short for their level, and by the guidance; a test mends the first",
+        "biased by the step, by walks too short for their level, and by the guidance; a test removes the first",
     )
 
     def __init__(
@@ -156,8 +157,8 @@ class AnnealedLangevin(AnnealedKernel):
                 )
         if metropolis and isinstance(guidance, str):
             raise ValueError(
-                f"metropolis=True needs a guidance with a value at every level; the moment {guidance!r} has a score "
-                "only. Give a function, as infer.at_clean_point is, or metropolis=False"
+                f"metropolis=True needs a guidance with a value at every level; {guidance!r} has a score "
+                "only. Give a function such as infer.at_clean_point, or metropolis=False"
             )
         self._num_levels = num_levels if levels is None else len(self._levels)
         self._steps_per_level = steps_per_level
@@ -170,7 +171,7 @@ class AnnealedLangevin(AnnealedKernel):
 
     def _check_model(self, reading: Reading) -> None:
         super()._check_model(reading)
-        concrete = self._levels is not None or self._restart_level is not None  # ladders are held against schedules
+        concrete = self._levels is not None or self._restart_level is not None  # to be compared with the schedules
         sites = reading.sites() if concrete else reading.sites_in_the_abstract()
         for name, site in sites.items():
             if self._levels is not None:

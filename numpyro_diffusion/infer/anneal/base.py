@@ -1,4 +1,4 @@
-"""What the kernels here share: every draw is a walk from noise to data, guided by the rest of the model.
+"""The base of the kernels here: every draw is a walk from noise to data, guided by the rest of the model.
 
 They move all diffusion sites of a model at once, keep no likelihood between draws, and need the likelihood's gradient.
 `annealed` and `guided_reverse` say how they walk.

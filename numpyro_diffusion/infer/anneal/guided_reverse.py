@@ -1,16 +1,16 @@
-r"""Predictor and corrector as a kernel: every draw is a reverse process given the data, settled at each level.
+r"""Predictor and corrector as a kernel: every draw is a reverse process given the data, corrected at each level.
 
 Any solver moves the noisy point from one level to the next by the guided denoiser, $\hat x_0 + (\sigma_t^2 / \alpha_t)
-\nabla G$ (`noisy`); then a few Langevin steps by the guided score, of the size $h = 2 r^2 \sigma_t^2$, pull it towards
-the noisy posterior of the level reached. Draws are independent.
+\nabla G$ (`posterior`); then a few Langevin steps by the guided score, of the size $h = 2 r^2 \sigma_t^2$, pull it
+towards the noisy posterior of the level reached. Draws are independent.
 
 **What is approximate.** Without data, the solver and the Langevin step: the law is the prior's up to their orders. With
-data, the guidance too. A guidance that is not $\log E[L(x) \mid x_t]$ gives each level a target that is not the noised
-posterior; the predictor carries the law of one to the next as if it were, and the corrector forgets part of the error.
-On a Gaussian with a linear likelihood and a linear predictor, mean and variance follow an affine recursion, and the
-tests hold the kernel to it.
+data, also the guidance. Unless it is $\log E[L(x) \mid x_t]$, the target of each level is not the noised posterior. The
+predictor moves from level to level as if it were, and the corrector removes part of the error. On a Gaussian with a
+linear likelihood and a linear predictor, mean and variance follow an affine recursion, and the tests compare the kernel
+with it.
 
-With several sites, a solver of more than one evaluation a step sees the other sites where the step began.
+With several sites, a solver with more than one evaluation a step takes the other sites as they were when it began.
 
 References:
     Song et al., Score-based generative modeling through stochastic differential equations, 2021, algorithm 1 and
@@ -54,21 +54,22 @@ class GuidedReverseState(NamedTuple):
 class GuidedReverse(AnnealedKernel):
     r"""Draws all diffusion sites of a model by a guided reverse process with Langevin corrections.
 
-    `solve.PredictorCorrector` is the solver of a denoiser, this is the kernel of a model. Needs the score of the priors
-    and the gradient of the likelihood; see the module for what is approximate.
+    This is a kernel for a model; for a denoiser there is the solver `solve.PredictorCorrector`. Needs the score of the
+    priors and the gradient of the likelihood; see the module for what is approximate.
 
     Args:
         model: NumPyro model whose latent sites are all diffusion sites; `DiffusionGibbs` takes the others.
         predictor: any solver of `solve`; None takes each prior's own `sampler`.
         num_corrections: Langevin steps at each level reached; 0 for a guided solver alone.
         snr: their size, the ratio $r$ of `solve.langevin.snr_step_size`.
-        guidance: what stands for the likelihood of noisy points, see `noisy`, or one of `guidance.GUIDANCES` such as
-            "mmps", for one site with Gaussian data; None takes the likelihood at the predicted clean point.
+        guidance: what stands for the likelihood of noisy points, see `infer.at_clean_point`, or one of
+            `guidance.GUIDANCES` such as "mmps", for one site with Gaussian data; None takes the likelihood at the
+            predicted clean point.
 
     Raises:
         ValueError: for a number out of its range; when run, for a model without a latent `DiffusionPrior` site, with
             other latent sites, or with priors of different samplers.
-        TypeError: for a model or a guidance that is not callable, or a predictor that is no solver.
+        TypeError: for a model or a guidance that is not callable, or a predictor that is not a solver.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist

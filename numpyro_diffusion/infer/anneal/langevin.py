@@ -23,7 +23,7 @@ from numpyro_diffusion.infer.anneal.posterior import NoisyPosterior, Point, lang
 from numpyro_diffusion.infer.kernel.choose import keep_finite, metropolis
 
 _MOST_DRIFT = 1000.0
-"""Times its noise that a step may be driven by its score before it counts as diverging."""
+"""A step counts as diverging if its score moves it by more than this many times its noise."""
 
 
 class LevelStatistics(NamedTuple):
@@ -36,7 +36,7 @@ class LevelStatistics(NamedTuple):
 def unadjusted(
     keys: jax.Array, posterior: NoisyPosterior, x_t: Point, t: Mapping[str, ArrayLike], step_size: Mapping
 ) -> tuple[Point, LevelStatistics, jax.Array]:
-    """One Langevin step a key, each of them taken unless it is not finite.
+    """One Langevin step for each key, taken unless it is not finite.
 
     Args:
         keys: random keys, one a step.
@@ -63,7 +63,7 @@ def unadjusted(
 def adjusted(
     keys: jax.Array, posterior: NoisyPosterior, x_t: Point, t: Mapping[str, ArrayLike], step_size: Mapping
 ) -> tuple[Point, LevelStatistics, jax.Array]:
-    """One Langevin step with a Metropolis test a key; as `unadjusted`, for priors with a density at this level."""
+    """One tested Langevin step for each key; otherwise as `unadjusted`, for priors with a density at this level."""
     evaluate = jax.value_and_grad(lambda x_t: posterior.log_density(x_t, t))
 
     def step(carry: tuple, key: jax.Array) -> tuple:

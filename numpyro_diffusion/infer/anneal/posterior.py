@@ -1,18 +1,18 @@
-r"""The posterior seen through noise: its score at every level, which no one knows exactly, and a place for guesses.
+r"""The posterior under noise: its score at every level is not known exactly, and guidance approximates it.
 
-At time $t$ the noised posterior is $p_t(x_t)\, E[L(x) \mid x_t]$, with $L$ the rest of the model. The first factor's
-score is the denoiser's. The second is an average over clean points that a denoiser does not give; a *guidance* is a
-formula for its logarithm in terms of what the denoiser does give,
+At time $t$ the noised posterior is $p_t(x_t)\, E[L(x) \mid x_t]$, with $L$ the rest of the model. The score of the
+first factor is the denoiser's. The second factor is an average over clean points, which a denoiser does not give; a
+*guidance* is a formula for its logarithm in terms of the denoiser's prediction,
 
 $$\nabla \log p_t(x_t) + \nabla_{x_t} G(\hat x_0(x_t), \dots), \qquad G \approx \log E[L(x) \mid x_t].$$
 
-`at_clean_point`, $G = \log L(\hat x_0)$, takes the clean point for known (DPS). It is right in the limit of no noise
-and too sure of itself above: its curvature, $J^\top \nabla^2 \log L\, J$ with $J = \partial \hat x_0 / \partial x_t$,
-can exceed by far that of the law it stands for, and with it what a Langevin step can bear. Where the model's data are a
-Gaussian observation, the moments of `guidance.Guided` are better founded; a name such as "mmps" asks for one of them.
+`at_clean_point`, $G = \log L(\hat x_0)$, takes the clean point as known (DPS). It is right in the limit of no noise
+and overconfident above: its curvature, $J^\top \nabla^2 \log L\, J$ with $J = \partial \hat x_0 / \partial x_t$, can
+far exceed the right one, and make a Langevin step unstable. If the model's data are a Gaussian observation, the other
+choices of `guidance.Guided` are better founded; a name such as "mmps" selects one of them.
 
-All sites, and all points in plates, are one joint point; each site keeps its own schedule and has its own time of a
-common rung. Coordinates are the denoisers' own, where a transform's Jacobian does not enter. `annealed` and
+All sites, and all points in plates, are one joint point; each site keeps its own schedule, and has its own time for a
+common level. Coordinates are the denoisers' own, where a transform's Jacobian does not enter. `annealed` and
 `guided_reverse` walk down these levels.
 
 References:
@@ -61,7 +61,7 @@ class NoisyPosterior:
     guidance: Guidance
 
     def predictions(self, x_t: Point, t: Mapping[str, ArrayLike]) -> dict[str, Prediction]:
-        """What the priors alone say of the clean points."""
+        """The predictions of the clean points by the priors alone."""
         return {name: _predict(site, x_t[name], t[name]) for name, site in self.sites.items()}
 
     def noisy_log_likelihood(self, x_t: Point, t: Mapping[str, ArrayLike]) -> tuple[jax.Array, dict[str, Prediction]]:
@@ -96,7 +96,7 @@ class NoisyPosterior:
         }
 
     def from_noise(self, key: jax.Array, t: Mapping[str, ArrayLike]) -> Point:
-        r"""Draws the start of a walk from above, $N(\alpha_t m, \alpha_t^2 s^2 + \sigma_t^2)$."""
+        r"""Draws the start of a walk at a high level, $N(\alpha_t m, \alpha_t^2 s^2 + \sigma_t^2)$."""
         keys = jax.random.split(key, len(self.sites))
         return {name: _terminal(k, site, t[name]) for k, (name, site) in zip(keys, self.sites.items(), strict=True)}
 
@@ -107,7 +107,7 @@ class NoisyPosterior:
 
 @dataclass(frozen=True)
 class MomentPosterior(NoisyPosterior):
-    """The posterior of a single site at noise, with the score of `guidance.Guided`, which is no gradient.
+    """The posterior of a single site at noise, with the score of `guidance.Guided`, which is not a gradient.
 
     Args:
         denoiser: the guided denoiser of all points of the site.
@@ -164,7 +164,7 @@ def langevin_steps(key: jax.Array, x_t: Point, score: Point, step_size: Mapping[
 class GuidedSite:
     """A diffusion site given the data, as a denoiser: all points of its plates at once, the other sites where they are.
 
-    For solvers, which move one point of one schedule. With a single site it is the guided denoiser of the whole model.
+    It is for solvers, which move one point of one schedule. With a single site it is the guided denoiser of the model.
 
     Args:
         posterior: the noisy posterior.

@@ -4,18 +4,18 @@ If $K_1 \dots K_m$ all leave the posterior $\pi$ invariant, so do
 
 $$K_1 K_2 \cdots K_m \quad (\texttt{Cycle}), \qquad \sum_j p_j K_j \quad (\texttt{Mixture}),$$
 
-and a mixture is ergodic as soon as one of its kernels is. So a kernel that jumps between modes and one that is quick
-within a mode make one that is both, where each alone would fail or be slow.
+and a mixture is ergodic as soon as one of its kernels is. So a kernel that jumps between modes and one that is fast
+within a mode together do both, where each alone would fail or be slow.
 
-Each kernel adapts by its own rule in warm-up. That of a mixture draws no index: it deals its moves out in the
-proportions $p_j$, so that each kernel knows how many it will get, and none adapts any longer.
+Each kernel adapts by its own rule in warm-up. There a mixture draws no index: it deals out the moves in the proportions
+$p_j$, so that each kernel knows how many it will get, and none adapts after warm-up.
 
 **What a mixture costs.** Under `chain_method="vectorized"`, "sequential" and "parallel", only the kernel that moves:
-chains that run together share the index (`base.shared`), so the choice stays a branch of the program. `jax.vmap` has
-chains that know nothing of each other: each draws its own index, a branch on it becomes a selection, and **every kernel
-runs in every draw**. Take "vectorized" for mixtures of dear kernels, and `Vectorize` to have it for any kernel.
+chains that run together share the index (`kernel.contract.shared`), so the choice stays a branch of the program. Under
+`jax.vmap` each chain draws its own index, a branch on it becomes a selection, and **every kernel runs in every draw**.
+Take "vectorized" for mixtures of expensive kernels, and `Vectorize` to have it for any kernel.
 
-A kernel on a part of the sites belongs in `numpyro.infer.Gibbs`, in which these two can be blocks.
+For kernels on different sites use `numpyro.infer.Gibbs`, in which these two can be blocks.
 
 References:
     Tierney, Markov chains for exploring posterior distributions, 1994, https://doi.org/10.1214/aos/1176325750.
@@ -39,8 +39,8 @@ class Cycle(Composed):
     r"""Every kernel in turn, all of them in every draw: $K_1 K_2 \cdots K_m$.
 
     Args:
-        kernels: kernels on the same model object and the same sites, or, if `model` is given, what makes them from it.
-        model: NumPyro model for kernels that are yet to be made.
+        kernels: kernels on the same model object and the same sites; or classes or factories, if `model` is given.
+        model: NumPyro model for classes and factories.
 
     Raises:
         ValueError: if there is no kernel, if models differ, or a kernel cannot be handed a point; when run, if they
@@ -49,7 +49,7 @@ class Cycle(Composed):
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
-        >>> from numpyro.infer import MCMC, NUTS
+        >>> from numpyro.infer import MCMC
         >>> from numpyro_diffusion.denoise import Gaussian
         >>> from numpyro_diffusion.distributions import DiffusionPrior
         >>> from numpyro_diffusion.infer import MALA, Cycle, DiffusionPCN
@@ -88,16 +88,16 @@ class Cycle(Composed):
 
 
 class Mixture(Composed):
-    r"""One kernel a draw, at random: $\sum_j p_j K_j$.
+    r"""One kernel for each draw, at random: $\sum_j p_j K_j$.
 
     Args:
-        kernels: kernels on the same model object and the same sites, or, if `model` is given, what makes them from it.
-        probabilities: the $p_j$, one for each kernel, positive, of sum 1; None for all the same.
-        model: NumPyro model for kernels that are yet to be made.
+        kernels: kernels on the same model object and the same sites; or classes or factories, if `model` is given.
+        probabilities: the $p_j$, one for each kernel, positive, of sum 1; None for equal ones.
+        model: NumPyro model for classes and factories.
 
     Raises:
         ValueError: if there is no kernel, if models differ, a kernel cannot be handed a point, or the probabilities
-            are not probabilities; when run, if the kernels move different sites, or as the kernels do.
+            are not positive or do not sum to 1; when run, if the kernels move different sites, or as the kernels do.
         TypeError: if something is neither a kernel nor makes one.
 
     Example:

@@ -1,11 +1,12 @@
 r"""What `Cycle` and `Mixture` have in common: kernels that hand a point to each other.
 
-Kernels meet in NumPyro's unconstrained coordinates. A composed kernel keeps the point and every kernel's own state, and
-a move is: give the kernel the point, have it evaluate anew what it caches there if another has moved since, let it
-move, take the point back. Whose caches are up to date is one number in the state (`fresh`), so nothing is evaluated for
-a kernel that does not move, and a composite kernel outside, NumPyro's `Gibbs` for one, makes them all old for free.
+Kernels share a point in NumPyro's unconstrained coordinates. A composed kernel keeps the point and every kernel's own
+state. To make a move it gives the kernel the point, has it evaluate its caches anew if another has moved since, lets it
+move, and takes the point back. One number in the state (`fresh`) says whose caches are up to date, so nothing is
+evaluated for a kernel that does not move, and an outer composite kernel, such as NumPyro's `Gibbs`, marks them all as
+old at no cost.
 
-That works for kernels whose state is where they say: HMC and NUTS, and those of this library that declare
+That works for kernels that keep their point in the sample field: HMC and NUTS, and those of this library that declare
 `takes_point`. A kernel that keeps its point elsewhere, in blocks (`Gibbs`) or as noise (`NoiseSpace`), would not notice
 that it was moved, and is refused.
 """
@@ -20,6 +21,7 @@ from numpyro.infer.hmc import HMC
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel, shared
+from numpyro_diffusion.infer.kernel.inner import bind
 from numpyro_diffusion.infer.kernel.start import is_block, start
 from numpyro_diffusion.infer.model.checks import check_fixed
 from numpyro_diffusion.infer.model.density import Status
@@ -38,7 +40,7 @@ class ComposedState(NamedTuple):
         z: current point, by site, in NumPyro's unconstrained coordinates.
         kernel_states: each kernel's own state, where it moved last; `kernel_states.0.step_size` and the like are
             fields to collect.
-        fresh: index of the kernel whose caches belong to the current point, -1 for none.
+        fresh: index of the kernel whose caches are those of the current point, -1 for none.
         kernel_index: index of the kernel that moved last.
         accept_prob: its acceptance probability, NaN if it has none; in a cycle one for each kernel, (num_kernels,).
         num_score_evals: its denoiser evaluations, per point, as far as it counts them; in a cycle, of all kernels.
@@ -61,8 +63,8 @@ class Composed(DiffusionKernel):
     """Base of `Cycle` and `Mixture`: builds and checks the kernels, starts them at one point, lets one of them move.
 
     Args:
-        kernels: kernels on the same model object and the same sites, or, if `model` is given, what makes them from it.
-        model: NumPyro model for kernels that are yet to be made.
+        kernels: kernels on the same model object and the same sites; or classes or factories, if `model` is given.
+        model: NumPyro model for classes and factories.
 
     Raises:
         ValueError: if there is no kernel, if models differ, or a kernel cannot be handed a point.
@@ -91,7 +93,7 @@ class Composed(DiffusionKernel):
 
     @property
     def status(self) -> Status:
-        """Exact if all kernels are, for the laws that they name."""
+        """Exact if all kernels are, for the laws in their statements."""
         parts = [(type(kernel).__name__, status_of(kernel)) for kernel in self._given]
         provides = ", ".join(dict.fromkeys(part.provides for _, part in parts))
         statement = "; ".join(dict.fromkeys(f"{name} {part.statement}" for name, part in parts))
@@ -125,7 +127,7 @@ class Composed(DiffusionKernel):
         def start_all(key: jax.Array, init_params: dict | None) -> Any:
             return self._start_kernels(self._kernels, key, init_params, reading)
 
-        jax.eval_shape(start_all, key, init_params)
+        bind(start_all, self._kernels, key, init_params)
 
     def _unbound(self) -> tuple[MCMCKernel, ...]:
         """Copies of the kernels that have bound nothing, which read the model through this kernel's record."""
@@ -150,7 +152,7 @@ class Composed(DiffusionKernel):
             if states and set(here) != set(z):
                 raise ValueError(
                     f"the kernels of {type(self).__name__} must move the same sites; {type(kernel).__name__} moves "
-                    f"{sorted(here)}, those before it {sorted(z)}. Give kernels on parts of the sites a block each of "
+                    f"{sorted(here)}, those before it {sorted(z)}. For kernels on different sites use "
                     "numpyro.infer.Gibbs"
                 )
             z = here if z is None or not states else z
@@ -206,7 +208,7 @@ class Composed(DiffusionKernel):
         return kernel
 
     def get_diagnostics_str(self, state: ComposedState) -> str:
-        """Those of all kernels."""
+        """The diagnostics of all kernels."""
         parts = zip(self._kernels, state.kernel_states, strict=True)
         return " | ".join(kernel.get_diagnostics_str(kernel_state) for kernel, kernel_state in parts)
 
@@ -219,7 +221,7 @@ def _built(kernel: Any, model: Model | None, name: str) -> MCMCKernel:
     if not isinstance(kernel, MCMCKernel):
         if not callable(kernel) or model is None:
             raise TypeError(
-                f"{name} takes kernels, or model= and what makes kernels from it; got {kernel!r}"
+                f"{name} takes kernels, or model= and classes or factories of kernels; got {kernel!r}"
                 f"{'' if model is not None else ' and no model'}"
             )
         kernel = kernel(model)
@@ -228,8 +230,8 @@ def _built(kernel: Any, model: Model | None, name: str) -> MCMCKernel:
         raise TypeError(f"what {name} is given must make an MCMCKernel from a model; got {kind}")
     if not getattr(kernel, "takes_point", isinstance(kernel, HMC)):
         raise ValueError(
-            f"{kind} cannot be handed a point by {name}: it keeps its own elsewhere than in its state's "
-            f"{kernel.sample_field!r}, or does not refresh. Nest the other way round, {name} as its x_kernel, its "
+            f"{kind} cannot be handed a point by {name}: it does not keep its point in its state's "
+            f"{kernel.sample_field!r}, or does not refresh. Nest the other way round, with {name} as its x_kernel, its "
             "inner kernel or its block, or take DiffusionPCN, MALA, Independence, HMC or NUTS"
         )
     if getattr(kernel, "model", None) is None:
@@ -238,7 +240,7 @@ def _built(kernel: Any, model: Model | None, name: str) -> MCMCKernel:
 
 
 def status_of(kernel: MCMCKernel) -> Status:
-    """What a kernel says of itself, or what is known of NumPyro's HMC and NUTS."""
+    """The status of a kernel, also of NumPyro's HMC and NUTS."""
     if isinstance(kernel, HMC):
         return Status("density", True, "leaves the model's own law invariant")
     return getattr(kernel, "status", None) or Status("unknown", False, "does not say what law it leaves invariant")

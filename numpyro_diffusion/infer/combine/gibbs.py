@@ -1,9 +1,9 @@
 r"""Diffusion sites by one kernel, every other latent site by another, in turn.
 
-NumPyro's own `Gibbs` does the sweeping, refreshing and conditioning. What this adds is the split: the diffusion sites
-are found, and where their priors do not depend on the other sites the block of the others runs on the model without
-them, since $p(\theta \mid x, y) \propto p(\theta)\, p(y \mid x, \theta)$ does not contain $p(x)$: no probability flow
-is solved to move a noise level.
+NumPyro's own `Gibbs` does the sweeping, refreshing and conditioning. This kernel adds the split: it finds the diffusion
+sites. If their priors do not depend on the other sites, the block of the others runs on the model without these priors,
+since $p(\theta \mid x, y) \propto p(\theta)\, p(y \mid x, \theta)$ does not contain $p(x)$: no probability flow is
+solved to move a noise level.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffusion.infer.combine.composed import status_of
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
-from numpyro_diffusion.infer.kernel.inner import KernelLike, bind, build
+from numpyro_diffusion.infer.kernel.inner import KernelLike, bind, bound, build
 from numpyro_diffusion.infer.kernel.start import start
 from numpyro_diffusion.infer.model.checks import check_continuous, check_fixed, check_has_prior
 from numpyro_diffusion.infer.model.density import Status
@@ -57,7 +57,7 @@ class DiffusionGibbs(DiffusionKernel):
         x_kernel: the kernel of the diffusion sites: a class such as `DiffusionPCN` or `NoiseSpace`, a
             `functools.partial` of one, or a kernel, which is moved to this model. NumPyro's own kernels are given the
             model with its priors' densities.
-        rest_kernel: the kernel of the other sites, in the same ways; one that can be a block of NumPyro's `Gibbs`.
+        rest_kernel: the kernel of the other sites, given in the same ways; it must be usable as a block of `Gibbs`.
 
     Raises:
         ValueError: when run, for a model without diffusion sites or with nothing else to sample, or for a kernel in
@@ -104,11 +104,11 @@ class DiffusionGibbs(DiffusionKernel):
         check_fixed("DiffusionGibbs", structure)
         check_continuous("DiffusionGibbs", structure)
         if not structure.others:
-            raise ValueError("the model has no latent sites besides its diffusion sites; use its x_kernel alone")
+            raise ValueError("the model has no latent sites besides its diffusion sites; use the x_kernel alone")
         if structure.dependent and isinstance(self._x_kernel, NoiseSpace):
             raise ValueError(
-                f"the priors of {structure.dependent} depend on other latent sites: moving those would move x behind "
-                "its noise. Use NoiseSpace(model) on all sites, or x_kernel=DiffusionPCN"
+                f"the priors of {structure.dependent} depend on other latent sites: moving those would move x, while "
+                "the x-kernel keeps its noise. Use NoiseSpace(model) on all sites, or x_kernel=DiffusionPCN"
             )
 
     def _blocks(self, reading: Reading) -> Gibbs:
@@ -122,7 +122,11 @@ class DiffusionGibbs(DiffusionKernel):
     def _bind(self, key: jax.Array, init_params: dict | None, reading: Reading) -> None:
         self._gibbs = self._blocks(reading)
         params = None if init_params is None else self._params_of_blocks(self._gibbs, init_params, reading)
-        bind(self._gibbs, key, self._num_warmup, params, reading.args, reading.kwargs)
+
+        def start_blocks(key: jax.Array, params: dict | None) -> Any:
+            return bound(self._gibbs, key, self._num_warmup, params, reading.args, reading.kwargs)
+
+        bind(start_blocks, [self._gibbs], key, params)
 
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> DiffusionGibbsState:
         gibbs = self._blocks(reading)
@@ -172,7 +176,7 @@ class DiffusionGibbs(DiffusionKernel):
     def refresh(self, state: DiffusionGibbsState, model_args: tuple, model_kwargs: dict | None) -> DiffusionGibbsState:
         """Refreshes both blocks, each given the other.
 
-        NumPyro's `Gibbs` refreshes a block when another of its blocks has moved; what moves outside it does not see.
+        NumPyro's `Gibbs` refreshes a block when another of its blocks has moved, but does not see moves outside of it.
         """
         kwargs = {} if model_kwargs is None else model_kwargs
         blocks, gibbs_state = self._gibbs.blocks, state.gibbs_state
@@ -197,5 +201,5 @@ class DiffusionGibbs(DiffusionKernel):
         return self._gibbs.postprocess_fn(model_args, model_kwargs)
 
     def get_diagnostics_str(self, state: DiffusionGibbsState) -> str:
-        """Those of both blocks."""
+        """The diagnostics of both blocks."""
         return self._gibbs.get_diagnostics_str(state.gibbs_state)

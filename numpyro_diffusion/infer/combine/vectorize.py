@@ -1,12 +1,12 @@
-r"""Any kernel for one chain, run as many chains at once.
+r"""A kernel for one chain, run on many chains at once.
 
-NumPyro's `chain_method="vectorized"` hands a kernel all chains in one batch, and a kernel that was written for one
-chain (`Gibbs`, `BarkerMH`) refuses it, while HMC and NUTS fail on a second run with new data. This coat gives a kernel
-one chain at a time, under `jax.vmap`. Each chain is as it would be alone.
+NumPyro's `chain_method="vectorized"` hands a kernel all chains in one batch. A kernel that was written for one chain
+(`Gibbs`, `BarkerMH`) refuses it, while HMC and NUTS fail on a second run with new data. This wrapper gives a kernel one
+chain at a time, under `jax.vmap`. Each chain runs as it would alone.
 
-Kernels that bind the model's arguments when they start, and can therefore not `refresh`, are started again wherever
-the program of a step is built, and the result is thrown away: what is bound are then the arguments of that program,
-new data under `jit_model_args=True` included, and the compiler removes the start.
+Kernels that bind the model's arguments when they start, and therefore cannot `refresh`, are started again wherever the
+program of a step is built, and the result is thrown away. They are then bound to the arguments of that program,
+including new data under `jit_model_args=True`, and the compiler removes the start.
 """
 
 import copy
@@ -18,7 +18,7 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffusion.infer.combine.composed import status_of
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
-from numpyro_diffusion.infer.kernel.inner import bind
+from numpyro_diffusion.infer.kernel.inner import bind, bound
 from numpyro_diffusion.infer.model.density import Status
 from numpyro_diffusion.infer.model.record import Reading
 
@@ -32,8 +32,8 @@ class Vectorize(DiffusionKernel):
         kernel: a kernel on a NumPyro model.
 
     Raises:
-        TypeError: if `kernel` is no kernel.
-        ValueError: if it is an ensemble of chains by itself, or was built on a potential function.
+        TypeError: if `kernel` is not a kernel.
+        ValueError: if it moves an ensemble of chains itself, or was built on a potential function.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -91,7 +91,11 @@ class Vectorize(DiffusionKernel):
             self._kernel._check_start(state)
 
     def _bind(self, key: jax.Array, init_params: Any, reading: Reading) -> None:
-        bind(self._kernel, key, self._num_warmup, init_params, reading.args, reading.kwargs)
+
+        def start_kernel(key: jax.Array, init_params: Any) -> Any:
+            return bound(self._kernel, key, self._num_warmup, init_params, reading.args, reading.kwargs)
+
+        bind(start_kernel, [self._kernel], key, init_params)
 
     def _start(self, key: jax.Array, init_params: Any, reading: Reading) -> Any:
         kernel = copy.copy(self._kernel) if self._binds_arguments else self._kernel.wrap_model(lambda model: model)

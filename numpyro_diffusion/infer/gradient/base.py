@@ -1,9 +1,8 @@
-r"""What the kernels on a model's joint posterior have in common: a target, a start, and the way back to the model.
+r"""The base of the kernels on a model's joint posterior: a target, a start, and the way back to the model.
 
 A kernel here moves all latent sites of a model at once, in NumPyro's unconstrained coordinates, by the gradient of a
-`Target`. Which answers it takes from the diffusion priors is its `provider`. It starts at a draw of the diffusion
-priors, reports sites on their supports, and can be a block of NumPyro's `Gibbs`. `langevin`, `hmc` and
-`diffusive_gibbs` say how to move.
+`Target`. Its `provider` answers for the diffusion priors. It starts at a draw of these priors, reports sites on their
+supports, and can be a block of NumPyro's `Gibbs`. `langevin`, `hmc` and `diffusive_gibbs` say how to move.
 """
 
 from typing import NamedTuple
@@ -31,7 +30,7 @@ class GradientKernel(DiffusionKernel):
         init_strategy: where chains start, as in NumPyro; None draws diffusion sites from their priors.
 
     Raises:
-        TypeError: if `model` is not callable or `provider` is no provider.
+        TypeError: if `model` is not callable or `provider` is not a provider.
     """
 
     takes_point = True
@@ -99,6 +98,6 @@ def flatten(z: dict[str, jax.Array]) -> jax.Array:
 
 
 def require_test(provider: Provider, kernel: str) -> None:
-    """Raises if a provider has nothing to test a move with."""
+    """Raises unless a provider can test a move."""
     if type(provider) is Score:
         raise ValueError(f"{kernel} tests its moves; Score() has nothing to test with. Use Density() or LineIntegral()")

@@ -5,25 +5,24 @@ For the joint law of a point $q$ of the posterior $\pi$ and a noised $x_t = \alp
 $$x_t \mid q \sim N(\alpha q, \sigma^2 C), \qquad q \mid x_t \propto \pi(q)\, N(x_t; \alpha q, \sigma^2 C),$$
 
 where $C$ is the preconditioner, the identity by default. Noise that is as wide as the gap between two modes takes
-$x_t$ to where both may have come from. The second draw is made by Metropolis moves that leave it invariant:
+$x_t$ to where either may have produced it. The second draw is made by Metropolis moves that leave its law invariant:
 
 1. A *restart* $q' = x_t / \alpha + (\sigma / \alpha)\, C^{1/2} \epsilon'$, wherever $q$ is. As a function of $q'$ its
-   density is $N(x_t; \alpha q', \sigma^2 C)$ up to a constant, so this factor cancels in the test, and what is left is
+   density is $N(x_t; \alpha q', \sigma^2 C)$ up to a constant, so this factor cancels in the test, which leaves
 
 $$a = \min\left(1, \frac{\pi(q')}{\pi(q)}\right).$$
 
 2. MALA steps on the conditional, whose gradient is
    $\nabla \log \pi(q) - C^{-1} (q - x_t / \alpha)\, (\alpha / \sigma)^2$.
 
-Both use true values, so $\pi$ is left invariant at any step size. $\alpha$ and $\sigma$ enter by the noise level
-$\rho = \sigma / \alpha$ alone; the paper's $\alpha$, with $\sigma^2 = 1 - \alpha^2$, is
-$\rho = \sqrt{1 - \alpha^2} / \alpha$. Several levels, from high to low, are gone through within a draw. The step of a
-level starts at $h = h_1\, \rho^2 / (1 + \rho^2)$, where the fraction is the variance of the conditional if that of
-$\pi$ is one.
+Both use true values, so $\pi$ is left invariant at any step size. Only the noise level $\rho = \sigma / \alpha$
+matters; the paper's $\alpha$, with $\sigma^2 = 1 - \alpha^2$, is $\rho = \sqrt{1 - \alpha^2} / \alpha$. A draw goes
+through several levels, from high to low. The step of a level starts at $h = h_1\, \rho^2 / (1 + \rho^2)$, where the
+fraction is the variance of the conditional if that of $\pi$ is one.
 
-Modes are reached by accepted restarts, which aim at a mode's width out of a reach of $\rho$: their share falls
-exponentially with the dimension. Watch `level_restart_prob`; where it is next to nothing, this is MALA at a higher
-price.
+Modes are reached by accepted restarts. A restart must hit the width of a mode within a region of size $\rho$, so the
+accepted share falls exponentially with the dimension. Watch `level_restart_prob`; where it is nearly zero, this is an
+expensive MALA.
 
 References:
     Chen, Zhang, Paige, Hernandez-Lobato, Barber, Diffusive Gibbs sampling, 2024, https://arxiv.org/abs/2402.03008.
@@ -100,7 +99,7 @@ class DiffusiveGibbs(GradientKernel):
         init_strategy: where chains start, as in NumPyro; None draws diffusion sites from their priors.
 
     Raises:
-        TypeError: if `model` is not callable or `provider` no provider.
+        TypeError: if `model` is not callable or `provider` is not a provider.
         ValueError: if a number is out of its range, the levels do not decrease, or the provider has no density; when
             run, for a model without latent sites, with discrete ones, or that cannot be differentiated, or a prior
             without a density.
@@ -219,7 +218,7 @@ class DiffusiveGibbs(GradientKernel):
     def _visit(
         self, target: Target, root: Root, point: tuple, key: jax.Array, level: jax.Array, step_size: jax.Array
     ) -> tuple:
-        """Noises a point to a level and denoises it; returns it, and acceptances and a divergence."""
+        """Noises a point to a level and denoises it; returns the new point, acceptances and whether one diverged."""
         q, here = point
         key_noise, key_restart, key_accept, key_steps = jax.random.split(key, 4)
         centre = q + level * root.push(jax.random.normal(key_noise, q.shape, q.dtype))  # x_t / alpha

@@ -1,27 +1,27 @@
-r"""Hamiltonian Monte Carlo guided by the score, with the test that the provider allows.
+r"""Hamiltonian Monte Carlo by the score, with the test that the provider allows.
 
 In the coordinates $w$ of the preconditioner ($q = A^\top w$) a trajectory of leapfrog steps
 
 $$p \leftarrow p + \tfrac{\epsilon}{2} A \nabla \log \pi(q), \qquad q \leftarrow q + \epsilon A^\top p, \qquad
 p \leftarrow p + \tfrac{\epsilon}{2} A \nabla \log \pi(q)$$
 
-keeps volumes and can be walked back, whatever vector field stands for the gradient. So with momentum $p \sim N(0, I)$
-the test
+preserves volume and is reversible, whatever vector field takes the place of the gradient. So with momentum
+$p \sim N(0, I)$ the test
 
 $$a = \min\left(1, \frac{\pi(q')}{\pi(q)}\, e^{\frac12 \|p\|^2 - \frac12 \|p'\|^2}\right)$$
 
 leaves $\pi(q) N(p; 0, I)$ invariant if its ratio is that of a density, even if the score is not its gradient. With a
 `LineIntegral` the ratio is the work of the score along the straight segment.
 
-Before each trajectory the momentum is refreshed, in part or whole, $p \leftarrow \sqrt{1 - r}\, p + \sqrt{r}\, \xi$,
-and where a trajectory is rejected the old momentum is turned round: with partial refreshment the chain would otherwise
-not be invariant.
+Before each trajectory the momentum is refreshed, in part or whole, $p \leftarrow \sqrt{1 - r}\, p + \sqrt{r}\, \xi$.
+Where a trajectory is rejected, the old momentum is reversed: without that, a chain with partial refreshment would not
+leave the law invariant.
 
-The step is drawn anew for every trajectory, within a fifth of `step_size`: trajectories of one length come back near
-their start for some scale of the posterior or other, and a chain of them hardly moves there.
+The step is drawn anew for every trajectory, within a fifth of `step_size`: trajectories of a fixed length return to
+near their start for some scale of the posterior, and a chain of them hardly moves there.
 
-NumPyro's own `HMC` and `NUTS` serve where there is a density (`with_density`). This kernel is for scores that are
-no gradients, and for persistent momentum.
+Where there is a density, NumPyro's own `HMC` and `NUTS` can be used (`with_density`). This kernel is for scores that
+are not gradients, and for persistent momentum.
 
 References:
     Horowitz, A generalized guided Monte Carlo algorithm, 1991, https://doi.org/10.1016/0370-2693(91)90812-5.
@@ -45,7 +45,7 @@ from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.model.target import Evaluation, Target
 
 _JITTER = 0.2
-"""Share by which the step of a trajectory varies."""
+"""Relative range of the step of a trajectory, either way."""
 
 
 class ScoreHMCState(NamedTuple):
@@ -62,7 +62,7 @@ class ScoreHMCState(NamedTuple):
         mean_accept_prob: its mean over the phase (warm-up or sampling) so far.
         step_size: centre of the next trajectory's step.
         circulation: work of the score around the triangle of the trajectory's ends and its start moved by the momentum,
-            in nats, if the provider is a `LineIntegral`; NaN if it is not.
+            in nats, if the provider is a `LineIntegral`; otherwise NaN.
         num_score_evals: denoiser evaluations of the last step, per point.
         diverging: whether the end's log-density or gradient was not finite; it was rejected.
         rng_key: random key.
@@ -105,14 +105,14 @@ def leapfrog(
 
 
 class ScoreHMC(GradientKernel):
-    """Leapfrog by the score, tested by a density or by the score's line integral, with persistent momentum or without.
+    """Leapfrog by the score, tested by a density or by the score's line integral, with or without persistent momentum.
 
     Args:
         model: NumPyro model.
         num_steps: leapfrog steps of a trajectory.
         momentum_refresh: share of the momentum that is drawn anew before a trajectory, in (0, 1]; 1 draws all of it.
-        provider: what answers for diffusion sites: `Density()`, or `LineIntegral()`, approximate, for a prior with a
-            score alone.
+        provider: what answers for diffusion sites: `Density()`, or `LineIntegral()`, which is approximate, for a prior
+            with only a score.
         step_size: where the step starts, in units of the preconditioner's root; None for D^(-1/3).
         target_accept_prob: acceptance to which the step adapts in warm-up, in (0, 1); None keeps `step_size`.
         adapt_mass_matrix: whether warm-up estimates a preconditioner; the identity if not.
@@ -120,10 +120,9 @@ class ScoreHMC(GradientKernel):
         init_strategy: where chains start, as in NumPyro; None draws diffusion sites from their priors.
 
     Raises:
-        TypeError: if `model` is not callable or `provider` no provider.
-        ValueError: if a number is out of its range or the provider is `Score`; when run, for a
-            model without latent sites, with discrete ones, or that cannot be differentiated, or a prior without the
-            density that is asked of it.
+        TypeError: if `model` is not callable or `provider` is not a provider.
+        ValueError: if a number is out of its range or the provider is `Score`; when run, for a model without latent
+            sites, with discrete ones, or that cannot be differentiated, or a prior without the density that is needed.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist

@@ -4,18 +4,17 @@ Both propose
 
 $$q' = q + h\, C\, \nabla \log \pi(q) + \sqrt{2 h}\, C^{1/2} \xi, \qquad \xi \sim N(0, I),$$
 
-with a preconditioner $C$. `ULA` takes every proposal: it needs no density, and its law is off by the order of $h$. On
+with a preconditioner $C$. `ULA` takes every proposal: it needs no density, and its law has an error of order $h$. On
 a Gaussian of covariance $C$ its variance is exactly $1 / (1 - h / 2)$ times the true one. `MALA` accepts with
 
 $$a = \min\left(1, \frac{\pi(q')\, k(q \mid q')}{\pi(q)\, k(q' \mid q)}\right), \qquad
 k(q' \mid q) = N\!\left(q';\; q + h\, C(q) \nabla \log \pi(q),\; 2 h\, C(q)\right),$$
 
-where the reverse density is that of the reverse move: from the new point's gradient and, where $C$ depends on the
-point, the new point's $C$. Each chain has its own test. Its best acceptance in many dimensions is 0.574, to which dual
-averaging steers $h$.
+where the density of the reverse move has the new point's gradient and, where $C$ depends on the point, the new point's
+$C$. Each chain has its own test. In many dimensions the best acceptance is 0.574, to which dual averaging steers $h$.
 
-`Tweedie(level)` makes the prior's own posterior covariance $\mathrm{Cov}[x \mid x_t]$ at a noise level the
-preconditioner: what directions are wide near this point at this scale.
+With `Tweedie(level)` the preconditioner is the prior's own posterior covariance $\mathrm{Cov}[x \mid x_t]$ at a noise
+level, which tells what directions are wide near this point at this scale.
 
 References:
     Roberts and Tweedie, Exponential convergence of Langevin distributions and their discrete approximations, 1996,
@@ -84,7 +83,7 @@ class MALAState(NamedTuple):
         mean_accept_prob: its mean over the phase (warm-up or sampling) so far.
         step_size: the step h of the next proposal.
         circulation: work of the score around the triangle of point, proposal and the proposal's mean, in nats, if the
-            provider is a `LineIntegral`; NaN if it is not.
+            provider is a `LineIntegral`; otherwise NaN.
         num_score_evals: denoiser evaluations of the last step, per point.
         diverging: whether the proposal's log-density or gradient was not finite; it was rejected.
         rng_key: random key.
@@ -131,15 +130,15 @@ def log_reversal(
 
 
 class ULA(GradientKernel):
-    r"""Unadjusted Langevin: every proposal is taken, and the law is off by the order of the step.
+    r"""Unadjusted Langevin: every proposal is taken, and the law has an error of the order of the step.
 
     With the preconditioner at the posterior's covariance, variances are too large by $1 / (1 - h / 2)$ where the
-    posterior is Gaussian. Needs the score of the diffusion priors alone.
+    posterior is Gaussian. It needs only the score of the diffusion priors.
 
-    A preconditioner estimated from draws that are too wide makes the next draws wider still, and from $h = 1/2$ without
-    end. So warm-up steps by at most 0.1, which leaves the estimate at most 6 % too large, and `step_size` is for the
-    draws that are kept. Before the first estimate the step is in squared units of the sites: where the posterior is
-    narrower than about a quarter, rescale the model.
+    A preconditioner estimated from draws that are too wide makes the next draws wider still, and from $h = 1/2$ they
+    grow without bound. So the step in warm-up is at most 0.1, which leaves the estimate at most 6 % too large, and
+    `step_size` is for the draws that are kept. Before the first estimate the step is in squared units of the sites: if
+    the posterior is narrower than about a quarter, rescale the model.
 
     Args:
         model: NumPyro model.
@@ -150,8 +149,8 @@ class ULA(GradientKernel):
 
     Raises:
         TypeError: if `model` is not callable.
-        ValueError: if a number is out of its range; when run, for a model without latent
-            sites, with discrete ones, or that cannot be differentiated, or a prior that depends on other latent sites.
+        ValueError: if a number is out of its range; when run, for a model without latent sites, with discrete ones, or
+            that cannot be differentiated, or a prior that depends on other latent sites.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -222,20 +221,19 @@ class MALA(GradientKernel):
 
     Args:
         model: NumPyro model.
-        provider: what answers for diffusion sites: `Density()`, or `LineIntegral()`, approximate, for a prior with a
-            score alone.
+        provider: what answers for diffusion sites: `Density()`, or `LineIntegral()`, which is approximate, for a prior
+            with only a score.
         step_size: where the step $h$ starts, in units of the preconditioner; None for $D^{-1/3}$.
         target_accept_prob: acceptance to which $h$ adapts in warm-up, in (0, 1); None keeps `step_size`.
         adapt_mass_matrix: whether warm-up estimates a preconditioner; the identity if not.
         dense_mass: whether it is dense, or diagonal.
-        preconditioner: `Tweedie(level)` for that in place of one estimate for all points.
+        preconditioner: `Tweedie(level)` instead of one estimate for all points.
         init_strategy: where chains start, as in NumPyro; None draws diffusion sites from their priors.
 
     Raises:
-        TypeError: if `model` is not callable or `provider` no provider.
-        ValueError: if a number is out of its range or the provider is `Score`; when run, for a
-            model without latent sites, with discrete ones, or that cannot be differentiated, or a prior without the
-            density that is asked of it.
+        TypeError: if `model` is not callable or `provider` is not a provider.
+        ValueError: if a number is out of its range or the provider is `Score`; when run, for a model without latent
+            sites, with discrete ones, or that cannot be differentiated, or a prior without the density that is needed.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist

@@ -1,13 +1,13 @@
-r"""The score's own preconditioner: Tweedie's covariance of the clean point at a noise level.
+r"""A preconditioner from the score: Tweedie's covariance of the clean point at a noise level.
 
-Seen through noise of level $\lambda$, the prior near a point $x$ has the covariance
+Given a point noised to level $\lambda$ at $x$, the prior has the covariance
 
 $$C_\lambda(x) = \mathrm{Cov}[x_0 \mid x_t = \alpha_t x], \qquad \sigma_t / \alpha_t = \lambda,$$
 
-for a Gaussian prior $\Sigma (\Sigma + \lambda^2)^{-1} \lambda^2$: the prior's own where that is narrow, $\lambda^2$
-where it is wide. It depends on the point, so a kernel that uses it must put it into its proposal's density
-(`langevin.MALA` does). It knows nothing of the likelihood, and a learned Jacobian need be neither symmetric nor
-positive: the symmetric part is taken and its eigenvalues are kept above a small share of the largest possible,
+which for a Gaussian prior is $\Sigma (\Sigma + \lambda^2)^{-1} \lambda^2$: the prior's own where that is narrow,
+$\lambda^2$ where it is wide. It depends on the point, so a kernel that uses it must account for that in the density of
+its proposal (`langevin.MALA` does). It knows nothing of the likelihood. A learned Jacobian need be neither symmetric
+nor positive: the symmetric part is taken, and its eigenvalues are kept above a small share of the largest possible one,
 $\lambda^2$.
 
 References:
@@ -35,7 +35,7 @@ _FLOOR = 1e-4
 class Tweedie:
     """Tweedie's covariance at a noise level as a preconditioner; other latent sites keep the identity.
 
-    A factorisation of a d by d matrix at every step: for events of up to some hundred dimensions.
+    Every step factorises a d by d matrix, so it is for events of up to a few hundred dimensions.
 
     Args:
         level: noise level in units of the data's scale, positive.
@@ -51,7 +51,7 @@ class Tweedie:
         _checks.positive(level=self.level)
 
     def check(self, reading: Reading) -> None:
-        """Raises unless the covariance of every diffusion site is one in NumPyro's coordinates."""
+        """Raises unless the denoiser of every diffusion site works in NumPyro's coordinates."""
         check_has_prior(reading.structure)
         for name, site in reading.sites_in_the_abstract().items():
             if not site.same_coordinates:

@@ -1,4 +1,4 @@
-"""What all kernels share: NumPyro's contract, the start, the accept step, adaptation."""
+"""Shared by all kernels: NumPyro's contract, the start, the accept step, adaptation, inner kernels."""
 
 from numpyro_diffusion.infer.kernel.compiled import Compiled
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel

@@ -1,21 +1,21 @@
-r"""Choices: to accept or to reject, one of several candidates, which particles to copy. One policy for all.
+r"""Choices: to accept or to reject, one of several candidates, which particles to copy. One policy for all kernels.
 
-A logarithm of a density that is NaN or plus infinity is not one: such a candidate is never taken, and the kernel counts
-it as diverging. Minus infinity is a density of zero, an ordinary rejection. A gradient that is not finite where the
-density is rejects and counts too, if the kernel uses gradients.
+A log-density that is NaN or plus infinity is invalid: such a candidate is never taken, and the kernel counts it as
+diverging. Minus infinity is a density of zero, an ordinary rejection. If a kernel uses gradients, a candidate whose
+gradient is not finite, although its density is, is rejected and counted too.
 
 **Metropolis.** A proposal is accepted with $a = \min(1, e^r)$, $r$ the log-ratio. **Metropolised Gibbs** chooses one of
 $M$ candidates by weight and accepts it over the current point, of weight $w_0$, with
 
 $$a = \min\left(1, \frac{\sum_{i \ge 1} w_i}{\sum_{i \ge 0, i \ne j} w_i}\right).$$
 
-**Particles** with weights $w_i \propto e^{\ell_i}$ are worth an effective sample size of $(\sum w_i)^2 / \sum w_i^2$.
-Resampling makes copies in proportion to the weights. The systematic scheme puts one uniform offset on a comb of $N$
-teeth,
+**Particles** with weights $w_i \propto e^{\ell_i}$ have the effective sample size $(\sum w_i)^2 / \sum w_i^2$.
+Resampling makes copies in proportion to the weights. The systematic scheme shifts a comb of $N$ teeth by one uniform
+offset,
 
 $$u_i = \frac{i + U}{N}, \qquad a_i = \min \left\{ k : \sum_{j \le k} w_j \ge u_i \right\},$$
 
-so a particle has $\lfloor N w \rfloor$ or $\lceil N w \rceil$ copies: $N w$ on average, at little variance. The
+so a particle has $\lfloor N w \rfloor$ or $\lceil N w \rceil$ copies: $N w$ on average, with little variance. The
 conditional scheme is the same law given that the first copy is of the first particle, which a particle Gibbs sampler
 needs.
 
@@ -42,7 +42,7 @@ class Choice(NamedTuple):
     point: Any  # the new one or the old one
     accept_prob: jax.Array
     accepted: jax.Array
-    diverging: jax.Array  # whether a density or a gradient was not one
+    diverging: jax.Array  # whether a density or a gradient was invalid
 
 
 def metropolis(
@@ -55,8 +55,8 @@ def metropolis(
         log_ratio: logarithm of the acceptance ratio, a scalar.
         new: the proposal, a pytree.
         old: the current point, of the same structure.
-        log_density: of the proposal; where it is minus infinity, nothing else is asked.
-        gradient: what must be finite at the proposal elsewhere, a pytree.
+        log_density: of the proposal; where it is minus infinity, nothing else is checked.
+        gradient: a pytree that must be finite at the proposal otherwise.
 
     Returns:
         A `Choice`.
@@ -79,7 +79,7 @@ def metropolised_gibbs(key: jax.Array, log_weights: jax.Array, current: jax.Arra
         old: the current point, of the same structure without it.
 
     Returns:
-        A `Choice`; diverging if a weight was not one.
+        A `Choice`; diverging if a weight was NaN or infinite.
     """
     key_choice, key_accept = jax.random.split(key)
     weights = without_improper(log_weights)
@@ -93,13 +93,13 @@ def metropolised_gibbs(key: jax.Array, log_weights: jax.Array, current: jax.Arra
 
 
 def keep_finite(new: Any, old: Any) -> tuple[Any, jax.Array]:
-    """The new point if all of it is finite, the old one if not; and whether it was not."""
+    """The new point if all of it is finite, otherwise the old one; and whether the new one was not finite."""
     fine = all_finite(new)
     return select(fine, new, old), ~fine
 
 
 def select(condition: jax.Array, yes: Any, no: Any) -> Any:
-    """One of two pytrees of the same structure, by a scalar truth value; of the second one's dtypes."""
+    """One of two pytrees of the same structure, by a scalar truth value, with the dtypes of the second."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b).astype(jnp.result_type(b)), yes, no)
 
 
@@ -114,7 +114,7 @@ def is_density(log_density: jax.Array) -> jax.Array:
 
 
 def without_improper(log_weights: jax.Array) -> jax.Array:
-    """Logarithms of weights, those that are none read as minus infinity: never taken.
+    """Logarithms of weights, with minus infinity (never taken) for NaN and plus infinity.
 
     Args:
         log_weights: logarithms of weights or likelihoods, any shape.
@@ -187,7 +187,7 @@ def conditional_systematic(key: jax.Array, log_weights: jax.Array) -> jax.Array:
 
 
 def next_temperature(log_likelihood: jax.Array, temperature: ArrayLike, threshold: float) -> jax.Array:
-    r"""The largest step to which the particles are still worth enough.
+    r"""The largest step after which enough particles are still effective.
 
     Bisects for $\beta'$ with $\mathrm{ESS}(e^{(\beta' - \beta) \ell}) = \mathrm{threshold} \cdot M$, where $M$ is the
     number of particles whose likelihood is not zero: a hard constraint costs what it costs, whatever the step.

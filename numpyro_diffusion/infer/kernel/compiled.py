@@ -1,17 +1,17 @@
-r"""Compiled functions of a model that do not outlive what the model reads.
+r"""Compiled functions of a model, compiled anew when what the model reads has changed.
 
 A program compiled once for all data of one shape must take the data as arguments. A NumPyro model can also read arrays
-and numbers that are no arguments: a variable of the notebook, the data of a closure, the weights of a prior defined
-above it. `jax.jit` freezes these at their first values. Compiling afresh for every run would be right, and slow.
+and numbers that are not arguments: a variable of the notebook, the data of a closure, the weights of a prior defined
+above it. `jax.jit` freezes these at their first values. Compiling anew for every run would be right, but slow.
 
-Between the two: read the model, abstractly, before every run. Its sites at symbolic arguments are a small program
-$P$ with constants $c$, and the constants are exactly what the model has closed over. Functions compiled for
-$(P, c)$ are used again only if the model still reads as $(P, c)$. Reading costs one trace of the model, milliseconds,
-where tracing a sampler costs seconds.
+The way between is to trace the model before every run. Its sites at symbolic arguments are a small program $P$ with
+constants $c$, and the constants are exactly what the model has closed over. Functions compiled for $(P, c)$ are used
+again only if the model still gives $(P, c)$. This costs one trace of the model, milliseconds, where tracing a sampler
+costs seconds.
 
-Arguments are taken as `MCMC` takes them: arrays, and floats, are what a program takes; strings, booleans, integers and
-None stay Python values, so that a model may branch on them. A model that branches on a float or on an array of NumPy
-gets these as they are too, at the price of a compilation for new ones.
+Arguments are treated as `MCMC` treats them: arrays and floats are arguments of the program; strings, booleans, integers
+and None stay Python values, so that a model may branch on them. A model that branches on a float or on a NumPy array
+gets these as Python values too, at the price of a compilation for new ones.
 """
 
 import re
@@ -28,11 +28,11 @@ from numpyro_diffusion.infer.model.sites import traced
 _TAKEN = (jax.Array, np.ndarray, np.inexact, float)
 """What a program takes; whole numbers may be shapes."""
 _KEPT = 4
-"""Readings of a model whose compiled functions are kept."""
+"""Number of readings of a model whose compiled functions are kept."""
 
 
 class Compiled:
-    """Functions of a model's arguments, compiled for as long as the model reads the same.
+    """Functions of a model's arguments, compiled once for as long as the model reads the same.
 
     Args:
         model: NumPyro model.
@@ -94,11 +94,11 @@ def _call(function: Callable[..., Any], restore: Callable, arrays: list[Any], *o
 
 
 class _Arguments:
-    """A model's arguments, parted into what a program takes and what it is made for.
+    """A model's arguments, split into arguments of a program and what the program is compiled for.
 
     Attributes:
-        arrays: what a program takes.
-        static: what it is made for: the Python values, and the structure of all.
+        arrays: arguments of the program.
+        static: what it is compiled for: the Python values, and the structure of all.
         restore: a function from the arrays back to `args` and `kwargs`, which holds no array of its own.
     """
 
@@ -119,7 +119,7 @@ def _restore(structure: Any, taken: list[bool], static: list[Any], arrays: list[
 
 
 class _Reading:
-    """A model as a program of its arguments: its text, its constants, and what of it is neither."""
+    """A model as a program of its arguments: its text, its constants, and the rest."""
 
     def __init__(self, model: Model, arguments: _Arguments) -> None:
         static: list[Any] = [arguments.static]

@@ -1,4 +1,4 @@
-r"""The coat that every kernel wears: one chain's mathematics inside, NumPyro's contract outside.
+r"""NumPyro's contract, written once for all kernels; a kernel adds the mathematics of one chain.
 
 A kernel is two pure functions of one chain, `_start(key, init_params, reading) -> state` and
 `_step(state, reading) -> state`, where a `Reading` is the model at its arguments, read once a run (`model.record`).
@@ -6,9 +6,9 @@ This class gives them to `numpyro.infer.MCMC`: many chains at once (`chain_metho
 composite kernels, continuation from a state, pickling, and a start that is compiled once for all runs on data of one
 shape.
 
-Chains that run together may agree on a random number, by `shared`, so that a loop has one length for all of them: with
-each its own, every chain would wait for the longest. They may also pool a statistic that warm-up adapts to, by
-`pooled`. What is shared does not depend on where a chain is, so each chain alone is as valid as before.
+Chains that run together may share a random number (`shared`), so that a loop has the same length for all of them;
+otherwise every chain would wait for the longest. They may also pool a statistic that warm-up adapts to (`pooled`). What
+is shared does not depend on where a chain is, so each chain by itself is as valid as before.
 """
 
 import abc
@@ -49,7 +49,7 @@ def _across_chains(collective: Callable[[jax.Array], jax.Array], value: jax.Arra
 
 
 def _precise(function: Callable) -> Callable:
-    """The function with its matrix products in full precision, those of networks excepted."""
+    """The function with its matrix products in full precision, except those of networks."""
 
     @wraps(function)
     def precise(*args: Any) -> Any:
@@ -64,7 +64,7 @@ def _any_traced(tree: Any) -> bool:
 
 
 class DiffusionKernel(MCMCKernel, abc.ABC):
-    """Base of the kernels: wears NumPyro's contract, leaves the mathematics to `_start` and `_step`.
+    """Base of the kernels: fulfils NumPyro's contract, leaves the mathematics to `_start` and `_step`.
 
     Args:
         model: NumPyro model, a callable.
@@ -78,7 +78,7 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
     statistics: ClassVar[tuple[str, ...]] = ("accept_prob", "num_score_evals")
     """State fields collected on every draw, besides the sites and `diverging`."""
     takes_point: ClassVar[bool] = False
-    """Whether a state with another `z`, refreshed, goes on from there: what `Cycle` and `Mixture` rely on."""
+    """Whether a state continues from another `z` after `refresh`, as `Cycle` and `Mixture` need it to."""
 
     def __init__(self, model: Model, init_strategy: Strategy | None = None) -> None:
         if not callable(model):
@@ -107,13 +107,13 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
         """The next state of one chain."""
 
     def _check_model(self, reading: Reading) -> None:
-        """Raises if the model does not suit the kernel."""
+        """Raises if the kernel cannot sample the model."""
 
     def _check_start(self, state: NamedTuple) -> None:
         """Raises if a concrete initial state, of one chain or of many, cannot be sampled from."""
 
     def _bind(self, key: jax.Array, init_params: dict | None, reading: Reading) -> None:
-        """Prepares kernels that are held inside, at arguments that are no tracers of the start."""
+        """Prepares inner kernels, at arguments that are not tracers of the compiled start."""
 
     def read(self, args: tuple, kwargs: dict | None) -> Reading:
         """The model at its arguments."""
@@ -138,7 +138,7 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
         if mode != (self._num_warmup, self._vectorized):
             self._num_warmup, self._vectorized = mode
             self._compiled_start = Compiled(self._model, self._start_all)
-        self._record = self._lent  # anew for every run: what a model reads from elsewhere may have changed
+        self._record = self._lent  # anew for every run: variables that the model reads may have changed
         reading = self.read(model_args, model_kwargs)
         check_supports(type(self).__name__, reading.structure)
         self._check_model(reading)
@@ -151,7 +151,7 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
         return state
 
     def _run_start(self, keys: jax.Array, init_params: Any, reading: Reading) -> NamedTuple:
-        """Compiled, so that a second run on new data finds it, unless this happens inside of another program."""
+        """The compiled start, which a second run on new data finds; not compiled inside of another program."""
         arguments = keys, init_params, reading.args, reading.kwargs
         if _any_traced(arguments):
             return self._start_all(*arguments)

@@ -1,12 +1,12 @@
-"""A kernel inside a kernel: given as a class, a factory or an instance, bound where it can be used.
+"""A kernel inside a kernel: given as a class, a factory or an instance, and bound to the model's arguments.
 
-NumPyro's HMC keeps functions of the model from its `init`, so that it must be started where these will be called. A
-start that is being compiled is no such place: its arguments are gone afterwards. `bind` therefore starts a kernel in
-the abstract, with the arguments as they are and nothing computed, and `started` starts a copy that is thrown away after
-its state has been taken.
+NumPyro's HMC keeps functions of the model from its `init`, so it must be started with arguments that still exist when
+these are called. The tracers of a start that is being compiled do not. `bind` therefore starts a kernel abstractly,
+with the arguments as they are and without computing anything, and `started` takes the state of a copy that is thrown
+away.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -19,15 +19,15 @@ from numpyro.infer.util import constrain_fn
 from numpyro_diffusion.infer.model.handlers import Model
 
 KernelLike = MCMCKernel | Callable[..., MCMCKernel]
-"""A kernel, or what makes one from a model: a kernel class, a `functools.partial` of one, a function."""
+"""A kernel, or a factory of one from a model: a kernel class, a `functools.partial` of one, a function."""
 
 
 def build(argument: str, kernel: KernelLike, model: Model, **options: Any) -> MCMCKernel:
     """A kernel on a model.
 
     Args:
-        argument: under whose name the kernel was given, for errors.
-        kernel: a kernel class, a factory, or a kernel that is built on any model and moves to this one.
+        argument: name of the argument by which the kernel was given, for errors.
+        kernel: a kernel class, a factory, or a kernel on any model, which is moved to this one.
         model: the model.
         **options: passed on to a class or a factory.
 
@@ -35,8 +35,8 @@ def build(argument: str, kernel: KernelLike, model: Model, **options: Any) -> MC
         The kernel.
 
     Raises:
-        TypeError: if it is no kernel and makes none.
-        ValueError: for options beside an instance.
+        TypeError: if it is not a kernel and does not make one.
+        ValueError: for options given with an instance.
     """
     if isinstance(kernel, MCMCKernel):
         if options:
@@ -50,9 +50,25 @@ def build(argument: str, kernel: KernelLike, model: Model, **options: Any) -> MC
     return made
 
 
-def bind(kernel: MCMCKernel, key: jax.Array, num_warmup: int, init_params: Any, args: tuple, kwargs: dict) -> None:
-    """Lets a kernel keep what it needs of a model, at arguments that it may keep; nothing is computed."""
-    jax.eval_shape(lambda key, params: bound(kernel, key, num_warmup, params, args, kwargs), key, init_params)
+def bind(start: Callable[..., Any], kernels: Iterable[MCMCKernel], *operands: Any) -> None:
+    """Starts kernels in the abstract, so that they keep what they need of a model; nothing is computed if possible.
+
+    Args:
+        start: starts the kernels, at arguments of the model that they may keep.
+        kernels: those that `start` starts. HMC keeps the bounds of its sites; where the model computes these, only a
+            start that computes them too will do.
+        *operands: what `start` is called with.
+    """
+    jax.eval_shape(start, *operands)
+    if any(_holds_symbols(kernel) for kernel in kernels):
+        start(*operands)
+
+
+def _holds_symbols(kernel: MCMCKernel) -> bool:
+    """Whether a kernel, or one inside, keeps bounds of sites that were never computed."""
+    kept = jax.tree.leaves(getattr(kernel, "_inv_transforms", None))
+    inside = [*getattr(kernel, "_kernels", ()), *filter(None, [getattr(kernel, "_kernel", None)])]
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in kept) or any(map(_holds_symbols, inside))
 
 
 def bound(kernel: MCMCKernel, key: jax.Array, num_warmup: int, init_params: Any, args: tuple, kwargs: dict) -> Any:

@@ -1,9 +1,9 @@
-r"""Where a chain starts: where it is told to, or at a draw that the kernel can go on from.
+r"""Where a chain starts: at given values, or at a draw that the kernel can continue from.
 
-Diffusion sites start at a draw of their prior, since anywhere else is far from all that a denoiser has seen; other
-latent sites start as NumPyro starts them, uniformly on (-2, 2) in unconstrained coordinates. An `init_strategy` of
-NumPyro's takes the place of both where it has a value of its own: `init_to_value` for the sites that it names, others
-for all but diffusion sites. Starts are drawn until one is valid for the kernel, at most a hundred times.
+Diffusion sites start at a draw of their prior, since other points are far from all that a denoiser has seen; other
+latent sites start as in NumPyro, uniformly on (-2, 2) in unconstrained coordinates. An `init_strategy` of NumPyro
+replaces both where it has a value of its own: `init_to_value` for the sites that it names, others for all but diffusion
+sites. Starts are drawn until one is valid for the kernel, at most a hundred times.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,6 @@ from numpyro.infer.util import unconstrain_fn
 
 from numpyro_diffusion.infer.model.handlers import is_diffusion_site
 from numpyro_diffusion.infer.model.record import Reading
-from numpyro_diffusion.infer.model.sites import PriorSite
 
 MAX_TRIES = 100
 _RADIUS = 2.0
@@ -42,14 +41,14 @@ def start(
         key: random key.
         reading: the model.
         init_params: values to start at, unconstrained; or those that a composite kernel gives, constrained, which are
-            drawn again where they are not valid. None draws.
+            drawn again if they are not valid. None draws.
         init_strategy: as in NumPyro; None leaves it to `draw`.
-        valid: whether a kernel can go on from a point; draws are repeated until it can.
+        valid: whether a kernel can continue from a point; draws are repeated until it can.
         draw: the kernel's own way to draw a start from a random key; None draws diffusion sites from their priors and
             others uniformly.
 
     Returns:
-        A point; whether it is valid remains to be seen.
+        A point, which need not be valid if it was given or the draws ran out.
 
     Raises:
         ValueError: if `init_params` lacks a site or has one too many.
@@ -76,12 +75,6 @@ def start(
 
     going = lambda carry: (carry[0] < MAX_TRIES) & ~carry[3]  # noqa: E731
     return jax.lax.while_loop(going, redraw, (0, key, *first))[2]
-
-
-def prior_draw(key: jax.Array, sites: Mapping[str, PriorSite]) -> Point:
-    """A draw of each site's prior, in NumPyro's unconstrained coordinates."""
-    keys = jax.random.split(key, len(sites))
-    return {name: site.draw(key) for key, (name, site) in zip(keys, sites.items(), strict=True)}
 
 
 def is_block(reading: Reading) -> bool:

@@ -1,4 +1,4 @@
-"""What a kernel needs to know of a NumPyro model: its sites, their densities, what is observed."""
+"""What a kernel needs to know about a NumPyro model: its sites, their densities, what is observed."""
 
 from numpyro_diffusion.infer.model.density import Density, LineIntegral, Provider, Score, Status, with_density
 from numpyro_diffusion.infer.model.handlers import drop_prior

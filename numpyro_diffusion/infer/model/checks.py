@@ -1,4 +1,4 @@
-"""What a model must be like for a kernel, checked before the run: a refusal names the sites, the rule and the cure."""
+"""What kernels require of a model, checked before the run: an error names the sites, the rule and the cure."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -11,12 +11,12 @@ from numpyro_diffusion.solve import Solver
 
 
 def check_fixed(kernel: str, structure: Structure, but_altered: Iterable[str] = ()) -> None:
-    """Raises `ValueError` unless the model is one and the same function of its sites whenever it runs.
+    """Raises `ValueError` unless the model is the same function of its sites every time it runs.
 
     Args:
-        kernel: who asks, for the message.
+        kernel: name of the kernel, for the message.
         structure: of the model.
-        but_altered: diffusion sites whose term in the model may be masked or scaled.
+        but_altered: diffusion sites that may be masked or scaled.
     """
     if structure.subsampled:
         raise ValueError(
@@ -71,7 +71,7 @@ def check_continuous(kernel: str, structure: Structure) -> None:
 
 
 def check_diffusion_only(kernel: str, structure: Structure) -> None:
-    """Raises `ValueError` if there is a latent site that is no diffusion site, or a prior that moves with another."""
+    """Raises `ValueError` if a latent site is not a diffusion site, or a prior depends on another diffusion site."""
     check_continuous(kernel, structure)
     if structure.others:
         copied = [name.removesuffix("_unobserved") for name in structure.others if name.endswith("_unobserved")]
@@ -104,7 +104,7 @@ def check_walkable(kernel: str, sites: Mapping[str, PriorSite]) -> None:
     """Raises `ValueError` for a prior whose reverse process and flow end at another law than its own.
 
     Args:
-        kernel: the kernel that walks it, for the message.
+        kernel: name of the kernel, for the message.
         sites: the diffusion sites.
     """
     products = [name for name, site in sites.items() if isinstance(inside(site.denoiser), Product)]
@@ -119,8 +119,9 @@ def check_walkable(kernel: str, sites: Mapping[str, PriorSite]) -> None:
 def check_reverse(kernel: str, solver: Solver) -> None:
     """Raises `ValueError` unless a solver's walk tends to the reverse process; warns if it does so at first order.
 
-    A kernel that noises a point and denoises it needs the law of the clean point given the noisy one. A solver of first
-    order has that law off by far more than its draws tell: `Ancestral(num_times=64)` gives a variance of .45 for .5.
+    A kernel that noises a point and denoises it needs the law of the clean point given the noisy one. In a solver of
+    first order that law is off by far more than the law of its draws: `Ancestral(num_times=64)` gives a variance of .45
+    for .5.
     """
     if solver.law != "reverse":
         raise ValueError(

@@ -5,10 +5,10 @@ The joint density of a model with diffusion sites $x$ and other latent sites $\t
 $$p(x, \theta, y) = \underbrace{\prod_i p(x_i)}_{\text{priors}} \;
 \underbrace{p(\theta)\, p(y \mid x, \theta)}_{\text{rest}}.$$
 
-A kernel that moves $x$ by prior-reversible proposals needs the second factor alone. `drop_prior` takes the first out of
-a model: the sites stay where they are (values, supports, plates), their `log_prob` is never called.
+A kernel that moves $x$ by prior-reversible proposals needs only the second factor. `drop_prior` takes the first out of
+a model: the sites keep their values, supports and plates, and their `log_prob` is never called.
 
-With a constrained support, the Jacobian of the support belongs to the prior as well: `record` keeps it apart.
+With a constrained support, the Jacobian of the support belongs to the prior as well: `record` keeps it separate.
 """
 
 from collections.abc import Callable, Mapping

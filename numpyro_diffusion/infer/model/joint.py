@@ -1,7 +1,8 @@
 r"""Several diffusion sites as one point: a denoiser of all of them, on one ladder of noise levels.
 
 Independent points $x_i \sim p_i$, each noised by a schedule of its own, are one point under one schedule if their
-ladders differ by a unit only. With $c_i$ the ratio of the highest noise level of site $i$ to that of the first,
+ladders of noise levels differ only by a factor. With $c_i$ the ratio of the highest noise level of site $i$ to that of
+the first,
 
 $$u_i = x_i / c_i, \qquad \lambda_i = c_i \lambda, \qquad
 \hat u_i(u_t, t) = \frac1{c_i} \hat x_{0,i}\!\left( \alpha_i(t_i)\, \frac{c_i u_{t,i}}{\alpha(t)},\, t_i \right),
@@ -22,7 +23,7 @@ from numpyro_diffusion.denoise import Denoiser, Prediction
 from numpyro_diffusion.noise import Schedule
 
 _TOLERANCE = 0.01
-"""Relative difference of the ladders' spans that is none."""
+"""Relative difference below which spans of ladders count as equal."""
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +78,7 @@ class Joint:
         members = zip(self.denoisers, self.split(x_t), self._units(), strict=True)
         predictions = [one(*member) for member in members]
         x0 = self.join([prediction.x0 for prediction in predictions])
-        eps = jnp.concatenate([prediction.eps.reshape(-1) for prediction in predictions])  # it has no unit
+        eps = jnp.concatenate([prediction.eps.reshape(-1) for prediction in predictions])  # the same in any unit
         return Prediction(x0.astype(x_t.dtype), eps.astype(x_t.dtype), x_t, t, self.schedule)
 
     def _units(self) -> list[jax.Array]:
@@ -95,7 +96,7 @@ def spans(denoisers: Sequence[Denoiser]) -> list[float] | None:
 
 
 def are_equal(values: Sequence[float]) -> bool:
-    """Whether spans are so nearly equal that the ladders differ by a unit only."""
+    """Whether spans are equal up to rounding, so that the ladders differ only by a factor."""
     return bool(np.allclose(values, values[0], rtol=_TOLERANCE))
 
 

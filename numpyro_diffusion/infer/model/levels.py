@@ -1,4 +1,4 @@
-r"""Ladders of noise levels: strictly decreasing, within what a prior knows, and cut at an exact rung.
+r"""Ladders of noise levels: strictly decreasing, within a prior's schedule, and started at an exact level.
 
 A level is $\lambda = \sigma_t / \alpha_t$, the standard deviation of the noise in units of the denoiser's space, and
 has one time on each schedule.
@@ -43,7 +43,7 @@ def decreasing(name: str, levels: Sequence[float]) -> tuple[float, ...]:
 
 
 def check_within(argument: str, levels: Sequence[float], name: str, site: PriorSite) -> None:
-    """Raises `ValueError` unless all levels lie on the schedule of the prior at a site, as far as it is known."""
+    """Raises `ValueError` unless all levels lie on the schedule of a site's prior; inside jit it may not be known."""
     schedule = site.denoiser.schedule
     ends = [schedule.noise_level(t) for t in (schedule.t_min, schedule.t_max)]
     if any(isinstance(end, jax.core.Tracer) for end in ends):

@@ -1,17 +1,17 @@
-r"""What a NumPyro model observes of its diffusion sites, read off the model for guidance.
+r"""What a NumPyro model observes of its diffusion sites, read from the model for guidance.
 
-Guidance wants the data as $y = h(x) + s \varepsilon$. A model says it in its own words: a site whose distribution is
-`Normal`, `MultivariateNormal` or `LowRankMultivariateNormal`, whose mean depends on a diffusion site and whose spread
-does not. Several such sites are one observation with more entries, each divided by its own spread, so that
+Guidance needs the data as $y = h(x) + s \varepsilon$. In a model that is a site whose distribution is `Normal`,
+`MultivariateNormal` or `LowRankMultivariateNormal`, whose mean depends on a diffusion site and whose spread does not.
+Several such sites are one observation with more entries, each divided by its own spread, so that
 
 $$\log L(x) = -\tfrac12 \left\| \tilde y - \tilde h(x) \right\|^2 + \text{const.}$$
 
 Entries under a mask (`handlers.mask`, `Distribution.mask`) have no term in the likelihood: their data and their mean
 are read as zero, whatever they are, NaN included.
 
-Any other term that depends on a diffusion site (a `factor`, a Poisson count, a scale or a mask that varies with $x$)
-leaves a likelihood of which only the gradient can be used. What does not depend on the sites is left out. Reading is
-for proposals: kernels weigh with the model as it stands.
+With any other term that depends on a diffusion site (a `factor`, a Poisson count, a scale or a mask that varies with
+$x$) only the gradient of the likelihood can be used. Terms that do not depend on the sites are left out. All of this is
+only for proposals: kernels weigh by the model itself.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ Point = dict[str, jax.Array]
 
 
 def check_guidance(guidance: str | None) -> None:
-    """Raises unless it is one of `guidance.GUIDANCES`, or None."""
+    """Raises `ValueError` unless the guidance is one of `guidance.GUIDANCES`, or None."""
     if guidance is not None:
         _checks.one_of("guidance", guidance, GUIDANCES)
 
@@ -122,7 +122,7 @@ def guided_sites(
     if guidance not in (None, "dps") and not is_gaussian:
         raise ValueError(
             f"guidance={guidance!r} needs a Gaussian observation of {list(sites)}; the model has another term that "
-            'depends on them. Use guidance="dps", or give an `observation` that is near enough to steer by'
+            'depends on them. Use guidance="dps", or give an `observation` that is close enough to steer by'
         )
     return GuidedSites(sites, Guided(denoiser, observation, guidance or ("mmps" if is_gaussian else "dps")))
 
@@ -203,7 +203,7 @@ class _Gaussian(NamedTuple):
     scale: jax.Array | None  # standard deviations, of the site's shape
     factor: jax.Array | None  # lower Cholesky factors, (*shape, shape[-1])
     mask: jax.Array  # which entries count, of the site's shape
-    power: jax.Array | float  # of a scale handler: a scaled log-density is one of another spread
+    power: jax.Array | float  # of a scale handler, which changes the spread
 
     def whiten(self, value: jax.Array) -> jax.Array:
         """Values of the site in units of its spread, flat; zero under the mask."""
@@ -238,6 +238,6 @@ def _gaussian(site: Mapping[str, Any]) -> _Gaussian | None:
 
 
 def _spread(site: Mapping[str, Any]) -> Any:
-    """What must not depend on the diffusion sites: the data, and all of their law but the mean."""
+    """What must not depend on the diffusion sites: the data, and their law except the mean."""
     law = _gaussian(site)
     return site["value"], site["scale"], None if law is None else law[1:]

@@ -1,17 +1,17 @@
-r"""A model, read once for a run: what its sites are, and its parts as functions of one point.
+r"""A model, read once for a run: its sites, and its parts as functions of one point.
 
-A point is $q$, the unconstrained values of all latent sites as NumPyro has them. One execution of the model there gives
+A point $q$ is the unconstrained values of all latent sites as NumPyro has them. One execution of the model there gives
 
 $$\log \pi(q) = \sum_i \log p_i(x_i) + \underbrace{\log p(\theta)\, p(y \mid x, \theta)}_{\text{log rest}} +
 \sum_j \log |\det J_j(q)|,$$
 
-its terms kept apart (`Evaluation`): the priors of the diffusion sites as distributions, never evaluated; the rest; the
-Jacobian of each constrained site. Kernels put together what they need.
+with its terms separate (`Evaluation`): the priors of the diffusion sites as distributions, never evaluated; the rest;
+the Jacobian of each constrained site. Kernels combine what they need.
 
 A `Record` belongs to one run. Its `Reading` at the model's arguments has the `structure`, from an abstract trace, and
-evaluates the model through a function that JAX traces once for arguments of one kind: however often a kernel asks, at
-the start, in a step or in post-processing, the user's Python runs two or three times. A run that starts anew makes
-a new record, so that data which the model reads from elsewhere are read anew.
+evaluates the model through a function that JAX traces once for arguments of one kind: however often a kernel evaluates
+it, at the start, in a step or in post-processing, the user's Python code runs only two or three times. A run that
+starts anew makes a new record, so that variables which the model reads are read anew.
 """
 
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ class Evaluation(NamedTuple):
 
 @dataclass(frozen=True)
 class LatentSite:
-    """What is known of a latent site before its value is.
+    """What is known about a latent site before its value is known.
 
     Args:
         shape: of its constrained value.
@@ -80,7 +80,7 @@ class Structure:
         observed_priors: names of observed sites with a `DiffusionPrior`.
         subsampled: names of plates that show a part of the data.
         in_loop: names of diffusion sites inside NumPyro's `scan`.
-        draws_elsewhere: whether it draws random numbers that are no sample site.
+        draws_elsewhere: whether it draws random numbers outside of sample sites.
         deterministic: names of its deterministic sites.
     """
 
@@ -113,7 +113,7 @@ class Structure:
 
 
 class Record:
-    """A model as one run of a kernel knows it.
+    """A model, for one run of a kernel.
 
     Args:
         model: NumPyro model.
@@ -178,7 +178,7 @@ class Reading:
         return {name: jnp.zeros(site.unconstrained_shape) for name, site in sites if not site.is_discrete}
 
     def sites(self, z: Mapping[str, jax.Array] | None = None) -> dict[str, PriorSite]:
-        """The diffusion sites with their priors, which `z` tells where they depend on other latent sites."""
+        """The diffusion sites with their priors; `z` is needed if these depend on other latent sites."""
         return self._sites(self.evaluate(self.origin() if z is None else z).priors)
 
     def sites_in_the_abstract(self) -> dict[str, PriorSite]:
@@ -203,7 +203,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _fixed(value: Any) -> Any:
-    """What tells one argument that is not traced from another: an array is itself, a number its value."""
+    """The identity of an argument that is not traced: that of the object for an array, the value of a number."""
     if _is_array(value):
         return id(value)
     try:
@@ -241,7 +241,7 @@ def _named(value: jax.Array, name: str) -> jax.Array:
 
 
 class _Watch(Messenger):
-    """Handler: sees what a trace does not keep."""
+    """Handler: records what a trace does not keep."""
 
     def __init__(self, fn: Model) -> None:
         super().__init__(fn)

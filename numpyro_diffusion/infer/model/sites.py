@@ -1,18 +1,17 @@
-r"""A NumPyro model, split: its diffusion sites on one side, everything else on the other.
+r"""The diffusion sites of a NumPyro model: their points, their coordinates, and the rest of the model.
 
 The joint density of a model with diffusion sites $x$ and other latent sites $\theta$ is
 
 $$p(x, \theta, y) = \underbrace{\prod_i p(x_i)}_{\text{priors}} \;
 \underbrace{p(\theta)\, p(y \mid x, \theta)}_{\text{rest}}.$$
 
-A kernel that moves $x$ by prior-reversible proposals needs the second factor alone. `drop_prior` is a handler that
-takes the first out of a model: the sites stay where they are (values, supports, plates), their `log_prob` is never
-called.
+A site holds the points of its plates, of `expand` and `to_event`, and of a batch of conditions, in three coordinate
+systems: the support, NumPyro's unconstrained space, and the denoiser's own space.
 
 With a constrained support, the Jacobian of the support belongs to the prior as well. The rest is therefore evaluated at
-constrained values, never through NumPyro's unconstrained potential, which would count it.
+constrained values, never through NumPyro's unconstrained potential, which would include it.
 
-This file only reads models; it moves nothing.
+This file only reads models, see also `record`; `drop_prior` is in `handlers`.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,16 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from numpyro.distributions import biject_to, constraints
-from numpyro.distributions.util import is_identically_one
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.gibbs import conditioned
-from numpyro.infer.util import log_density
-from numpyro.ops.provenance import eval_provenance
 
-from numpyro_diffusion.denoise import Denoiser, Product
-from numpyro_diffusion.denoise.wrapped import inside
+from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.infer.model.handlers import Model, as_written, drop_prior, is_diffusion_site, prior_inside
+from numpyro_diffusion.infer.model.handlers import Model, is_diffusion_site
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class PriorSite:
 
     @property
     def denoiser(self) -> Denoiser:
-        """For what all points have in common: schedule, shape, location and scale."""
+        """The prior's denoiser, for what all points have in common: schedule, shape, location and scale."""
         return self.prior.denoisers
 
     @property
@@ -124,121 +119,3 @@ def traced(model: Model, args: tuple, kwargs: Mapping[str, Any], values: Mapping
 
     model = seed(substitute(conditioned(model), substitute_fn=given_or_origin), jax.random.key(0))
     return trace(model).get_trace(*args, **kwargs)
-
-
-def prior_sites(
-    model: Model,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    values: Mapping[str, jax.Array] | None = None,
-    *,
-    required: bool = True,
-) -> dict[str, PriorSite]:
-    """Finds the latent diffusion sites of a model.
-
-    Args:
-        model: NumPyro model.
-        args: its arguments.
-        kwargs: its keyword arguments.
-        values: constrained values of latent sites, for priors that depend on other sites.
-        required: whether there must be one.
-
-    Returns:
-        The sites by name.
-
-    Raises:
-        ValueError: if there is none and there must be one, if those there are observed, or if one is masked, scaled or
-            subsampled, so that its term in the model is not its density.
-    """
-    found, observed = {}, []
-    for name, site in traced(model, args, kwargs, values or {}).items():
-        if site["type"] == "sample" and site["is_observed"] and prior_inside(site["fn"], True) is not None:
-            observed.append(name)
-        if not is_diffusion_site(site):
-            continue
-        prior = prior_inside(as_written(site))
-        if prior is None or not (site["scale"] is None or is_identically_one(site["scale"])):
-            raise ValueError(
-                f"site {name!r} must carry its DiffusionPrior unmasked and unscaled; got a mask, a scale handler or a "
-                "subsampling plate around it"
-            )
-        found[name] = PriorSite.of(prior, jnp.shape(site["value"]))
-    if not found and required:
-        reason = f"the DiffusionPrior sites {observed} are observed" if observed else "it has no DiffusionPrior site"
-        raise ValueError(f"the model needs a latent DiffusionPrior site; {reason}")
-    return found
-
-
-def prior_draw(key: jax.Array, sites: Mapping[str, PriorSite]) -> dict[str, jax.Array]:
-    """A draw of each site's prior, in NumPyro's unconstrained coordinates."""
-    keys = jax.random.split(key, len(sites))
-    return {
-        name: site.unconstrain(site.prior.sample(key, site.batch_shape))
-        for key, (name, site) in zip(keys, sites.items(), strict=True)
-    }
-
-
-def check_walkable(kernel: str, sites: Mapping[str, PriorSite]) -> None:
-    """Raises `ValueError` for a prior whose reverse process and flow end at another law than its own.
-
-    Args:
-        kernel: the kernel that walks it, for the message.
-        sites: the diffusion sites.
-    """
-    products = [name for name, site in sites.items() if isinstance(inside(site.denoiser), Product)]
-    if products:
-        raise ValueError(
-            f"the priors of sites {products} are a Product, whose reverse process and flow do not end at the product: "
-            f"{kernel} would sample another law. Make one factor the prior and the others numpyro.factor, or use "
-            "MALA(model), or AnnealedLangevin(model, metropolis=True)"
-        )
-
-
-def other_latent_sites(model: Model, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
-    """Names of the latent sites that are not diffusion sites."""
-    trace = traced(model, args, kwargs, {})
-    return [
-        name
-        for name, site in trace.items()
-        if site["type"] == "sample" and not site["is_observed"] and not is_diffusion_site(site)
-    ]
-
-
-def log_rest(model: Model, args: tuple, kwargs: Mapping[str, Any], x: Mapping[str, jax.Array]) -> jax.Array:
-    """The log-density of everything but the diffusion priors.
-
-    Args:
-        model: NumPyro model.
-        args: its arguments.
-        kwargs: its keyword arguments, with the values that a composite kernel conditions on.
-        x: constrained values of all latent sites that are not conditioned on.
-
-    Returns:
-        A scalar, up to no constant: normalised where the model is.
-    """
-    rest = seed(drop_prior(conditioned(model)), jax.random.key(0))
-    return jnp.asarray(log_density(rest, args, dict(kwargs), dict(x))[0])
-
-
-def with_deterministic(
-    model: Model, args: tuple, kwargs: Mapping[str, Any], values: Mapping[str, jax.Array]
-) -> dict[str, jax.Array]:
-    """The given constrained values of all latent sites, and the model's deterministic sites there."""
-    sites = traced(model, args, kwargs, values).items()
-    return {**values, **{name: site["value"] for name, site in sites if site["type"] == "deterministic"}}
-
-
-def dependent_priors(model: Model, args: tuple, kwargs: Mapping[str, Any]) -> set[str]:
-    """Names of the diffusion sites whose prior depends on another latent site."""
-    latent = {
-        name: site["value"]
-        for name, site in traced(model, args, kwargs, {}).items()
-        if site["type"] == "sample" and not site["is_observed"]
-    }
-
-    def prior_arrays(**values: jax.Array) -> dict[str, list[jax.Array]]:
-        sites = prior_sites(model, args, kwargs, values, required=False)
-        return {name: jax.tree.leaves(site.prior) for name, site in sites.items()}
-
-    provenance = eval_provenance(prior_arrays, **latent)
-    return {name for name, leaves in provenance.items() if any(origins - {name} for origins in leaves)}

@@ -1,4 +1,4 @@
-r"""The posterior of a model as a function of one vector, as far as a provider knows it.
+r"""The posterior of a model as a function of one vector, with the priors as a provider answers for them.
 
 In NumPyro's unconstrained coordinates $q$ of all latent sites, flattened,
 
@@ -24,7 +24,7 @@ from numpyro_diffusion.infer.model.sites import PriorSite
 
 
 class Evaluation(NamedTuple):
-    """What is known of the target at a point."""
+    """The target at a point."""
 
     log_density: jax.Array  # of the target; without a density, of the model without its diffusion priors
     gradient: jax.Array  # of the log-density of the target, (D,)
@@ -65,11 +65,11 @@ class Target:
         return (rest + priors).astype(q.dtype), rest.astype(q.dtype)
 
     def log_target(self, q: jax.Array) -> jax.Array:
-        """A scalar whose gradient is that of the target's log-density, and which is it if the provider has one."""
+        """A scalar with the gradient of the target's log-density; the log-density itself if the provider has one."""
         return self._log_target(q)[0]
 
     def evaluate(self, q: jax.Array) -> Evaluation:
-        """The gradient, and what there is of the value, at one point."""
+        """The gradient at one point, and the log-density as far as the provider has one."""
         (value, rest), gradient = jax.value_and_grad(self._log_target, has_aux=True)(q)
         return Evaluation(value if self._provider.has_density else rest, gradient)
 
@@ -97,7 +97,7 @@ class Target:
 
 
 def check(reading: Reading, provider: Provider, kernel: str) -> None:
-    """Raises unless every latent site is continuous, differentiable, and answered for by the provider.
+    """Raises unless every latent site is continuous and differentiable, and the provider can answer for its prior.
 
     Args:
         reading: the model at its arguments.

@@ -1,8 +1,8 @@
-r"""The noise behind a point: the flow $x = F(z)$ walked backwards, $z = F^{-1}(x)$, to the order of a solver.
+r"""The noise behind a point: the inverse $z = F^{-1}(x)$ of the flow $x = F(z)$, up to the error of a solver.
 
-A chain in noise space that is to start at a given image starts at its noise. The probability flow is walked up from the
-smallest noise level by Heun's method in the coordinates of `solve.flow`, finer than a flow solver usually walks down:
-what comes back through the flow solver is the image to that solver's error, and to the smallest noise level.
+To start a chain in noise space at a given image, start it at the noise behind the image. The probability flow is solved
+upwards from the smallest noise level, by Heun's method in the coordinates of `solve.flow` and with more steps than a
+flow solver usually has. The flow solver then returns the image, up to its own error and the smallest noise level.
 """
 
 import jax

@@ -5,8 +5,9 @@ inner kernel, NUTS by default, samples $z$ jointly with all other latent sites f
 
 $$\pi(z, \theta) \propto N(z; 0, I)\; p(\theta)\, p(y \mid F(z), \theta).$$
 
-Exact for the prior that the deterministic solver pushes forward, whatever its number of steps. The best choice where
-the likelihood is differentiable in $x$; modes that are far apart in $z$ are as hard as they are for the inner kernel.
+It is exact for the prior that the deterministic solver pushes forward, whatever its number of steps. It is the best
+choice where the likelihood is differentiable in $x$; modes that are far apart in $z$ are as hard to find as they are
+for the inner kernel.
 
 The state holds the original sites: the flow is solved once per draw, in the step, and not again by post-processing,
 `Predictive`, `log_likelihood` or ArviZ.
@@ -27,7 +28,7 @@ from numpyro.infer.util import constrain_fn, potential_energy
 from numpyro_diffusion import _precision
 from numpyro_diffusion.infer.kernel.choose import all_finite
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
-from numpyro_diffusion.infer.kernel.inner import KernelLike, bind, build, started
+from numpyro_diffusion.infer.kernel.inner import KernelLike, bind, bound, build, started
 from numpyro_diffusion.infer.kernel.start import Strategy, start
 from numpyro_diffusion.infer.model.checks import check_fixed, check_has_prior, check_names, check_walkable
 from numpyro_diffusion.infer.model.density import Status
@@ -62,10 +63,10 @@ class NoiseSpaceState(NamedTuple):
 
 
 def _in_noise_space(model: Model, *args: Any, **kwargs: Any) -> Any:
-    """The model with the noise of its diffusion sites for sites; module-level, so that kernels on it can be pickled."""
+    """The model with noise sites in place of diffusion sites; module-level, so that kernels on it can be pickled."""
 
     def config(site: dict[str, Any]) -> Callable | None:
-        """Every latent diffusion site, its prior dropped or not."""
+        """Every latent diffusion site, whether its prior is dropped or not."""
         if not is_diffusion_site(site):
             return None
         return lambda name, fn, obs: NoiseReparam()(name, as_written(site), obs)
@@ -137,7 +138,11 @@ class NoiseSpace(DiffusionKernel):
     def _bind(self, key: jax.Array, init_params: dict | None, reading: Reading) -> None:
         inner_params = None if init_params is None else jax.eval_shape(partial(self._given, key, reading), init_params)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inner_params)
-        bind(self._inner, key, self._num_warmup, zeros, reading.args, reading.kwargs)
+
+        def start_inner(key: jax.Array, params: dict | None) -> Any:
+            return bound(self._inner, key, self._num_warmup, params, reading.args, reading.kwargs)
+
+        bind(start_inner, [self._inner], key, zeros)
 
     def _given(self, key: jax.Array, reading: Reading, init_params: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Where the inner kernel starts, in its own coordinates, for a chain that is told where to start."""
@@ -187,7 +192,7 @@ class NoiseSpace(DiffusionKernel):
         shown = {*reading.structure.latent, *reading.structure.deterministic}
         solves = getattr(inner_state, "num_steps", 1) + 1
         counts = [site.prior.flow_solver.evaluations() for site in sites.values()]
-        evaluations = 0 if None in counts else sum(counts)  # an adaptive solver's are not known
+        evaluations = 0 if None in counts else sum(counts)  # those of an adaptive solver are not known
         return NoiseSpaceState(
             z={name: value for name, value in values.items() if name in shown},
             inner_state=inner_state,

@@ -1,4 +1,4 @@
-"""Samplers that carry a population from the prior to the posterior."""
+"""Samplers that move a population of particles from the prior to the posterior."""
 
 from numpyro_diffusion.infer.particles.tempered import TemperedSMC
 from numpyro_diffusion.infer.particles.twisted import TwistedSMC

@@ -1,4 +1,4 @@
-r"""The evidence of particles on islands: its estimate, the error of that, and draws of all islands together.
+r"""The evidence by particles on islands: its estimate, the estimate's error, and draws of all islands together.
 
 Independent runs $k = 1 \dots K$ of a particle method (the islands of one population) each give an unbiased estimate
 $\hat Z_k$ of $Z = \int p(x) L(x)\, dx$. So their mean is unbiased too, and their spread is its error:
@@ -6,13 +6,13 @@ $\hat Z_k$ of $Z = \int p(x) L(x)\, dx$. So their mean is unbiased too, and thei
 $$\hat Z = \frac1K \sum_k \hat Z_k, \qquad
 \mathrm{se}(\log \hat Z) \approx \frac{1}{\sqrt K}\, \mathrm{sd}_k\!\left(\hat Z_k / \hat Z\right).$$
 
-An unbiased $\hat Z$ has a logarithm that is too small on average, by half its relative variance. Draws of island $k$
-stand for $\hat Z_k$ of $\sum_k \hat Z_k$: an island that has missed a mode counts by the little it has found.
+The logarithm of an unbiased $\hat Z$ is too small on average, by half its relative variance. In the pooled draws island
+$k$ has the share $\hat Z_k / \sum_k \hat Z_k$: an island that has missed a mode counts accordingly less.
 
-The spread is blind to what all islands miss in the same way. A sampler that sees such a thing happen widens the error,
-says so in a warning and keeps the words in `ParticleSampler.problems`.
+The spread does not show what all islands miss in the same way. A sampler that detects such a problem widens the error,
+warns, and keeps the message in `ParticleSampler.problems`.
 
-For the estimates themselves see `tempered` and `twisted`; `ParticleSampler` is what both have in common.
+For the estimates themselves see `tempered` and `twisted`; `ParticleSampler` is their common base.
 
 References:
     Vergé, Dubarry, Del Moral, Moulines, On parallel implementation of sequential Monte Carlo methods: the island
@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.infer.kernel.choose import systematic
-from numpyro_diffusion.infer.model.sites import Model
+from numpyro_diffusion.infer.model.handlers import Model
 
 
 class Evidence(NamedTuple):
@@ -43,19 +43,19 @@ class Evidence(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Particles at the end of a run, and which of them stand for what."""
+    """Particles at the end of a run, and the indices of draws among them."""
 
     values: dict[str, jax.Array]  # constrained, by site, deterministic sites included, (N, ...)
     pooled: jax.Array  # indices: all islands, each in proportion to its evidence, (N,)
-    by_island: jax.Array  # indices: each island for itself, (islands, N / islands)
+    by_island: jax.Array  # indices: each island by itself, (islands, N / islands)
 
 
 class Outcome(NamedTuple):
-    """What a sampler holds once it has run."""
+    """The result of a run."""
 
     draws: Draws
     evidence: Evidence
-    history: Any  # what the sampler notes on the way
+    history: Any  # what the sampler recorded on the way
     problems: tuple[str, ...]
 
 
@@ -70,6 +70,7 @@ def evidence_of(islands: jax.Array) -> Evidence:
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from numpyro_diffusion.infer.particles.evidence import evidence_of
         >>> value, error, _ = evidence_of(jnp.log(jnp.array([1.0, 2.0, 3.0, 2.0])))
         >>> round(float(jnp.exp(value)), 3), round(float(error), 3)  # (sd 0.816) / 2 / sqrt(4)
         (2.0, 0.204)
@@ -82,7 +83,7 @@ def evidence_of(islands: jax.Array) -> Evidence:
 
 
 def pool_islands(key: jax.Array, islands: jax.Array, size: int) -> jax.Array:
-    """Which particles stand for all islands, each island in proportion to its evidence.
+    """Chooses particles of all islands, each island in proportion to its evidence.
 
     Args:
         key: random key.
@@ -96,7 +97,7 @@ def pool_islands(key: jax.Array, islands: jax.Array, size: int) -> jax.Array:
 
 
 def resample_islands(key: jax.Array, log_weights: jax.Array) -> jax.Array:
-    """Resamples each island by itself; one whose weights all vanish is filled from the others.
+    """Resamples each island by itself; an island whose weights all vanish is filled from the others.
 
     Args:
         key: random key.
@@ -117,7 +118,7 @@ Sampler = TypeVar("Sampler", bound="ParticleSampler")
 
 
 class ParticleSampler(abc.ABC):
-    """A sampler whose particles live on islands: what it is made of, and what it holds once it has run."""
+    """Base of the samplers whose particles live on islands: the run, and its results."""
 
     def __init__(
         self, model: Model, num_particles: int, num_islands: int, ess_threshold: float, progress_bar: bool
@@ -144,19 +145,18 @@ class ParticleSampler(abc.ABC):
         """One run."""
 
     def run(self: Sampler, rng_key: jax.Array, *args: Any, **kwargs: Any) -> Sampler:
-        """Walks to the posterior.
+        """Runs from the prior to the posterior.
 
-        A second run compiles nothing if the arguments have the same shapes and the model reads the same variables
-        besides; what has changed there is seen.
+        A second run compiles nothing if the arguments have the same shapes and other variables that the model reads
+        have not changed; if they have, it sees the new values.
 
         Args:
             rng_key: random key.
-            *args: the model's arguments: arrays, pytrees of arrays such as a `DiffusionPrior`, and Python values as
-                they are.
+            *args: the model's arguments: arrays, pytrees of arrays such as a `DiffusionPrior`, and Python values.
             **kwargs: its keyword arguments.
 
         Returns:
-            This object, which then holds draws and evidence.
+            This object, which then has draws and evidence.
         """
         self._outcome = None
         outcome = self._sample(rng_key, args, kwargs)
@@ -169,8 +169,8 @@ class ParticleSampler(abc.ABC):
         """Draws of the posterior by site, constrained, with the model's deterministic sites.
 
         Args:
-            group_by_chain: whether to keep the islands apart, as chains. Each is then an estimate of the posterior for
-                itself, whatever its evidence; all together, the default, an island counts by its evidence.
+            group_by_chain: whether to keep the islands separate, as chains. Each is then an estimate of the posterior
+                by itself. In the pooled draws, the default, an island counts in proportion to its evidence.
 
         Returns:
             Arrays (num_particles, ...), or (num_islands, num_particles / num_islands, ...).
@@ -197,14 +197,14 @@ class ParticleSampler(abc.ABC):
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What went wrong in the last run, in words: each was a warning. Empty if nothing did."""
+        """The warnings of the last run; empty if nothing went wrong."""
         return self._ran.problems
 
     def print_summary(self, prob: float = 0.9) -> None:
         """Prints moments and intervals of the draws, the evidence, and what happened on the way.
 
-        Copies of one ancestor lie side by side, so that `n_eff`, by the correlation of neighbours, sees what is left of
-        the resampling.
+        Copies of one ancestor lie side by side, so that `n_eff`, which is computed from the correlation of neighbours,
+        accounts for the resampling.
 
         Args:
             prob: mass of the intervals.

@@ -1,4 +1,4 @@
-r"""Looking ahead at data that are not Gaussian, no farther than the likelihood itself bears out.
+r"""Looking ahead at data that are not Gaussian, no farther than the likelihood supports.
 
 Guidance by the gradient of a log-likelihood at the predicted clean point $\hat x_0$, the "dps" form, shifts the
 prediction by
@@ -6,18 +6,19 @@ prediction by
 $$\delta = V g, \qquad g = \nabla \log L(\hat x_0), \quad V = \frac{\sigma_t^2}{\alpha_t}
 \frac{\partial \hat x_0}{\partial x_t} \approx \mathrm{Cov}[x \mid x_t].$$
 
-That is right while the data say little beside $V$. Where they say much, which is at every high noise level, it
+That is right while the likelihood is wide compared with $V$. Where it is narrow, as at every high noise level, it
 overshoots by the factor $V / (\text{width of } L)^2$: counts of 45 from a rate of 10 send the next prediction to where
-the rate is $e^{60}$, and no weight brings such a particle back. The value $\log L(\hat x_0)$ is as much too sure.
+the rate is $e^{60}$, and no weight brings such a particle back. The value $\log L(\hat x_0)$ is overconfident by as
+much.
 
 Under the Gaussian $N(\hat x_0, V)$ of the clean point, a shift $V w$ has the log-density of prior and data
 
 $$\varphi(w) = \log L(\hat x_0 + V w) - \tfrac12 w^\top V w,$$
 
-and both guidance and twisting function come from its largest value: a Laplace approximation without its determinant,
-which for most likelihoods is nearly the same for all particles of a level. It is looked for by a few steps of conjugate
-gradients, each with the best of a few lengths, at a product with $V$ each (one derivative of the network) and some
-values of the likelihood. Wherever they end is right, as everywhere in `twisted`: it makes weights more even.
+and both guidance and twisting function come from its maximum: a Laplace approximation without its determinant, which
+for most likelihoods is nearly the same for all particles of a level. The search takes a few steps of conjugate
+gradients, each with the best of a few lengths; a step costs a product with $V$ (one derivative of the network) and some
+values of the likelihood. Any result is correct, as everywhere in `twisted`; a better one makes weights more even.
 
 This is for any likelihood; for Gaussian observations `guidance.Guided` knows $V$ in all directions.
 """
@@ -42,10 +43,10 @@ _FINE = tuple(np.geomspace(0.25, 4.0, 9).tolist())
 
 @dataclass(frozen=True)
 class LookAhead:
-    """A guided denoiser as a walk wants it: what a point can expect, and where it should go.
+    """A guided denoiser for walks: how well a point will explain the data, and where it should go.
 
     Args:
-        guided: the guided denoiser; with a Gaussian observation it answers by itself.
+        guided: the guided denoiser; its own formula is used for a Gaussian observation.
     """
 
     guided: Guided
@@ -63,7 +64,7 @@ class LookAhead:
         return self.guided.event_shape
 
     def outlook(self, x_t: jax.Array, t: jax.Array) -> Outlook:
-        """Both predictions and the log of the twisting function; that is minus infinity if nothing is known.
+        """Both predictions and the log of the twisting function, minus infinity where the likelihood is zero or NaN.
 
         Args:
             x_t: noisy point of `event_shape`.

@@ -1,16 +1,16 @@
 r"""Moving a population by a kernel until it has forgotten where it started.
 
-All particles move as one batch by a kernel that leaves their target invariant, so any number of moves is right; it
-decides how well copies of one ancestor come apart. The moves end when the correlation between particles and their
-starting points, the mean over the dimensions of a site and the largest over sites,
+All particles move as one batch by a kernel that leaves their target invariant, so any number of moves is correct; more
+moves separate copies of one ancestor better. The moves end when the correlation between particles and their starting
+points, the mean over the dimensions of a site and the largest over sites,
 
 $$\max_\text{sites} \frac1D \sum_d \mathrm{corr}_i\bigl(z_{i d}^{(0)}, z_{i d}^{(m)}\bigr),$$
 
-has fallen far enough, or at a given number. (Over all dimensions at once, a scale that hardly moves would not be seen
-beside a field of many.) The kernel tunes itself all the while, from the whole population: PCN the centre of its noise
-levels, from where the moves before have left it, kernels of NumPyro's scheme their step size and preconditioner
-(`adapt.pool_adaptation`). Each particle has a part of order $1/N$ in both, so that the law of a finite
-population is approximate to that order.
+has fallen far enough, or after a given number. (In a mean over all dimensions, a scale that hardly moves would not be
+noticed beside a large field.) Meanwhile the kernel adapts to the whole population: PCN adapts the centre of its noise
+levels, beginning where the previous moves left it, and kernels of NumPyro's scheme adapt their step size and
+preconditioner (`adapt.pool_adaptation`). Each particle has an influence of order $1/N$ on these, so that the law of a
+finite population is approximate to that order.
 
 References:
     Kantas, Beskos, Jasra, Sequential Monte Carlo methods for high-dimensional inverse problems, 2014,
@@ -34,7 +34,7 @@ class Moves(NamedTuple):
     """What happened during the moves."""
 
     num_moves: jax.Array
-    correlation: jax.Array  # left between particles and their starting points, of the site that has most
+    correlation: jax.Array  # left between particles and their starting points, the largest over sites
     accept_prob: jax.Array  # mean over moves and particles, NaN if the kernel has none
     noise_level: jax.Array  # at which the kernel's adapted levels are centred at the end, NaN if it has none
     num_score_evals: jax.Array  # denoiser evaluations, per particle
@@ -61,8 +61,8 @@ def move(
         args: the model's arguments.
         kwargs: its keyword arguments.
         noise_level: where the kernel's levels begin to adapt; NaN leaves that to the kernel.
-        correlation: what may be left of it at the end, in (0, 1).
-        max_moves: number of moves after which they end in any case.
+        correlation: largest correlation that may be left at the end, in (0, 1).
+        max_moves: largest number of moves.
 
     Returns:
         The particles, and what happened.

@@ -5,26 +5,26 @@ Particles start as draws of the prior and walk through
 $$\pi_\beta(x, \theta) \propto p(x, \theta)\, L(x, \theta)^\beta, \qquad 0 = \beta_0 < \dots < \beta_T = 1.$$
 
 At each temperature they are reweighted by $L^{\beta' - \beta}$, as far as an effective sample size allows, resampled,
-and moved by a kernel that leaves $\pi_{\beta'}$ invariant, again and again until they have forgotten where they came
-from. `DiffusionPCN` is the kernel for diffusion priors: it asks nothing but values of the likelihood, and one batch of
-all particles is one call of the network. It adapts its noise levels anew at each temperature.
+and moved by a kernel that leaves $\pi_{\beta'}$ invariant until they have forgotten where they came from.
+`DiffusionPCN` is the kernel for diffusion priors: it needs only values of the likelihood, and one batch of all
+particles is one call of the network. At each temperature it goes on from the noise levels of the one before.
 
 The mean weights multiply to an estimate of the evidence,
 
 $$\hat Z = \prod_t \frac1N \sum_i L(x_i)^{\beta_{t + 1} - \beta_t},$$
 
-whose expectation is $Z = \int p L$ if temperatures and kernels are given; that they are chosen from the particles
-biases it by less than its own error. Particles live on islands that share temperatures and the tuning of the moves, and
-nothing else: the spread of their estimates is its error, and each island counts by its own in the end.
+whose expectation is $Z = \int p L$ if temperatures and kernels are given; choosing them from the particles biases it by
+less than its own error. Particles live on islands that share nothing but temperatures and the tuning of the moves: the
+spread of their estimates gives the error, and in the end each island counts in proportion to its own estimate.
 
 Tempering does not soften a likelihood of zero: $0^\beta = 0$. A hard constraint takes effect in the first step, and
 all particles then descend from the draws of the prior that meet it.
 
-Moves that end at `max_moves`, before the particles have forgotten their ancestors, leave the population behind: it is
-not yet where $\pi_\beta$ is. How far is measured on $\log L$, by what the moves change in its mean, $D$, and by the
-correlation $\rho$ that they leave in it. If the approach is geometric, $D \rho / (1 - \rho)$ is still to come, and
+If moves end at `max_moves`, before the particles have forgotten their ancestors, the population has not reached
+$\pi_\beta$ yet. How far it lags behind is measured on $\log L$, by the change $D$ of its mean in the moves and by the
+correlation $\rho$ that they leave in it. If the approach is geometric, $D \rho / (1 - \rho)$ is still missing, and
 since $\partial_\beta \log Z = E_\beta[\log L]$ the next step misses that times $\Delta \beta$. The sum over
-temperatures is added to the error, and a warning says where moves fell short.
+temperatures is added to the error, and a warning says where there were too few moves.
 
 What is exact: the law of the particles as their number grows, for any kernel that leaves $\pi_\beta$ invariant. The
 approximation of the kernel itself remains, for `DiffusionPCN` its discretised reverse process.
@@ -74,9 +74,9 @@ class Temperature(NamedTuple):
     """What happened at one temperature."""
 
     temperature: jax.Array  # inverse, after the step
-    effective_size: jax.Array  # what the particles were worth after reweighting, over all islands
+    effective_size: jax.Array  # effective sample size after reweighting, over all islands
     num_moves: jax.Array
-    correlation: jax.Array  # left between particles and their ancestors after the moves, of the site that has most
+    correlation: jax.Array  # left between particles and their ancestors after the moves, the largest over sites
     accept_prob: jax.Array  # mean over moves and particles, NaN if the kernel has none
     noise_level: jax.Array  # at which the kernel's adapted levels are centred at the end, NaN if it has none
     num_score_evals: jax.Array  # denoiser evaluations of the moves, per particle
@@ -100,16 +100,15 @@ class TemperedSMC(ParticleSampler):
     Args:
         model: NumPyro model whose latent sites can all be drawn from their priors.
         num_particles: particles in all, at least 2 an island.
-        kernel: makes the kernel that moves the particles from a model; by default `DiffusionPCN` if all latent sites
-            are diffusion sites, `DiffusionGibbs` of it and `MALA` if there are others. For moves in noise space give a
-            model under `NoiseReparam` and `lambda m: Vectorize(NUTS(m))`.
+        kernel: makes the kernel that moves the particles from a model. The default is `DiffusionPCN` for diffusion
+            sites, `MALA` for others, and `DiffusionGibbs` with these two if there are both. For moves in noise space
+            give a model under `NoiseReparam` and `lambda m: Vectorize(NUTS(m))`.
         num_islands: independent parts of the population, whose estimates of the evidence give its error.
         ess_threshold: share of the particles that a step of the temperature leaves effective, in (0, 0.999]; near 1
-            the steps become very many.
-        correlation: what may be left between particles and their ancestors when the moves at a temperature end, as a
-            mean correlation over the dimensions of a site, in (0, 1).
-        max_moves: number of moves at a temperature after which they end in any case, with a warning if much correlation
-            is left.
+            there are very many steps.
+        correlation: largest correlation with their ancestors that particles may have when the moves at a temperature
+            end, as a mean over the dimensions of a site, in (0, 1).
+        max_moves: largest number of moves at a temperature; a run warns if much correlation is left then.
         temperatures: inverse temperatures to visit, rising to 1, instead of those that the effective sample size asks
             for: with a kernel that does not adapt, the evidence is then exactly unbiased.
         progress_bar: whether to show the temperature.
@@ -191,7 +190,7 @@ class TemperedSMC(ParticleSampler):
         return Outcome(finish(key_finish, population), evidence, history, self._problems(history))
 
     def _problems(self, history: list[Temperature]) -> tuple[str, ...]:
-        """What the moves have left undone."""
+        """A message if moves ended too early."""
         short = [step for step in history if step.correlation > max(_MUCH, self._correlation)]
         if not short:
             return ()
@@ -311,7 +310,7 @@ def _ladder(temperatures: Sequence[float]) -> np.ndarray:
 
 
 def _look_at_start(log_likelihood: np.ndarray) -> None:
-    """Raises if no draw of the prior has a likelihood to go on, warns if few have or some have none that is one."""
+    """Raises if the likelihood is zero at all draws of the prior; warns if it is at most, or if some are not finite."""
     num, alive = log_likelihood.size, int(np.isfinite(log_likelihood).sum())
     not_a_number, infinite = int(np.isnan(log_likelihood).sum()), int(np.isposinf(log_likelihood).sum())
     kinds = f"zero at {num - alive - not_a_number - infinite}, NaN at {not_a_number}, infinite at {infinite}"

@@ -1,12 +1,12 @@
 r"""A model with its likelihood raised to a power, and the likelihood by itself.
 
-Split a model into what can be drawn, the priors of its latent sites, and what is conditioned on, observations and
-factors:
+A model is the product of the priors of its latent sites, which can be drawn, and of its observations and factors,
+which it is conditioned on:
 
 $$p(x, \theta)\, L(x, \theta)^\beta, \qquad \beta \in [0, 1].$$
 
-`temper` is a handler that scales the second factor; its $\beta$ travels in the keyword arguments, so that it can change
-without a compilation and any kernel can move on any temperature. The Jacobian of NumPyro's unconstrained coordinates
+`temper` is a handler that scales the second factor; its $\beta$ is one of the keyword arguments, so that it can change
+without a compilation and any kernel can move at any temperature. The Jacobian of NumPyro's unconstrained coordinates
 belongs to the prior and keeps its full weight. `log_likelihood` and `draw_prior` are the two factors by themselves. For
 the walk from $\beta = 0$ to 1 see `particles.tempered`.
 """
@@ -21,7 +21,7 @@ from numpyro.infer.gibbs import conditioned
 from numpyro.infer.util import log_density
 from numpyro.primitives import Messenger
 
-from numpyro_diffusion.infer.model.sites import Model
+from numpyro_diffusion.infer.model.handlers import Model
 
 TEMPERATURE = "_temperature"
 """Keyword argument that holds the inverse temperature."""
@@ -31,8 +31,8 @@ _UNDER_WAY = "_under_way"
 class _scale_observed(Messenger):  # noqa: N801
     """Scales the log-density of everything that is conditioned on.
 
-    A site that appears while a latent one passes through the handlers is not the model's: it is the Jacobian of
-    NumPyro's unconstrained coordinates, a part of the prior.
+    A site that appears while a latent one passes through the handlers does not belong to the model: it is the Jacobian
+    of NumPyro's unconstrained coordinates, a part of the prior.
     """
 
     def __init__(self, fn: Model, temperature: jax.Array) -> None:

@@ -2,8 +2,8 @@ r"""Twisted sequential Monte Carlo: particles walk down the reverse process, loo
 
 The solver's walk is a Markov chain $p(x_T) \prod p(x_s \mid x_t)$ that ends at a clean point, which the model weighs by
 $L(x)$. A *twisting function* $\psi_t(x_t) \approx E[L(x) \mid x_t]$, from any guidance, says on the way how well a
-point will do. Particles step by the guided transition $q$, a tenth of them by $p$ (see `walk` for the reason, and for
-what then takes the place of $q$), and are weighted by
+point will explain the data. Particles step by the guided transition $q$, a tenth of them by $p$ (`walk` says why, and
+what then replaces $q$), and are weighted by
 
 $$w_s = \frac{p(x_s \mid x_t)}{q(x_s \mid x_t)} \frac{\psi_s(x_s)}{\psi_t(x_t)}, \qquad \psi_0 = L,$$
 
@@ -12,18 +12,18 @@ so the twisting cancels in the end: particles target $L(x)$ times the law of the
 $$\hat Z = \prod \text{mean weights}, \qquad E[\hat Z] = \int L(x)\, p_\text{walk}(x)\, \mathrm{d}x,$$
 
 exactly, for any number of particles. A good guidance makes the weights even; a bad one costs particles, not
-correctness. They are resampled where their effective sample size falls below a share of them. With the guidance
-"mmps", "tmpd" or "dps" this is the twisted diffusion sampler, with "flat" the look-ahead of MCGDiff (which takes $y$
-for a point of the noising process where this adds the variances). For likelihoods that are not Gaussian see
+correctness. Particles are resampled where their effective sample size falls below a share of their number. With the
+guidance "mmps", "tmpd" or "dps" this is the twisted diffusion sampler, with "flat" the look-ahead of MCGDiff (which
+takes $y$ as a point of the noising process, where this adds the variances). For likelihoods that are not Gaussian see
 `look_ahead`.
 
-Correct means unbiased on the natural scale, which a guidance bad enough makes worthless: where one particle carries
-all weight at a level, nearly every run ends far below $Z$, islands agree on it, and the rest of the mean is in runs
-that never happen. So the run watches the effective sample size of each island on its way; where it has been only a few
-particles the spread over islands is no error, and the error is infinite.
+Correct means unbiased on the natural scale, which is of no use if the guidance is bad enough: where one particle has
+all the weight at a level, nearly every run ends far below $Z$, the islands agree on that, and runs that almost never
+happen contribute the rest of the mean. So the run records the effective sample size of each island at every level. If
+it is ever only a few particles, the spread over islands says nothing about the error, which is set to infinity.
 
-What remains approximate: the walk stands for the prior, to the solver's order; and draws are those of finitely many
-particles, weighted, so they err by $O(1 / N)$. Particles never see the data again once they are clean: `TemperedSMC`,
+What remains approximate: the walk has the prior's law up to the solver's order, and weighted draws of finitely many
+particles have an error of $O(1 / N)$. Once particles are clean, nothing can correct them by the data: `TemperedSMC`,
 which moves them, does better where no guidance is good.
 
 References:
@@ -62,7 +62,7 @@ class Level(NamedTuple):
     effective_size: jax.Array  # of all islands together, before resampling
     per_island: jax.Array  # of one island, its harmonic mean over islands, before resampling
     resampled: jax.Array  # share of the islands
-    blind: jax.Array  # share of the particles at whose predicted clean point the likelihood is zero or not a number
+    blind: jax.Array  # share of the particles at whose predicted clean point the likelihood is zero or NaN
     unguided: jax.Array  # share of the particles whose guidance was not finite: they went without it
 
 
@@ -77,11 +77,11 @@ class Cloud(NamedTuple):
 
 
 _SPAN = 50.0
-"""A twisting function is positive: in nats below the best particle of a level, what one counts at the least."""
+"""Lower bound of the twisting function, which must be positive, in nats below the best particle of a level."""
 _BLIND = 0.01
-"""Share of particles that see nothing ahead, above which a run refuses."""
+"""Share of particles with zero or NaN likelihood ahead, above which a run raises an error."""
 _FEW = 10.0
-"""Effective particles of an island below which its estimate rests on chance."""
+"""Number of effective particles of an island below which its estimate is not reliable."""
 
 
 class TwistedSMC(ParticleSampler):
@@ -91,7 +91,7 @@ class TwistedSMC(ParticleSampler):
         model: NumPyro model whose latent sites are all diffusion sites, possibly in plates.
         num_particles: particles in all, at least 2 an island.
         guidance: how the walk looks ahead, see `guidance.Guided`; None takes "mmps" for a Gaussian observation and
-            "dps" for any other likelihood, no farther than `look_ahead` has it.
+            "dps" for any other likelihood, limited as in `look_ahead`.
         observation: what is observed of a point of the denoiser's own space; None reads the model. It steers; the
             weights are the model's.
         solver: a solver whose steps have a density; None takes the prior's own `sampler`.
@@ -103,8 +103,8 @@ class TwistedSMC(ParticleSampler):
     Raises:
         TypeError: if `model` is not callable, or the solver's steps have no density.
         ValueError: for a number out of its range or an unknown guidance; when run, for a model with other latent sites,
-            diffusion sites whose ladders of noise levels differ, a guidance that cannot handle the likelihood (none can
-            look ahead to a hard constraint), or weights that all vanish.
+            diffusion sites whose ladders of noise levels differ in span, a guidance that cannot handle the likelihood
+            (none can look ahead to a hard constraint), or weights that all vanish.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -175,7 +175,7 @@ class TwistedSMC(ParticleSampler):
             )
 
     def _problems(self, levels: Level) -> tuple[str, ...]:
-        """Whether few particles have carried everything somewhere."""
+        """A message if few particles had all the weight at some level."""
         few = min(_FEW, 0.25 * self._shape[1])
         poor = levels.per_island < few
         if not poor.any():
@@ -245,7 +245,7 @@ class TwistedSMC(ParticleSampler):
         )
 
     def _resample(self, key: jax.Array, cloud: Cloud, log_twist: jax.Array) -> tuple[Cloud, jax.Array, Level]:
-        """Weighs by what lies ahead, and copies where the weights have become uneven."""
+        """Weighs by the twisting function, and resamples where the weights have become uneven."""
         islands, n = self._shape
         log_weights = without_improper(cloud.log_weights + log_twist.reshape(self._shape))
         worth = jax.vmap(effective_size)(log_weights)
@@ -261,7 +261,7 @@ class TwistedSMC(ParticleSampler):
         return cloud, chosen.reshape(-1), Level(zero, worth.sum(), _harmonic_mean(worth), jnp.mean(now), zero, zero)
 
     def _weigh(self, key: jax.Array, cloud: Cloud, args: tuple, kwargs: dict) -> tuple[Draws, jax.Array, Level]:
-        """Weighs clean points by the model: draws, the evidence of each island, and what the particles were worth."""
+        """Weighs clean points by the model: draws, the evidence of each island, and the effective sizes."""
         reading, found, guided, _, times = self._parts(args, kwargs)
         clean = jax.vmap(lambda x_t: guided.base(x_t, times[-1]).x0)(cloud.points)
         z = jax.vmap(found.from_denoiser)(clean)
@@ -278,12 +278,12 @@ class TwistedSMC(ParticleSampler):
 
 
 def _harmonic_mean(worth: jax.Array) -> jax.Array:
-    """Of effective sizes: the relative variances of the islands' weights go by their inverses."""
+    """Of effective sizes, since the relative variances of the islands' weights are proportional to their inverses."""
     return 1.0 / jnp.mean(1.0 / jnp.maximum(worth, 1.0))
 
 
 def _positive(log_twist: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A twisting function relative to the best particle and bounded below, and where nothing was seen ahead."""
+    """A twisting function relative to the best particle and bounded below, and where it was zero or NaN."""
     log_twist = without_improper(log_twist)
     best, blind = jnp.max(log_twist), jnp.isneginf(log_twist)
     return jnp.where(jnp.isfinite(best), jnp.maximum(log_twist - best, -_SPAN), 0.0), blind

@@ -1,7 +1,7 @@
 r"""pCN in the noise of a guided walk: the move of `DiffusionPCN` for informative likelihoods.
 
-`DiffusionPCN` proposes from the prior's reverse process, so that where the data say much more than the prior, only
-small moves are accepted. Here the walk down is guided, and the whole walk is the state. Its steps are Gaussian under
+`DiffusionPCN` proposes from the prior's reverse process, so that only small moves are accepted where the data are much
+more precise than the prior. Here the walk down is guided, and the whole walk is the state. Its steps are Gaussian under
 the prior, $p$, and under the guidance, $q$, with means $\mu_q$ and the same deviation $\tilde\sigma$. In the noise of
 the guided walk,
 
@@ -11,22 +11,22 @@ a change of variables with a constant Jacobian, the target $p(x_T) \prod p(x_s \
 
 $$N(z; 0, I)\; W, \qquad \log W = \log L(x_0) + \sum \log \frac{p(x_s \mid x_t)}{q(x_s \mid x_t)}.$$
 
-A move that keeps $N(0, I)$ therefore needs a test by $W$ alone. As `DiffusionPCN` noises the point to a level
-$\lambda$, this one noises each $z_s$ as a component of $x$ of the size of its own level $\lambda_s$,
+A move that leaves $N(0, I)$ invariant therefore needs a test by $W$ alone. As `DiffusionPCN` noises the point to a
+level $\lambda$, this one noises each $z_s$ like a component of $x$ of the size of its own level $\lambda_s$,
 
 $$w_s = a_s z_s + \sqrt{1 - a_s^2}\, \xi, \qquad z'_s = a_s w_s + \sqrt{1 - a_s^2}\, \xi', \qquad
 a_s^2 = \frac{\lambda_s^2}{\lambda_s^2 + \lambda^2},$$
 
-once for $w$ and $M$ times for candidates $z'$: what lies well below $\lambda$ is drawn anew and what lies well above
-stays. Given $w$ the current walk and the candidates are draws of one law, so the test is `DiffusionPCN`'s with $W$ in
-the place of the likelihood. **Nothing is left of the guidance's errors, nor of the number of steps**: they lower the
-acceptance, and that is all. With a guidance that were exact $W$ would be constant.
+once for $w$ and $M$ times for candidates $z'$: steps well below level $\lambda$ are drawn anew, and those well above it
+stay. Given $w$, the current walk and the candidates are draws of one law, so the test is that of `DiffusionPCN` with
+$W$ in place of the likelihood. **Neither the errors of the guidance nor the number of steps cause a bias**: they only
+lower the acceptance. With an exact guidance $W$ would be constant.
 
-A guidance that would hardly take a walk gives it any $W$, and would hold a chain there. One step in ten therefore
-draws all of the walk anew from a mixture that has such walks too, whose weights are bounded (`walk`).
+A walk that the guidance would hardly ever take may have any $W$, and a chain would not leave it. One step in ten
+therefore draws the whole walk anew from a mixture that contains such walks, with bounded weights (`walk`).
 
-A step costs a walk for each candidate and one for the current walk, whose noise is read off under the guidance as it
-stands: in a Gibbs sweep the data's noise level may have moved.
+A step costs a walk for each candidate and one for the current walk, whose noise is computed under the current guidance:
+in a Gibbs sweep the data's noise level may have changed.
 
 References:
     Cotter, Roberts, Stuart, White, MCMC methods for functions, 2013, https://arxiv.org/abs/1202.0709.
@@ -53,7 +53,7 @@ from numpyro_diffusion.solve import GaussianSolver, Solver
 from numpyro_diffusion.solve.base import terminal_moments
 
 _FRESH = 0.1
-"""Share of the steps that draw all of the walk anew."""
+"""Share of the steps that draw the whole walk anew."""
 _LEVEL_WIDTH = 0.7
 """Spread of the adapted levels about their centre, in natural logarithms: a factor of two either way."""
 
@@ -67,7 +67,7 @@ class GuidedPCNState(NamedTuple):
         walk: the walk in the denoiser's space, at all times of the solver's grid, noisiest first.
         accept_prob: acceptance probability of the last step.
         mean_accept_prob: its mean over the phase (warm-up or sampling) so far.
-        noise_level: level of the last step, in the units of the (first site's) data; the highest if all of the walk was
+        noise_level: level of the last step, in the units of the (first site's) data; the highest if the whole walk was
             drawn anew.
         log_level: centre of the adapted levels, as a natural logarithm.
         num_unguided: steps of the last walks at which the guidance was not finite; they went without it.
@@ -92,8 +92,8 @@ class GuidedPCNState(NamedTuple):
 class GuidedPCN(WalkKernel):
     """Moves all diffusion sites of a model by pCN in the noise of a guided walk.
 
-    Leaves the posterior under the solver's walk invariant, for any guidance and any number of steps. Levels are drawn
-    and adapted as in `DiffusionPCN`.
+    It leaves the posterior under the solver's walk invariant, for any guidance and any number of steps. Levels are
+    drawn and adapted as in `DiffusionPCN`. For precise data in many dimensions it is slow: see `ParticleGibbs`.
 
     Args:
         model: NumPyro model whose latent sites are all diffusion sites, possibly in plates; `DiffusionGibbs` takes the
@@ -109,7 +109,8 @@ class GuidedPCN(WalkKernel):
 
     Raises:
         ValueError: for a number out of its range or an unknown guidance; when run, for a model with other latent sites,
-            diffusion sites whose ladders of noise levels differ, or a guidance that cannot handle the likelihood.
+            diffusion sites whose ladders of noise levels differ in span, or a guidance that cannot handle the
+            likelihood.
         TypeError: for a model that is not callable or a solver whose steps have no density.
 
     Example:
@@ -214,11 +215,11 @@ def _walks(
         solver: how to step.
         guided: the guided denoiser.
         kept: the current walk, (levels, *event_shape).
-        level: noise level of the move; infinite for walks of the mixture that have nothing of the kept one.
+        level: noise level of the move; infinite for walks of the mixture that are independent of the kept one.
         count: number of candidates.
 
     Returns:
-        Walks (count + 1, levels, ...), the kept one last; the logarithms of what they are worth besides the likelihood
+        Walks (count + 1, levels, ...), the kept one last; the logarithms of their weights without the likelihood,
         (count + 1,); and the number of steps whose guidance was not finite.
     """
     denoiser, times, dtype = guided.base, solver.times(guided), kept.dtype
@@ -226,7 +227,7 @@ def _walks(
     key_first, key_steps = jax.random.split(key)
 
     def near(key: jax.Array, z: jax.Array, own_level: jax.Array) -> jax.Array:
-        """Noises what stands for a component of the size of its level once, and draws candidates from that."""
+        """Noises the noise of a step like a component of the size of its level, and draws candidates from that."""
         ratio = level / own_level
         keep = jnp.where(is_fresh, 0.0, 1.0 / jnp.sqrt(1.0 + ratio**2)).astype(dtype)
         loss = jnp.where(is_fresh, 1.0, ratio / jnp.sqrt(1.0 + ratio**2)).astype(dtype)

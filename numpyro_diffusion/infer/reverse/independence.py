@@ -5,20 +5,20 @@ among the $M$ with probability $w_j / \sum_{i \ge 1} w_i$ and accept it with
 
 $$a = \min\left(1, \frac{\sum_{i \ge 1} w_i}{\sum_{i \ge 0, i \ne j} w_i}\right).$$
 
-Exact for any $M$: given the set of $M + 1$ points, any one of them is as likely the current one as its weight says, and
-this is a Metropolised Gibbs move on the index, which leaves its place more often than the plain draw by weight that is
-known as iterated sampling importance resampling (i-SIR), and for $M = 1$ is Metropolis, $\min(1, w_1 / w_0)$. The $M$
-weights are evaluated in one batch.
+This is exact for any $M$: given the set of $M + 1$ points, the probability that a point is the current one is
+proportional to its weight, and this is a Metropolised Gibbs move on the index. It changes the index more often than the
+plain draw by weight known as iterated sampling importance resampling (i-SIR); for $M = 1$ it is Metropolis,
+$\min(1, w_1 / w_0)$. The $M$ weights are evaluated in one batch.
 
-By default every site is drawn from its own prior in the model, given the sites before it: the prior cancels, no
-density of it is asked for, and $w$ is the rest of the model, $p(y \mid x)$ and factors. With a `proposal`, a NumPyro
+By default every site is drawn from its own prior in the model, given the sites before it: the prior cancels, its
+density is not needed, and $w$ is the rest of the model, $p(y \mid x)$ and factors. With a `proposal`, a NumPyro
 distribution on some sites, the weight is $\pi / q$ with the model's own log-density. If $w$ is bounded, the chain
-converges from anywhere at a geometric rate; where $q$ has lighter tails than $\pi$ it sticks, and in many dimensions it
-nearly always does: then this is a move to mix with local ones (`Mixture`).
+converges from anywhere at a geometric rate. Where $q$ has lighter tails than $\pi$ it sticks, and in many dimensions it
+nearly always does: then mix this move with local ones (`Mixture`).
 
-**What is approximate.** Nothing, where the law that a distribution's `sample` draws from and its `log_prob` are one and
-the same. For a `DiffusionPrior` drawn from its own site, the posterior is that of the law of its stochastic solver; one
-given as a `proposal` on another site has both, which agree up to the solvers' errors.
+**What is approximate.** Nothing, if a distribution's `sample` and its `log_prob` belong to the same law. For a
+`DiffusionPrior` drawn at its own site, the posterior is that under the law of its stochastic solver. One given as a
+`proposal` on another site uses both, which agree up to the solvers' errors.
 
 References:
     Tjelmeland, Using all Metropolis-Hastings proposals to estimate mean values, 2004 (several independent proposals).
@@ -57,7 +57,7 @@ class IndependenceState(NamedTuple):
     Args:
         i: number of steps done.
         z: current point, by site, in NumPyro's unconstrained coordinates.
-        log_weight: its log-weight, plus infinity where the proposal never goes.
+        log_weight: its log-weight, plus infinity where the proposal has no density.
         accept_prob: acceptance probability of the last step.
         mean_accept_prob: its mean over the phase (warm-up or sampling) so far.
         num_score_evals: denoiser evaluations of the last step for diffusion sites drawn from their priors, per point.
@@ -80,16 +80,16 @@ class Independence(DiffusionKernel):
 
     Args:
         model: NumPyro model; all latent sites continuous.
-        proposal: None for the priors; or a distribution for each site named, with the shape of the site, all others
-            being drawn from their priors; or one distribution for the model's only latent site.
+        proposal: None for the priors; or a dict of distributions by site, each with the shape of the site, where other
+            sites are drawn from their priors; or one distribution for the model's only latent site.
         num_proposals: candidates per step, in one batch.
         init_strategy: where chains start, as in NumPyro; None draws the proposal.
 
     Raises:
-        TypeError: if `model` is not callable or a proposal no distribution.
+        TypeError: if `model` is not callable or a proposal is not a distribution.
         ValueError: if `num_proposals` is below 1, or a proposal has no density; when run, for a model without latent
             sites, with discrete ones or subsampling, a site drawn from its prior that is masked, scaled or cannot be
-            drawn, a proposal for no site or of another shape, or 100 draws without a finite weight.
+            drawn, a proposal for an unknown site or of another shape, or 100 draws without a finite weight.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -243,7 +243,7 @@ class Independence(DiffusionKernel):
 
 
 class _Uncancelled(Messenger):
-    """Handler: log-densities of latent sites count as zero without a proposal, and in full with one, dropped or not."""
+    """Handler: latent sites without a proposal count as zero, those with one in full, whether dropped or not."""
 
     def __init__(self, fn: Model, proposals: Mapping[str, dist.Distribution]) -> None:
         super().__init__(fn)

@@ -8,17 +8,16 @@ is what `TwistedSMC` approximates with many particles. Conditional SMC makes a M
 kept as one of $N$ particles, the others walk beside it, guided and weighted, and a new walk is drawn from the others by
 its final weight and tested against the kept one. **This leaves $\pi$ invariant for any $N \ge 2$**: no bias of order
 $1 / N$. Particles are resampled where their weights have become uneven, and there the kept walk draws its own past anew
-among all of them (ancestor sampling) with weights
+among all particles (ancestor sampling) with weights
 
 $$\tilde w^i \propto w^i \frac{p(x'_s \mid x_t^i)}{\psi_t(x_t^i)},$$
 
-$x'$ the kept walk, $\psi$ the twisting function. A walk in ten goes unguided (`walk`), so that a kept walk that
-the guidance would hardly take does not stay for that. A solver that remembers one step has a second factor
-$p(x'_r \mid x'_s, x_t^i)$, of the step after.
+with $x'$ the kept walk and $\psi$ the twisting function. One walk in ten is unguided (`walk`), so that a kept walk that
+the guidance would hardly ever take does not stay for good. For a solver that remembers one step there is a second
+factor $p(x'_r \mid x'_s, x_t^i)$, that of the next step.
 
-Its clean point has the law of the walk times the likelihood: exact but for the steps of the solver, as a draw of the
-prior is. Other latent sites have a block of their own (`DiffusionGibbs(model, x_kernel=ParticleGibbs)`), and mix with
-the walk.
+The clean point has the law of the walk times the likelihood: exact up to the solver's steps, as is a draw of the prior.
+Other latent sites get a block of their own (`DiffusionGibbs(model, x_kernel=ParticleGibbs)`).
 
 References:
     Chopin and Singh, On particle Gibbs sampling, 2015 (the last choice as a forced move),
@@ -52,7 +51,7 @@ from numpyro_diffusion.infer.reverse.walk import Transition, log_worth, outlooks
 from numpyro_diffusion.solve import GaussianSolver, Solver, terminal_point
 
 _ESS_THRESHOLD = 0.5
-"""Share of the particles below which their effective number makes them resampled."""
+"""Particles are resampled when their effective number falls below this share."""
 
 
 class ParticleGibbsState(NamedTuple):
@@ -65,7 +64,7 @@ class ParticleGibbsState(NamedTuple):
         renewed: share of the walk's points that the last step has changed.
         num_unguided: steps of the last walks at which the guidance was not finite; they went without it.
         num_score_evals: denoiser evaluations of the last step.
-        diverging: whether the log-density of a particle was NaN or plus infinity; it was given no weight.
+        diverging: whether the log-density of a particle was NaN or plus infinity; its weight was zero.
         rng_key: random key.
     """
 
@@ -84,19 +83,19 @@ class _Cloud(NamedTuple):
 
     points: jax.Array  # (N, *event_shape)
     memory: Any  # of the solver, by particle
-    log_weights: jax.Array  # (N,), without what lies ahead
+    log_weights: jax.Array  # (N,), without the twisting function
     log_ratio: jax.Array  # (N,), of the walks so far, the prior's density over the guidance's
 
 
 class ParticleGibbs(WalkKernel):
     """Draws all diffusion sites of a model by conditional SMC with ancestor sampling over the reverse process.
 
-    Leaves the posterior under the solver's walk invariant for any number of particles.
+    It leaves the posterior under the solver's walk invariant for any number of particles.
 
     Args:
         model: NumPyro model whose latent sites are all diffusion sites, possibly in plates; `DiffusionGibbs` takes the
             others.
-        num_particles: particles with the kept one, at least 2.
+        num_particles: number of particles including the kept one, at least 2.
         guidance: how to look ahead, see `guidance.Guided`; None takes "mmps" for a Gaussian observation and "dps" for
             any other likelihood.
         observation: what is observed of a point of the denoiser's own space (of several sites: of a dict of them);
@@ -105,7 +104,8 @@ class ParticleGibbs(WalkKernel):
 
     Raises:
         ValueError: for `num_particles` below 2 or an unknown guidance; when run, for a model with other latent sites,
-            diffusion sites whose ladders of noise levels differ, or a guidance that cannot handle the likelihood.
+            diffusion sites whose ladders of noise levels differ in span, or a guidance that cannot handle the
+            likelihood.
         TypeError: for a model that is not callable or a solver whose steps have no density.
 
     Example:
@@ -140,7 +140,7 @@ class ParticleGibbs(WalkKernel):
         self._num_particles = num_particles
 
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> ParticleGibbsState:
-        """The noising process of where the chain begins."""
+        """The walk at the start: the noising process of the point where the chain begins."""
         key, key_start = jax.random.split(key)
         z, walk = self._start_walk(key_start, init_params, reading)
         zero, count = jnp.zeros((), walk.dtype), jnp.zeros((), jnp.int32)
@@ -237,7 +237,7 @@ def _log_future(
 
 
 def _ancestors(key: jax.Array, log_weights: jax.Array, log_past: jax.Array) -> jax.Array:
-    """The kept walk's ancestor by its own weights, and those of the others given it by systematic resampling."""
+    """The kept walk's ancestor by its own weights; those of the others by systematic resampling given that one."""
     key_kept, key_others = jax.random.split(key)
     of_kept = jax.random.categorical(key_kept, log_past)
     order = jnp.arange(log_weights.size).at[of_kept].set(0).at[0].set(of_kept)

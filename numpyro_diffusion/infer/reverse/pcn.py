@@ -7,8 +7,8 @@ $p(x) L(x)$:
 
 $$a = \min\left(1, \frac{L(x')}{L(x)}\right).$$
 
-$\log L$ may be anything: not differentiable, a simulator's verdict, $-\infty$ outside a constraint. For a Gaussian
-prior this is the preconditioned Crank-Nicolson move with
+$\log L$ may be any function: not differentiable, the result of a simulator, $-\infty$ outside a constraint. For a
+Gaussian prior this is the preconditioned Crank-Nicolson move with
 $\rho = \alpha_t^2 \Sigma (\alpha_t^2 \Sigma + \sigma_t^2)^{-1}$, hence the name.
 
 With $M$ candidates $x'_1 \dots x'_M \sim p(x \mid x_t)$ from the same noised point, the current point is one more draw
@@ -18,10 +18,11 @@ $$a = \min\left(1, \frac{\sum_{i \ge 1} L_i}{\sum_{i \ge 0, i \ne j} L_i}\right)
 
 keeps the posterior too (Metropolised Gibbs over the $M + 1$ points; $M = 1$ is the test above).
 
-**What is approximate.** Only the reverse process: it is solved in finitely many steps. The move must keep the law of
-the clean point *given* the noisy one, not only the prior: a solver that keeps the prior with the wrong conditional law
-is not reversible, and its test is wrong. `DPMSolverPP(eta=1)`, the default of a prior, has that law to about two per
-cent in 64 steps; others are far from it (`docs/concepts/exactness.md`).
+**What is approximate.** Only the reverse process: it is solved in finitely many steps. The move needs the law of the
+clean point *given* the noisy one, not only the prior: a solver with the right prior but the wrong conditional law is
+not reversible, and then the test is wrong. `DPMSolverPP(eta=1)`, the default of a prior, has the variances of that law
+to about two per cent in 64 steps; others are far from it (`docs/concepts/exactness.md`). So solvers of another `law`
+are refused, and those of first order cause a warning.
 
 References:
     Cotter, Roberts, Stuart, White, MCMC methods for functions, 2013, https://arxiv.org/abs/1202.0709.
@@ -48,7 +49,7 @@ from numpyro_diffusion.infer.model.sites import PriorSite
 from numpyro_diffusion.solve import Solver, solve
 
 _MIN_STEPS = 4
-"""Steps that the smallest move leaves to the solver."""
+"""Number of the solver's steps in the smallest move."""
 _LEVEL_WIDTH = 0.7
 """Spread of the adapted levels about their centre, in natural logarithms: a factor of two either way."""
 
@@ -85,7 +86,7 @@ class DiffusionPCN(DiffusionKernel):
     r"""Moves all diffusion sites of a model by noising, denoising and a test on the likelihood.
 
     Exact up to the discretisation of the reverse process; needs neither a density nor gradients. The noise level of
-    each step is a time of the sampler's own grid, so that a small move costs few steps. A share `global_fraction` of
+    each step is a level of the sampler's own grid, so that a small move costs few steps. A share `global_fraction` of
     the steps draws it log-uniformly from the whole ladder; the others draw it around a centre that warm-up adapts to
     `target_accept_prob` and then leaves alone. All sites, and all points in plates, move together at one level.
 
@@ -94,16 +95,17 @@ class DiffusionPCN(DiffusionKernel):
         num_proposals: candidates per step, denoised in one batch.
         global_fraction: share of steps with a log-uniform level, in [0, 1]; 1 means no adaptation.
         target_accept_prob: acceptance to which the centre of the levels adapts, in (0, 1).
-        solver: stochastic solver; None takes each prior's own `sampler`.
+        solver: a solver of the reverse process, such as `DPMSolverPP(eta=1)`; None takes the priors' own `sampler`.
         init_strategy: where chains start, as in NumPyro; None draws the priors.
 
     Raises:
         ValueError: for a number out of its range; when run, for a model without a latent `DiffusionPrior` site, with
-            other latent sites, or whose likelihood is zero at 100 draws of the prior.
+            other latent sites, or whose likelihood is zero at 100 draws of the prior, and for a solver of another law
+            than the reverse process.
         TypeError: for a model that is not callable or a solver that is not stochastic.
 
     Example:
-        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> import jax, numpyro, numpyro.distributions as dist
         >>> from numpyro.infer import MCMC
         >>> from numpyro_diffusion.denoise import Gaussian
         >>> from numpyro_diffusion.distributions import DiffusionPrior
@@ -228,11 +230,11 @@ class DiffusionPCN(DiffusionKernel):
         first: jax.Array,
         reading: Reading,
     ) -> tuple[dict[str, jax.Array], ArrayLike, ArrayLike]:
-        """Candidates, and the logarithms of weights of their walks and of the current point's."""
+        """Candidates, and the logarithms of the weights of their walks and of the current point."""
         return _candidates(key, solver, sites, z, first, self._num_proposals), 0.0, 0.0
 
     def _draw_level(self, key: jax.Array, levels: jax.Array, centre: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """An index into the ladder, and whether it was drawn from the whole of it; the same for chains run together."""
+        """An index into the ladder, and whether it was drawn from all of it; the same for chains that run together."""
         key_kind, key_level = jax.random.split(key)
         log_levels = jnp.log(levels)
         log_uniform = jnp.log(-jnp.gradient(log_levels))

@@ -1,34 +1,35 @@
-r"""Split Gibbs: the prior and the likelihood each on a copy of its own, tied by a spring.
+r"""Split Gibbs: the prior and the likelihood each on a copy of its own, coupled by a Gaussian.
 
 The posterior $p(x)\, L(x, \theta)$ is replaced by a law of two copies,
 
 $$\pi_\rho(x, z, \theta) \propto p(x)\; N(z; x, \rho^2 I)\; L(z, \theta),$$
 
-of which each side is easy. Given $x$, the *likelihood side* $z$ and every other latent site $\theta$ are a NumPyro
-model in which the diffusion prior is a Gaussian around $x$: a few draws of NUTS (`coupling`). Given $z$, the *prior
-side* $x$ has the density $p(x)\, N(z; x, \rho^2 I)$, and that is the law of the clean point behind a noisy one at level
-$\sigma_t / \alpha_t = \rho$: the reverse process from $x_t = \alpha_t z$ at exactly that time draws it, with no
-gradient of the likelihood, no guidance and no density of the prior.
+each side of which is easy to sample. Given $x$, the *likelihood side* $z$ and every other latent site $\theta$ are a
+NumPyro model in which the diffusion prior is a Gaussian around $x$ (`split_model`): a few draws of NUTS. Given $z$, the
+*prior side* $x$ has the density $p(x)\, N(z; x, \rho^2 I)$, and that is the law of the clean point behind a noisy one
+at level $\sigma_t / \alpha_t = \rho$: the reverse process from $x_t = \alpha_t z$ at exactly that time draws it, with
+no gradient of the likelihood, no guidance and no density of the prior.
 
 **What is approximate.** The reverse process, solved in finitely many steps, and the split itself: the prior side has
 
 $$\pi_\rho(x) \propto p(x) \int L(z)\, N(z; x, \rho^2 I)\, \mathrm{d}z,$$
 
-the posterior under a likelihood smoothed by $\rho$; with Gaussian noise of variance $s^2$ on $x$ itself, as if it were
-$s^2 + \rho^2$. The likelihood side sees the prior smoothed instead. Both tend to the posterior as $\rho \to 0$, where
-the chain stops moving: the sweeps of a standard normal prior without data have the autocorrelation $1 / (1 + \rho^2)$.
-$\rho$ should be small beside the likelihood's own scale, and no smaller than that. The prior side is reported;
-`likelihood_side` is an extra field.
+the posterior under a likelihood smoothed by $\rho$: Gaussian noise of variance $s^2$ on $x$ itself acts like noise of
+variance $s^2 + \rho^2$. For the likelihood side the prior is smoothed instead. Both tend to the posterior as
+$\rho \to 0$, where the chain stops moving: the sweeps of a standard normal prior without data have the autocorrelation
+$1 / (1 + \rho^2)$. Choose $\rho$ small compared with the likelihood's own scale, but no smaller than necessary. The
+prior side is reported; `likelihood_side` is an extra field.
 
-The solver enters by the law of its clean point *given* the noisy one, which is not the law of its draws. On a standard
+What matters in the solver is the law of the clean point *given* the noisy one, not the law of its draws. On a standard
 normal prior at $\rho = 1/2$ with 16 steps the variance of that law is off by 40 % for `StochasticHeun` (2 evaluations a
-step), 4 % for `EulerMaruyama` and 0.1 % for the default, `DPMSolverPP` with noise, of second order here as well.
-Other sites belong to the likelihood side. As the x-kernel of `DiffusionGibbs`, where they would see the prior side, the
-two conditionals belong to no common law: give them to `SplitGibbs`.
+step), which is refused, by 4 % for `EulerMaruyama` and by 0.1 % for the default, `DPMSolverPP` with noise, which is of
+second order here as well. Other sites belong to the likelihood side. So do not make this the x-kernel of
+`DiffusionGibbs`, where they would depend on the prior side and the two conditionals would have no common law; give it
+the whole model.
 
-`couplings` let every draw pass through decreasing couplings before that at $\rho$ itself: decoupled annealing (DAPS,
-whose inner Langevin steps are NUTS here and whose flow is the reverse process). A draw then forgets the last one and
-can change mode, at the price of a second bias: the sweep at $\rho$ starts from the law of the coupling above it, and
+With `couplings`, every draw passes through decreasing couplings before that at $\rho$ itself: decoupled annealing
+(DAPS, whose inner Langevin steps are NUTS here and whose flow is the reverse process). A draw then forgets the last one
+and can change mode, but has a second bias: the sweep at $\rho$ starts from the law of the coupling above it, and
 forgets that only in part.
 
 References:
@@ -54,7 +55,7 @@ from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.infer.kernel.choose import keep_finite
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
-from numpyro_diffusion.infer.kernel.inner import KernelLike, bound, build, started
+from numpyro_diffusion.infer.kernel.inner import KernelLike, bind, bound, build, started
 from numpyro_diffusion.infer.kernel.start import Strategy, start
 from numpyro_diffusion.infer.model.checks import (
     check_continuous,
@@ -85,7 +86,7 @@ class SplitGibbsState(NamedTuple):
         accept_prob: its mean acceptance statistic over the last draw, NaN if it has none.
         noise_level: the last coupling, rho.
         num_score_evals: denoiser evaluations of the last draw, per point.
-        diverging: whether that kernel diverged, or a denoised point was not finite, which was not taken.
+        diverging: whether that kernel diverged, or a denoised point was not finite and was not taken.
         rng_key: random key.
     """
 
@@ -103,18 +104,17 @@ class SplitGibbsState(NamedTuple):
 class SplitGibbs(DiffusionKernel):
     r"""Alternates the likelihood with every other latent site, by NUTS, and the prior, by the reverse process.
 
-    Needs the gradient of the likelihood, and of the priors the reverse process alone. Exact, up to the solver, for the
+    Needs the gradient of the likelihood, and only the reverse process of the priors. Exact, up to the solver, for the
     law of the split, which is the posterior smoothed by `rho`.
 
     Args:
-        model: NumPyro model with diffusion sites; other latent sites are sampled along.
-        rho: the coupling $\rho$, in the units of the data; on each prior's own schedule.
+        model: NumPyro model with diffusion sites; other latent sites are sampled too.
+        rho: the coupling $\rho$, in the units of the data; within each prior's schedule.
         rho_start: the coupling at the start of warm-up, which falls to `rho` in geometric progression over its first
             half; None takes the largest scale among the priors, if that exceeds `rho`.
-        couplings: decreasing couplings above `rho` that every draw passes through first (DAPS); warm-up has no
-            annealing then.
-        solver: stochastic solver, whose `num_times` times all lie at level `rho` and below. What counts is the law of
-            its clean point given the noisy one, not that of its draws: see the module.
+        couplings: decreasing couplings above `rho` that every draw passes through first (DAPS); warm-up then has no
+            annealing of its own.
+        solver: a solver of the reverse process; its `num_times` times all lie at level `rho` and below.
         num_inner: draws of the rest-kernel for each denoising.
         rest_kernel: the kernel of the likelihood side: a class, a factory or a kernel that can be a block of NumPyro's
             `Gibbs`.
@@ -122,8 +122,9 @@ class SplitGibbs(DiffusionKernel):
 
     Raises:
         ValueError: for a number out of its range, couplings that do not decrease to `rho`, or both `rho_start` and
-            `couplings`; when run, for a coupling outside of a prior's schedule, a model without a latent
-            `DiffusionPrior` site or whose priors depend on other latent sites.
+            `couplings`; when run, for a coupling outside of a prior's schedule, a solver of another law than the
+            reverse process, a model without a latent `DiffusionPrior` site, or priors that depend on other latent
+            sites.
         TypeError: for a model that is not callable, a solver that is not stochastic, or a `rest_kernel` that does not
             make an `MCMCKernel`.
 
@@ -217,7 +218,7 @@ class SplitGibbs(DiffusionKernel):
 
     def _bind(self, key: jax.Array, init_params: dict | None, reading: Reading) -> None:
         start_rest = partial(bound, self._rest)
-        jax.eval_shape(lambda key: self._start_with(start_rest, key, init_params, reading), key)
+        bind(lambda key: self._start_with(start_rest, key, init_params, reading), [self._rest], key)
 
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> SplitGibbsState:
         return self._start_with(partial(started, self._rest), key, init_params, reading)
@@ -232,7 +233,7 @@ class SplitGibbs(DiffusionKernel):
         u = {name: site.to_denoiser(x[name]) for name, site in sites.items()}
         i = jnp.zeros((), jnp.int32)
         rho = self._coupling_at(i, sites)[0]
-        rest_params = None  # where nothing is given, the other sites begin where their kernel begins
+        rest_params = None  # without given values, the other sites start where their kernel starts
         if init_params is not None or self._init_strategy is not None:
             others = {name: value for name, value in point.items() if name not in sites}
             rest_params = {**others, **{offset_name(name): jnp.zeros_like(value) for name, value in u.items()}}

@@ -5,8 +5,9 @@ own space, and every other term of the model is evaluated at $z$. The site is wr
 
 $$z = x + \rho\, w, \qquad w \sim N(0, I),$$
 
-so that a kernel on $w$ has unit scale at every $\rho$: a step size adapted at one serves at another. The centre and
-$\rho$ travel as a keyword argument, like the values that NumPyro's `Gibbs` conditions on, so that they may be traced.
+so that $w$ has unit scale at every $\rho$, and a step size adapted at one $\rho$ is right for another. The centre and
+$\rho$ are passed as a keyword argument, like the values that NumPyro's `Gibbs` conditions on, so that they may be
+traced.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,28 +1,29 @@
-r"""A guided walk down the reverse process, and what it owes to the unguided one.
+r"""A guided walk down the reverse process, and its weight as a walk of the unguided process.
 
 A solver that steps towards a held clean point draws $x_s \mid x_t$ from a Gaussian $p(x_s \mid x_t)$ of known mean and
 deviation. Holding the point that a guidance predicts instead gives another, $q(x_s \mid x_t, y)$, of the same deviation
-$\tilde\sigma$ and with the mean moved by $\delta$. A walk by $q$ is worth, as one by $p$, the product of
+$\tilde\sigma$ and with the mean moved by $\delta$. As a walk of $p$, a walk drawn from $q$ has for its weight the
+product of
 
 $$\log \frac{p(x_s \mid x_t)}{q(x_s \mid x_t, y)} = -\frac{\delta \cdot (x_s - \mu_q)}{\tilde\sigma^2} -
 \frac{|\delta|^2}{2 \tilde\sigma^2}, \qquad \delta = \mu_q - \mu_p,$$
 
-so whatever the guidance gets wrong can be set right by weights: it decides how even they are, and nothing else.
+so weights correct whatever the guidance gets wrong: it decides how even they are, and nothing else.
 
-The sum $r$ of these logarithms has no bound. A walk that the guidance would hardly take counts for any amount, so that
-it may hold a chain for good, or make an estimate of one particle. Therefore walks are drawn from a mixture, in which a
-share $\epsilon$ goes without the guidance, and what a walk is worth is
+The sum $r$ of these logarithms has no upper bound. A walk that the guidance would hardly ever take may have any weight:
+a chain might never leave it, or an estimate rest on this one particle. Therefore walks are drawn from a mixture, in
+which a share $\epsilon$ goes without the guidance, and the weight of a walk is
 
 $$\log \frac{\prod p}{(1 - \epsilon) \prod q + \epsilon \prod p} =
 -\log \left( (1 - \epsilon)\, e^{-r} + \epsilon \right) \le -\log \epsilon.$$
 
-A mixture of walks has steps of its own: from a walk with $r$ so far, the next goes by $q$ with the probability that the
-walk so far has been one of $q$, $(1 - \epsilon)\, e^{-r} / ((1 - \epsilon)\, e^{-r} + \epsilon)$.
+The mixture can be drawn step by step: after a walk with $r$ so far, the next step is by $q$ with the probability that
+the walk so far was drawn from $q$, $(1 - \epsilon)\, e^{-r} / ((1 - \epsilon)\, e^{-r} + \epsilon)$.
 
-A shift that is not finite (a likelihood whose gradient is NaN at the predicted point) counts as none: that step goes by
-$p$, for every walk that comes by the same points, so that the weights stay right; and it is counted.
+A shift that is not finite (a likelihood whose gradient is NaN at the predicted point) counts as zero: that step is by
+$p$, for every walk through the same point, so that the weights stay right; and it is counted.
 
-For what is weighed with them see `guided_pcn`, `particle_gibbs` and `particles.twisted`.
+`guided_pcn`, `particle_gibbs` and `particles.twisted` use these weights.
 
 References:
     Hesterberg, Weighted average importance sampling and defensive mixture distributions, 1995,
@@ -55,7 +56,7 @@ class Transition(NamedTuple):
     mean: jax.Array  # under the prior, of `event_shape`
     shift: jax.Array  # from there to the mean under the guidance
     deviation: jax.Array  # of both, a scalar
-    is_lost: jax.Array  # whether the guidance was not finite and the shift is none for that
+    is_lost: jax.Array  # whether the guidance was not finite, so that the shift is zero
 
     def draw(self, key: jax.Array, log_ratio: jax.Array) -> jax.Array:
         """A next point of a walk of the mixture whose log-ratio so far is given."""
@@ -83,7 +84,7 @@ class Transition(NamedTuple):
 
 
 def check_solver(solver: Solver) -> GaussianSolver:
-    """The solver, if its steps are Gaussians of known mean and deviation.
+    """The solver, if its steps are Gaussian with known mean and deviation.
 
     Raises:
         TypeError: if they are not.
@@ -110,7 +111,7 @@ def transition(
 
     Args:
         solver: how to step.
-        denoiser: the model, whose schedule it is.
+        denoiser: the model, for its schedule.
         x0: the posterior mean under the prior, of `event_shape`.
         guided: the posterior mean given the observation, of `event_shape`.
         x_t: the noisy point, of `event_shape`.
@@ -132,7 +133,7 @@ def transition(
 def outlooks(
     solver: GaussianSolver, guided: Guided, points: jax.Array, memory: Memory, t: ArrayLike, s: ArrayLike
 ) -> tuple[jax.Array, Transition, Memory]:
-    """What particles can expect, and where they go next: one call of the network for all of them.
+    """The twisting function and the transitions of particles, by one call of the network for all of them.
 
     Args:
         solver: how to step.
