@@ -17,8 +17,8 @@ from numpyro_diffusion.denoise import GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import DiffusiveGibbs, LineIntegral, Score, Vectorize, with_density
 from numpyro_diffusion.infer.gradient.diffusive_gibbs import _conditional
+from numpyro_diffusion.infer.gradient.target import Evaluation
 from numpyro_diffusion.infer.kernel.adapt import Root
-from numpyro_diffusion.infer.model.target import Evaluation
 from numpyro_diffusion.noise import VE
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -32,9 +32,9 @@ from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import MALA, ULA, Density, LineIntegral, Score, ScoreHMC, Tweedie
 from numpyro_diffusion.infer.gradient.hmc import leapfrog
 from numpyro_diffusion.infer.gradient.langevin import log_reversal
+from numpyro_diffusion.infer.gradient.target import Evaluation, Target
 from numpyro_diffusion.infer.kernel.adapt import Root
 from numpyro_diffusion.infer.model.record import Record
-from numpyro_diffusion.infer.model.target import Evaluation, Target
 from numpyro_diffusion.nn import MLP
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

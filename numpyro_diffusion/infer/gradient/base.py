@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from numpyro_diffusion.infer.gradient import target
+from numpyro_diffusion.infer.gradient.target import Evaluation, Target
 from numpyro_diffusion.infer.kernel.choose import all_finite
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
 from numpyro_diffusion.infer.kernel.start import MAX_TRIES, Strategy, start
-from numpyro_diffusion.infer.model import target
 from numpyro_diffusion.infer.model.density import Provider, Score, Status
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
-from numpyro_diffusion.infer.model.target import Evaluation, Target
 
 
 class GradientKernel(DiffusionKernel):

@@ -38,13 +38,13 @@ import jax.numpy as jnp
 from numpyro_diffusion import _checks
 from numpyro_diffusion.infer.gradient.base import GradientKernel, flatten
 from numpyro_diffusion.infer.gradient.langevin import log_reversal, propose
+from numpyro_diffusion.infer.gradient.target import Evaluation, Target
 from numpyro_diffusion.infer.kernel.adapt import Adaptation, Root, running_mean
 from numpyro_diffusion.infer.kernel.choose import Choice, metropolis
 from numpyro_diffusion.infer.kernel.start import Strategy
 from numpyro_diffusion.infer.model.density import Density, Provider
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
-from numpyro_diffusion.infer.model.target import Evaluation, Target
 
 
 class DiffusiveGibbsState(NamedTuple):

@@ -36,13 +36,13 @@ import jax.numpy as jnp
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.infer.gradient.base import GradientKernel, flatten, require_test
+from numpyro_diffusion.infer.gradient.target import Evaluation, Target
 from numpyro_diffusion.infer.kernel.adapt import Adaptation, Root, running_mean
 from numpyro_diffusion.infer.kernel.choose import metropolis
 from numpyro_diffusion.infer.kernel.start import Strategy
 from numpyro_diffusion.infer.model.density import Density, LineIntegral, Provider
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
-from numpyro_diffusion.infer.model.target import Evaluation, Target
 
 _JITTER = 0.2
 """Relative range of the step of a trajectory, either way."""

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffusion.infer.gradient.base import GradientKernel, flatten, require_test
+from numpyro_diffusion.infer.gradient.target import Evaluation
 from numpyro_diffusion.infer.gradient.tweedie import Tweedie
 from numpyro_diffusion.infer.kernel.adapt import Adaptation, Root, running_mean
 from numpyro_diffusion.infer.kernel.choose import all_finite, metropolis, select
@@ -38,7 +39,6 @@ from numpyro_diffusion.infer.kernel.start import Strategy
 from numpyro_diffusion.infer.model.density import Density, LineIntegral, Provider, Score
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
-from numpyro_diffusion.infer.model.target import Evaluation
 from numpyro_diffusion.solve.langevin import langevin_step
 
 _WARMUP_STEP = 0.1

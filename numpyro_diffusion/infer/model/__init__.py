@@ -2,7 +2,8 @@
 
 from numpyro_diffusion.infer.model.density import Density, LineIntegral, Provider, Score, Status, with_density
 from numpyro_diffusion.infer.model.handlers import drop_prior
-from numpyro_diffusion.infer.model.record import Reading, Record, Structure
+from numpyro_diffusion.infer.model.record import Reading, Record
+from numpyro_diffusion.infer.model.structure import Structure
 
 __all__ = [
     "Density",

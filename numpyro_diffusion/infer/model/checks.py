@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping
 
 from numpyro_diffusion.denoise import Product
 from numpyro_diffusion.denoise.wrapped import inside
-from numpyro_diffusion.infer.model.record import Reading, Structure
+from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.model.sites import PriorSite
+from numpyro_diffusion.infer.model.structure import Structure
 from numpyro_diffusion.solve import Solver
 
 
