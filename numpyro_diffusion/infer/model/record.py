@@ -121,8 +121,11 @@ class Reading:
         return self.evaluate(z).log_rest.astype(jnp.result_type(float))
 
     def constrain(self, z: Mapping[str, jax.Array], deterministic: bool = False) -> dict[str, jax.Array]:
-        """Values on the supports and, if asked, those of the deterministic sites."""
-        parts = self.evaluate(z)
+        """Values on the supports and, if asked, those of the deterministic sites.
+
+        The model runs as it is: `MCMC` asks outside of any program too, where a new one would be compiled in every run.
+        """
+        parts = _evaluate(self.model, self.args, self.kwargs, dict(z))
         return {**parts.values, **parts.deterministic} if deterministic else parts.values
 
 

@@ -174,8 +174,8 @@ class Independence(DiffusionKernel):
                 "chains: the data contradict it, or the model returns NaN. Pass init_params where it is finite"
             )
 
-    def _draw(self, key: jax.Array, reading: Reading) -> tuple[dict, dict]:
-        """One candidate: constrained and unconstrained values of all latent sites."""
+    def _draw(self, key: jax.Array, reading: Reading) -> tuple[dict, dict, jax.Array]:
+        """One candidate: constrained and unconstrained values of all latent sites, and whether the supports hold it."""
         key, *keys = jax.random.split(key, len(self._proposal) + 1)
         proposals = self._proposals(reading)
         values = {name: fn.sample(key) for key, (name, fn) in zip(keys, proposals.items(), strict=True)}
@@ -183,7 +183,8 @@ class Independence(DiffusionKernel):
         sites = trace(model).get_trace(*reading.args, **reading.kwargs)
         latent = {name: sites[name] for name in reading.structure.latent}
         z = {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in latent.items()}
-        return {name: site["value"] for name, site in latent.items()}, z
+        inside = [jnp.all(latent[name]["fn"].support(latent[name]["value"])) for name in proposals]
+        return {name: site["value"] for name, site in latent.items()}, z, jnp.all(jnp.array([True, *inside]))
 
     def _log_weight(self, values: dict[str, jax.Array], reading: Reading) -> jax.Array:
         """The log-weight of a point given by constrained values, as the model gives it."""
@@ -213,8 +214,9 @@ class Independence(DiffusionKernel):
     def _step(self, state: IndependenceState, reading: Reading) -> IndependenceState:
         key, key_draw, key_choice = jax.random.split(state.rng_key, 3)
         keys = jax.random.split(key_draw, self._num_proposals)
-        values, candidates = jax.vmap(lambda key: self._draw(key, reading))(keys)
+        values, candidates, inside = jax.vmap(lambda key: self._draw(key, reading))(keys)
         log_weights = jax.vmap(lambda values: self._log_weight(values, reading))(values)
+        log_weights = jnp.where(inside, log_weights, -jnp.inf)
         new, old = (candidates, log_weights), (state.z, state.log_weight)
         choice = metropolised_gibbs(key_choice, log_weights, state.log_weight, new, old)
         z, log_weight = choice.point
