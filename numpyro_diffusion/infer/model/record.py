@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from numpyro.distributions import biject_to
 from numpyro.handlers import seed, substitute
 from numpyro.infer.gibbs import conditioned
 from numpyro.infer.util import _unconstrain_reparam, compute_log_probs
@@ -123,8 +124,13 @@ class Reading:
     def constrain(self, z: Mapping[str, jax.Array], deterministic: bool = False) -> dict[str, jax.Array]:
         """Values on the supports and, if asked, those of the deterministic sites.
 
-        The model runs as it is: `MCMC` asks outside of any program too, where a new one would be compiled in every run.
+        The model need not run for supports that are always the same. Where it must, it runs as it is: `MCMC` asks
+        outside of any program too, where a new one would be compiled in every run.
         """
+        supports = {name: self.structure.latent[name].support for name in z if name in self.structure.latent}
+        if len(supports) == len(z) and None not in supports.values():
+            if not (deterministic and self.structure.deterministic):
+                return {name: biject_to(supports[name])(value) for name, value in z.items()}
         parts = _evaluate(self.model, self.args, self.kwargs, dict(z))
         return {**parts.values, **parts.deterministic} if deterministic else parts.values
 

@@ -34,6 +34,7 @@ class LatentSite:
         is_discrete: whether its support is discrete.
         is_dropped: whether `drop_prior` has taken its prior out of the model.
         is_altered: whether a mask, a scale or a subsampling plate changes its term in the model.
+        support: its support, where that is one and the same; None where the model computes it.
         depends_on: names of the other latent sites that its distribution depends on.
         support_depends_on: names of sites that a composite kernel conditions on and its support depends on.
     """
@@ -44,6 +45,7 @@ class LatentSite:
     is_discrete: bool
     is_dropped: bool
     is_altered: bool
+    support: Any = None
     depends_on: frozenset[str] = frozenset()
     support_depends_on: frozenset[str] = frozenset()
 
@@ -174,6 +176,7 @@ def _latent(site: Mapping[str, Any]) -> LatentSite:
     """What can be said of a site while its trace is alive; on what it depends comes later."""
     fn = site["fn"]
     is_discrete = bool(fn.support.is_discrete)
+    is_computed = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(fn.support))
     is_diffusion = is_diffusion_site(site)
     return LatentSite(
         shape=tuple(jnp.shape(site["value"])),
@@ -181,6 +184,7 @@ def _latent(site: Mapping[str, Any]) -> LatentSite:
         is_diffusion=is_diffusion,
         is_discrete=is_discrete,
         is_dropped=as_written(site) is not fn,
+        support=None if is_computed else fn.support,
         is_altered=_is_masked(as_written(site)) or not (site["scale"] is None or is_identically_one(site["scale"])),
     )
 
