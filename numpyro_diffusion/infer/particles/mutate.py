@@ -126,6 +126,8 @@ def _most_correlated(a: Points, b: Points) -> jax.Array:
 
 def correlations(a: jax.Array, b: jax.Array) -> jax.Array:
     """Correlations over the first axis of two arrays of one shape (N, ...); one where either is constant."""
+    varies = (a.max(0) > a.min(0)) & (b.max(0) > b.min(0))  # the mean of equal numbers may be off by a rounding
     a, b = a - a.mean(0), b - b.mean(0)
     scale = jnp.sqrt((a**2).mean(0) * (b**2).mean(0))
-    return jnp.where(scale > 0, (a * b).mean(0) / jnp.where(scale > 0, scale, 1.0), 1.0)
+    varies &= scale > 0
+    return jnp.where(varies, (a * b).mean(0) / jnp.where(varies, scale, 1.0), 1.0)
