@@ -359,6 +359,8 @@ def test_starts_where_it_is_told():
     for make in (MALA, NoiseSpace):
         state = start(make(with_scale), Y, init_params=given)
         np.testing.assert_allclose(state.z["x"], given["x"], atol=0.02)
+    at_rest = {"x_noise": jnp.zeros((2, 2), int), "scale": jnp.zeros(2, int)}
+    np.testing.assert_allclose(start(NoiseSpace(with_scale), Y, init_params=at_rest).z["x"], 0.0, atol=0.02)
     assert start(DiffusionPCN(observed), Y, init_params={"x": jnp.ones((2, 2), int)}).z["x"].dtype == jnp.float32
     with pytest.raises(ValueError, match=r"init_params must have the latent sites \['x'\]; got \['z'\]"):
         start(DiffusionPCN(observed), Y, init_params={"z": jnp.stack([x, x])})

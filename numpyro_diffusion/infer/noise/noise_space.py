@@ -147,7 +147,7 @@ class NoiseSpace(DiffusionKernel):
     def _given(self, key: jax.Array, reading: Reading, init_params: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Where the inner kernel starts, in its own coordinates, for a chain that is told where to start."""
         if set(init_params) & set(map(noise_name, reading.structure.diffusion)):
-            return init_params  # told in these coordinates
+            return {name: jnp.asarray(value, jnp.result_type(float)) for name, value in init_params.items()}
         return self._behind(reading, start(key, reading, init_params, None, partial(self._is_valid, reading)))
 
     def _is_valid(self, reading: Reading, z: dict[str, jax.Array]) -> jax.Array:
