@@ -6,7 +6,7 @@ from numpyro_diffusion.infer.gradient import MALA, ULA, DiffusiveGibbs, ScoreHMC
 from numpyro_diffusion.infer.kernel import DiffusionKernel
 from numpyro_diffusion.infer.model import Density, LineIntegral, Provider, Score, Status, drop_prior, with_density
 from numpyro_diffusion.infer.noise import NoiseSpace
-from numpyro_diffusion.infer.particles import TemperedSMC, TwistedSMC
+from numpyro_diffusion.infer.particles import PopulationHMC, TemperedSMC, TwistedSMC
 from numpyro_diffusion.infer.reverse import DiffusionPCN, GuidedPCN, Independence, ParticleGibbs, SplitGibbs
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Mixture",
     "NoiseSpace",
     "ParticleGibbs",
+    "PopulationHMC",
     "GuidedReverse",
     "Provider",
     "Score",

@@ -35,6 +35,7 @@ class Evaluation(NamedTuple):
     """The parts of a model at one point."""
 
     log_rest: jax.Array  # of everything but the diffusion priors and the Jacobians, a scalar
+    log_likelihood: jax.Array  # of all observations and factors, the part of `log_rest` that is no prior, a scalar
     log_jacobian: dict[str, jax.Array]  # of the constrained support of each latent site that has one
     priors: dict[str, DiffusionPrior]  # of each diffusion site; they may depend on the point
     values: dict[str, jax.Array]  # constrained, of each latent site
@@ -159,8 +160,10 @@ def _evaluate(model: Model, args: tuple, kwargs: dict[str, Any], z: dict[str, ja
     log_jacobian = {name: log_probs.pop(f"_{name}_log_det") for name in z if f"_{name}_log_det" in log_probs}
     latent = {name: s for name, s in sites.items() if s["type"] == "sample" and not s["is_observed"]}
     priors = {name: prior_inside(as_written(s)) for name, s in latent.items() if is_diffusion_site(s)}
+    observed = [value for name, value in log_probs.items() if sites[name]["is_observed"]]
     return Evaluation(
         log_rest=jnp.asarray(sum(log_probs.values(), start=jnp.zeros(()))),
+        log_likelihood=jnp.asarray(sum(observed, start=jnp.zeros(()))),
         log_jacobian=log_jacobian,
         priors=priors,
         values={name: jnp.asarray(s["value"]) for name, s in latent.items()},

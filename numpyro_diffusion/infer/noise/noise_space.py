@@ -62,7 +62,7 @@ class NoiseSpaceState(NamedTuple):
     rng_key: jax.Array
 
 
-def _in_noise_space(model: Model, *args: Any, **kwargs: Any) -> Any:
+def in_noise_space(model: Model, *args: Any, **kwargs: Any) -> Any:
     """The model with noise sites in place of diffusion sites; module-level, so that kernels on it can be pickled."""
 
     def config(site: dict[str, Any]) -> Callable | None:
@@ -122,7 +122,7 @@ class NoiseSpace(DiffusionKernel):
 
     def _build_inner(self) -> MCMCKernel:
         inner, options = self._inner_given
-        return build("inner", inner, partial(_in_noise_space, conditioned(self._model)), **options)
+        return build("inner", inner, partial(in_noise_space, conditioned(self._model)), **options)
 
     @property
     def inner(self) -> MCMCKernel:

@@ -1,6 +1,7 @@
 """Samplers that move a population of particles from the prior to the posterior."""
 
+from numpyro_diffusion.infer.particles.population import PopulationHMC
 from numpyro_diffusion.infer.particles.tempered import TemperedSMC
 from numpyro_diffusion.infer.particles.twisted import TwistedSMC
 
-__all__ = ["TemperedSMC", "TwistedSMC"]
+__all__ = ["PopulationHMC", "TemperedSMC", "TwistedSMC"]

@@ -21,7 +21,7 @@ References:
 
 import abc
 import warnings
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -120,16 +120,20 @@ Sampler = TypeVar("Sampler", bound="ParticleSampler")
 class ParticleSampler(abc.ABC):
     """Base of the samplers whose particles live on islands: the run, and its results."""
 
+    _members: ClassVar[str] = "num_particles"
+    """Name of the argument with their number."""
+
     def __init__(
         self, model: Model, num_particles: int, num_islands: int, ess_threshold: float, progress_bar: bool
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be a NumPyro model, a callable; got {type(model).__name__}")
-        _checks.at_least(2, num_particles=num_particles)
+        _checks.at_least(2, **{self._members: num_particles})
         _checks.at_least(1, num_islands=num_islands)
         if num_particles % num_islands or num_particles < 2 * num_islands:
             raise ValueError(
-                f"num_particles must be a multiple of num_islands={num_islands}, at least two each; got {num_particles}"
+                f"{self._members} must be a multiple of num_islands={num_islands}, at least two each; got "
+                f"{num_particles}"
             )
         if not 0.0 < ess_threshold <= 1.0:
             raise ValueError(f"ess_threshold must lie in (0, 1]; got {ess_threshold}")

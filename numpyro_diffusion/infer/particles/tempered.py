@@ -167,7 +167,7 @@ class TemperedSMC(ParticleSampler):
         start, step, finish = self._compiled.bind(args, kwargs)
         key_start, key_steps, key_finish = jax.random.split(rng_key, 3)
         population = start(key_start)
-        _look_at_start(np.asarray(population.log_likelihood))
+        look_at_start(np.asarray(population.log_likelihood))
         history: list[Temperature] = []
         with self._bar(1.0, "temperature") as bar:
             while float(population.temperature) < 1.0:
@@ -309,7 +309,7 @@ def _ladder(temperatures: Sequence[float]) -> np.ndarray:
     return ladder
 
 
-def _look_at_start(log_likelihood: np.ndarray) -> None:
+def look_at_start(log_likelihood: np.ndarray) -> None:
     """Raises if the likelihood is zero at all draws of the prior; warns if it is at most, or if some are not finite."""
     num, alive = log_likelihood.size, int(np.isfinite(log_likelihood).sum())
     not_a_number, infinite = int(np.isnan(log_likelihood).sum()), int(np.isposinf(log_likelihood).sum())

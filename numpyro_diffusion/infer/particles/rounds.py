@@ -1,0 +1,205 @@
+r"""Rounds of a population: what one looks like by itself, and whether it agrees with the one before.
+
+A population that is run again with twice the moves answers a question that no statistic of one run can: whether all its
+islands have the same error. Two rounds agree if their means do, in every coordinate, and their log evidences,
+
+$$|\bar x_j - \bar x'_j| \le c\, \sqrt{s_j^2 + s_j'^2}, \qquad
+|\log \hat Z - \log \hat Z'| \le c\, \sqrt{s^2 + s'^2},$$
+
+with standard errors from the spread over islands. The factor $c$ leaves room for the many coordinates and the few
+islands.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from numpyro_diffusion.diagnostics.convergence import LARGEST_RHAT, statistics
+from numpyro_diffusion.diagnostics.nested import early_late_rhat, nested_rhat, standard_error
+from numpyro_diffusion.infer.particles.evidence import Evidence
+from numpyro_diffusion.infer.particles.walkers import Moves
+
+_APART = 4.5
+"""Standard errors by which means of two rounds may differ in the worst coordinate."""
+_BLIND = 0.01
+_CURE = "Raise the budget"
+_DIVERGING = 0.2
+
+
+class Temperature(NamedTuple):
+    """What happened at one temperature."""
+
+    temperature: jax.Array  # inverse, after the step
+    effective_size: jax.Array  # effective sample size after reweighting, over all islands
+    num_moves: jax.Array
+    correlation: jax.Array  # left between walkers and their ancestors in the worst coordinate
+    worst: jax.Array  # index of that coordinate
+    accept_prob: jax.Array  # mean over moves and walkers
+    step_size: jax.Array
+    num_diverging: jax.Array  # of all walkers and moves
+    num_blind: jax.Array  # walkers at which a coordinate's gradient is not finite, before they move, (D,)
+
+
+class Round(NamedTuple):
+    """One run from the prior to draws of the posterior."""
+
+    q: jax.Array  # draws in noise coordinates, (N, num_draws, D)
+    values: dict[str, np.ndarray]  # the same by site, constrained, (islands, N / islands, num_draws, ...)
+    evidence: Evidence
+    history: list[Temperature]
+    moves: Moves  # those between draws
+    num_gradients: int  # of all walkers together
+    num_walkers: int  # on each island
+    factor: int  # how many times as many moves as it takes to forget
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a round looks like; printed, it is a line.
+
+    Args:
+        num_walkers: in all.
+        factor: how many times as many moves as it takes to forget.
+        nested_r_hat: the largest over sites and entries, between islands.
+        drift: the largest R-hat between early and late draws.
+        r_hat: the largest of ArviZ, with islands as chains.
+        ess: the smallest effective sample size of ArviZ, with islands as chains.
+        worst: the site and entry with the largest nested R-hat.
+        distance: by how many standard errors means differ from the round before, in the worst coordinate; NaN for the
+            first.
+        num_gradients: of all walkers together.
+        seconds: wall time.
+        problems: what keeps it from counting as converged.
+    """
+
+    num_walkers: int
+    factor: int
+    nested_r_hat: float
+    drift: float
+    r_hat: float
+    ess: float
+    worst: str
+    distance: float
+    num_gradients: int
+    seconds: float
+    problems: tuple[str, ...]
+
+    @property
+    def converged(self) -> bool:
+        """Whether nothing speaks against it."""
+        return not self.problems
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether islands disagree although their walkers are stationary."""
+        return self.nested_r_hat >= LARGEST_RHAT > self.drift
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_walkers} walkers, {self.factor} x the moves: nested R-hat {self.nested_r_hat:.3f} "
+            f"({self.worst}), early/late {self.drift:.3f}, ESS {self.ess:.0f}, distance {self.distance:.1f}, "
+            f"{self.num_gradients} gradients, {self.seconds:.0f} s"
+        )
+
+
+def look(this: Round, last: Round | None, names: list[str], seconds: float) -> Look:
+    """Judges a round.
+
+    Args:
+        this: the round.
+        last: the one before, with fewer moves or walkers; None for the first.
+        names: of the coordinates' sites.
+        seconds: how long it took.
+
+    Returns:
+        The `Look`.
+    """
+    found = statistics({name: v.reshape(v.shape[0], -1, *v.shape[3:]) for name, v in this.values.items()}, _CURE)
+    nested, drift = _worst(this.values, nested_rhat), _worst(this.values, early_late_rhat)
+    distance, where = (np.nan, "") if last is None else _distance(this, last)
+    problems = []
+    if nested[0] >= LARGEST_RHAT:
+        problems.append(
+            f"islands disagree: nested R-hat of {nested[1]} is {nested[0]:.3f}, above {LARGEST_RHAT}; "
+            + ("modes are kept apart: raise num_walkers" if drift[0] < LARGEST_RHAT else "raise the budget")
+        )
+    if drift[0] >= LARGEST_RHAT:
+        problems.append(
+            f"walkers drift: R-hat of {drift[1]} between early and late draws is {drift[0]:.3f}. Raise the budget"
+        )
+    problems += [
+        problem for problem in found.problems if not (problem.startswith("R-hat") and nested[0] >= LARGEST_RHAT)
+    ]
+    if last is None:
+        problems.append("the budget did not suffice for a second round with twice the moves, which must agree")
+    else:
+        if not distance <= _APART:
+            problems.append(
+                f"two rounds disagree, the second with more moves or walkers: their means of {where} are "
+                f"{distance:.1f} standard errors apart. Raise the budget"
+            )
+        apart = abs(float(this.evidence.value) - float(last.evidence.value))
+        error = float(np.hypot(this.evidence.standard_error, last.evidence.standard_error))
+        if not apart <= _APART * error:
+            problems.append(
+                f"two rounds disagree in the log evidence: {float(last.evidence.value):.2f}, then "
+                f"{float(this.evidence.value):.2f}, with a standard error of {error:.2f} for the difference. Raise the "
+                "budget"
+            )
+    problems += _of_moves(this, names)
+    return Look(
+        num_walkers=this.num_walkers * len(this.evidence.islands),
+        factor=this.factor,
+        nested_r_hat=nested[0],
+        drift=drift[0],
+        r_hat=found.r_hat,
+        ess=found.ess,
+        worst=nested[1],
+        distance=distance,
+        num_gradients=this.num_gradients,
+        seconds=seconds,
+        problems=tuple(problems),
+    )
+
+
+def _worst(values: dict[str, np.ndarray], statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, str]:
+    """The largest value of a statistic over sites and entries, and where."""
+    largest, where = 0.0, ""
+    for name, value in values.items():
+        here = np.asarray(statistic(value))
+        if here.size and not here.max() <= largest:
+            index = np.unravel_index(np.argmax(here), here.shape)
+            largest, where = float(here[index]), name + (str([int(i) for i in index]) if index else "")
+    return largest, where
+
+
+def _distance(this: Round, last: Round) -> tuple[float, str]:
+    def apart(name: str) -> np.ndarray:
+        means = [round.values[name].astype(float).mean((0, 1, 2)) for round in (this, last)]
+        errors = [standard_error(round.values[name]) for round in (this, last)]
+        error = np.hypot(*errors)
+        return np.where(error > 0, np.abs(means[0] - means[1]) / np.where(error > 0, error, 1.0), 0.0)
+
+    return _worst({name: apart(name) for name in this.values}, lambda value: value)
+
+
+def _of_moves(this: Round, names: list[str]) -> list[str]:
+    """What the moves themselves say."""
+    problems, last = [], this.history[-1]
+    blind = last.num_blind
+    if blind.max() > _BLIND * this.num_walkers * len(this.evidence.islands):
+        sites = sorted({names[i] for i in np.flatnonzero(blind == blind.max())})
+        problems.append(
+            f"the gradient in {', '.join(sites)} is not finite at {int(blind.max())} walkers, although the density is: "
+            "they cannot move. Rewrite the likelihood (jnp.where with both branches finite), or use TemperedSMC(model)"
+        )
+    moves = int(this.moves.num_moves) * this.num_walkers * len(this.evidence.islands)
+    if this.moves.num_diverging > _DIVERGING * moves:
+        problems.append(
+            f"{int(this.moves.num_diverging)} of {moves} moves ended where the density or its gradient is not finite: "
+            "walkers may be kept from a part of the posterior. Look for a NaN in the likelihood"
+        )
+    return problems

@@ -1,0 +1,218 @@
+r"""A population of Hamiltonian chains at one temperature: one metric and one step size for all of them.
+
+Each walker $q_i$ moves by leapfrog on $\log \pi_\beta$ in the coordinates of `noise.coordinates` and is accepted or
+rejected by itself, so that $\pi_\beta$ stays invariant for each. What all walkers share is how: the `metric`, estimated
+from where they are, and the step size $\epsilon$, which follows their mean acceptance $a$,
+
+$$\log \epsilon \leftarrow \log \epsilon + \kappa\,(a - a^*),$$
+
+and is drawn anew for every walker and move, uniformly on $(0.6, 1.2)\,\epsilon$, so that no trajectory length is in
+tune with a period of the target. One walker has an influence of order $1/N$ on both. For the draws at the end nothing
+follows the walkers any more, and they are independent chains.
+
+Moves at a temperature end when the walkers have forgotten where they started, in the *worst* coordinate: a mean over
+coordinates hides the slowest, which is often a scale.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_diffusion.infer.kernel.choose import metropolis
+from numpyro_diffusion.infer.kernel.metric import Metric, estimate
+from numpyro_diffusion.infer.noise.coordinates import NoiseCoordinates
+from numpyro_diffusion.infer.particles.mutate import correlations
+
+_TARGET_ACCEPTANCE = 0.8
+_GAIN = 0.5
+_JITTER = 0.6, 1.2
+
+
+class Walker(NamedTuple):
+    """One chain at a temperature; or many, with a leading axis."""
+
+    q: jax.Array  # (D,)
+    log_density: jax.Array  # of the tempered target
+    gradient: jax.Array  # of the same, (D,)
+    log_likelihood: jax.Array
+
+
+class Tuning(NamedTuple):
+    """How all walkers move."""
+
+    metric: Metric
+    step_size: jax.Array
+
+
+class Moves(NamedTuple):
+    """What happened in some moves of all walkers."""
+
+    num_moves: jax.Array
+    correlation: jax.Array  # left between walkers and their starts in the worst coordinate
+    worst: jax.Array  # index of that coordinate
+    accept_prob: jax.Array  # mean over moves and walkers
+    num_diverging: jax.Array  # of all: proposals whose density or gradient was not finite
+
+
+def walker_at(coordinates: NoiseCoordinates, q: jax.Array, temperature: jax.Array) -> Walker:
+    """A chain at a point, (D,)."""
+
+    def tempered(q: jax.Array) -> tuple[jax.Array, jax.Array]:
+        parts = coordinates.log_density(q)
+        return (parts.prior + temperature * parts.likelihood).astype(q.dtype), parts.likelihood
+
+    (log_density, log_likelihood), gradient = jax.value_and_grad(tempered, has_aux=True)(q)
+    return Walker(q, log_density, gradient, log_likelihood)
+
+
+def trajectory(
+    key: jax.Array,
+    coordinates: NoiseCoordinates,
+    walker: Walker,
+    temperature: jax.Array,
+    tuning: Tuning,
+    num_steps: int,
+) -> tuple[Walker, jax.Array, jax.Array]:
+    """One move of one walker: where it is then, the acceptance probability, and whether the end was not finite."""
+    key_momentum, key_step, key_accept = jax.random.split(key, 3)
+    momentum = jax.random.normal(key_momentum, walker.q.shape, walker.q.dtype)
+    step_size = tuning.step_size * jax.random.uniform(key_step, (), walker.q.dtype, *_JITTER)
+
+    def leapfrog(carry: tuple[Walker, jax.Array], _: None) -> tuple[tuple[Walker, jax.Array], None]:
+        at, p = carry
+        p = p + 0.5 * step_size * tuning.metric.pull(at.gradient)
+        at = walker_at(coordinates, at.q + step_size * tuning.metric.push(p), temperature)
+        return (at, p + 0.5 * step_size * tuning.metric.pull(at.gradient)), None
+
+    (there, momentum_there), _ = jax.lax.scan(leapfrog, (walker, momentum), None, num_steps)
+    log_ratio = there.log_density - walker.log_density
+    log_ratio += 0.5 * (jnp.sum(momentum**2) - jnp.sum(momentum_there**2))
+    choice = metropolis(key_accept, log_ratio, there, walker, there.log_density, there.gradient)
+    return choice.point, choice.accept_prob, choice.diverging
+
+
+def move_until_forgotten(
+    key: jax.Array,
+    coordinates: NoiseCoordinates,
+    walkers: Walker,
+    temperature: jax.Array,
+    step_size: jax.Array,
+    *,
+    num_steps: int,
+    correlation: float,
+    max_moves: int,
+    factor: jax.Array,
+) -> tuple[Walker, Tuning, Moves]:
+    """Moves all walkers, adapting, until they have forgotten where they started.
+
+    Args:
+        key: random key.
+        coordinates: of the model.
+        walkers: at the temperature, a leading axis of N.
+        temperature: inverse, in (0, 1].
+        step_size: to begin with.
+        num_steps: leapfrog steps of a move.
+        correlation: largest correlation with their starts that walkers may have at the end, in any coordinate.
+        max_moves: largest number of moves, times `factor`.
+        factor: how many times as many moves to make as it takes to forget.
+
+    Returns:
+        The walkers, how they move at the end, and what happened.
+    """
+    number = len(walkers.q)
+    noise = jnp.sqrt(2.0 * jnp.log(jnp.maximum(coordinates.size, 2)) / number)  # of the largest of D correlations of 0
+    enough = jnp.maximum(correlation, noise)
+
+    def one(carry: tuple, key: jax.Array) -> tuple:
+        walkers, tuning = carry
+        walkers, accept_prob, diverging = _all(key, coordinates, walkers, temperature, tuning, num_steps)
+        accept_prob = accept_prob.mean()
+        step_size = tuning.step_size * jnp.exp(_GAIN * (accept_prob - _TARGET_ACCEPTANCE))
+        return (walkers, tuning._replace(step_size=step_size)), (accept_prob, diverging.sum())
+
+    def going(carry: tuple) -> jax.Array:
+        _, _, _, moves, needed = carry
+        return moves.num_moves < jnp.minimum(needed, max_moves) * factor
+
+    def some(carry: tuple) -> tuple:
+        key, now, tuning, moves, needed = carry
+        key, key_moves = jax.random.split(key)
+        tuning = tuning._replace(metric=estimate(now.q, now.gradient))
+        keys = jax.random.split(key_moves, _AT_ONCE)
+        (now, tuning), (accept_prob, diverging) = jax.lax.scan(one, (now, tuning), keys)
+        left = jnp.abs(correlations(walkers.q, now.q))
+        moves = Moves(
+            num_moves=moves.num_moves + _AT_ONCE,
+            correlation=left.max(),
+            worst=left.argmax(),
+            accept_prob=moves.accept_prob + accept_prob.sum(),  # the sum, until the end
+            num_diverging=moves.num_diverging + diverging.sum(),
+        )
+        forgotten = (left.max() <= enough) & (needed > max_moves)
+        return key, now, tuning, moves, jnp.where(forgotten, moves.num_moves, needed)
+
+    count = jnp.zeros((), jnp.int32)
+    none = Moves(count, jnp.ones(()), jnp.zeros((), int), jnp.zeros(()), count)
+    tuning = Tuning(estimate(walkers.q, walkers.gradient), step_size)
+    needed = jnp.asarray(max_moves + 1, jnp.int32)
+    _, walkers, tuning, moves, _ = jax.lax.while_loop(going, some, (key, walkers, tuning, none, needed))
+    return walkers, tuning, moves._replace(accept_prob=moves.accept_prob / moves.num_moves)
+
+
+def draws_of(
+    key: jax.Array,
+    coordinates: NoiseCoordinates,
+    walkers: Walker,
+    tuning: Tuning,
+    *,
+    num_steps: int,
+    num_draws: int,
+    factor: jax.Array,
+) -> tuple[jax.Array, Moves]:
+    """Goes on with every walker as a chain at temperature 1, with nothing adapting.
+
+    Args:
+        key: random key.
+        coordinates: of the model.
+        walkers: at temperature 1, a leading axis of N.
+        tuning: how they move.
+        num_steps: leapfrog steps of a move.
+        num_draws: draws to keep of each.
+        factor: moves between them.
+
+    Returns:
+        The draws, (N, num_draws, D), and what happened.
+    """
+
+    def draw(walkers: Walker, key: jax.Array) -> tuple[Walker, tuple[jax.Array, jax.Array, jax.Array]]:
+        def once(i: jax.Array, carry: tuple) -> tuple:
+            walkers, accept_prob, num_diverging = carry
+            walkers, a, d = _all(jax.random.fold_in(key, i), coordinates, walkers, jnp.ones(()), tuning, num_steps)
+            return walkers, accept_prob + a.mean(), num_diverging + d.sum()
+
+        walkers, accept_prob, num_diverging = jax.lax.fori_loop(
+            0, factor, once, (walkers, jnp.zeros(()), jnp.zeros((), jnp.int32))
+        )
+        return walkers, (walkers.q, accept_prob / factor, num_diverging)
+
+    start = walkers.q
+    walkers, (q, accept_prob, num_diverging) = jax.lax.scan(draw, walkers, jax.random.split(key, num_draws))
+    left = jnp.abs(correlations(start, walkers.q))
+    moves = Moves(num_draws * factor, left.max(), left.argmax(), accept_prob.mean(), num_diverging.sum())
+    return jnp.moveaxis(q, 0, 1), moves
+
+
+def _all(
+    key: jax.Array, coordinates: NoiseCoordinates, walkers: Walker, temperature: jax.Array, tuning: Tuning, steps: int
+) -> tuple[Walker, jax.Array, jax.Array]:
+    """One move of every walker."""
+
+    def one(key: jax.Array, walker: Walker) -> tuple[Walker, jax.Array, jax.Array]:
+        return trajectory(key, coordinates, walker, temperature, tuning, steps)
+
+    return jax.vmap(one)(jax.random.split(key, len(walkers.q)), walkers)
+
+
+_AT_ONCE = 4
+"""Moves between two estimates of the metric."""

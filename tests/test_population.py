@@ -1,0 +1,219 @@
+"""A population of Hamiltonian chains: laws and evidence in closed form, exactness of its moves, and what it refuses."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from laws import Y, assert_ranks, pair, pair_posterior, quadrature, two_modes, two_modes_posterior, unknown_noise
+from moments import assert_moments
+
+from numpyro_diffusion.diagnostics import to_arviz, verdict
+from numpyro_diffusion.infer import PopulationHMC
+from numpyro_diffusion.infer.kernel.choose import systematic
+from numpyro_diffusion.infer.kernel.metric import estimate
+from numpyro_diffusion.infer.model.record import Record
+from numpyro_diffusion.infer.noise.coordinates import NoiseCoordinates
+from numpyro_diffusion.infer.particles import population
+from numpyro_diffusion.infer.particles.walkers import Tuning, draws_of, walker_at
+
+KEY = jax.random.key(0)
+
+
+def quiet(model, walkers=256, **options):
+    return PopulationHMC(model, walkers, progress_bar=False, **options)
+
+
+@pytest.fixture(scope="module")
+def joint():
+    """A diffusion site and an unknown noise level."""
+    return quiet(unknown_noise).run(KEY, Y)
+
+
+def log_evidence(y):
+    log_noise = np.linspace(-4.0, 4.0, 4001)
+    variance = 1.0 + np.exp(2.0 * log_noise)
+    each = -0.5 * (log_noise / 0.5) ** 2 - 0.5 * sum(v**2 / variance + np.log(2.0 * np.pi * variance) for v in y)
+    weights = np.full(log_noise.shape, log_noise[1] - log_noise[0]) / (0.5 * np.sqrt(2.0 * np.pi))
+    return np.log(np.sum(weights * np.exp(each)))
+
+
+def test_law_and_evidence_of_a_joint_posterior(joint):
+    x_mean, x_variance, noise_mean, noise_variance = quadrature()
+    draws = joint.get_samples(group_by_chain=True)
+    assert_moments(draws["x"], x_mean, x_variance)
+    assert_moments(draws["noise"], noise_mean, noise_variance)
+    np.testing.assert_allclose(draws["twice"], 2.0 * draws["x"], rtol=1e-6)
+    value, error, islands = joint.log_evidence
+    assert islands.shape == (4,) and abs(value - log_evidence(np.asarray(Y))) < 4.0 * error + 0.02
+    assert joint.converged and len(joint.rounds) >= 2 and np.isnan(joint.rounds[0].distance)
+
+
+def test_reports(joint, capsys):
+    """Draws by island, walkers one after the other; the verdict; ArviZ; gradients counted; a summary."""
+    shape = 4, 64 * 24, 2
+    assert joint.get_samples(group_by_chain=True)["x"].shape == shape
+    assert joint.get_samples()["x"].shape == (4 * 64 * 24, 2)
+    said = verdict(joint)
+    assert said.converged and said.r_hat < 1.01 and said.ess > 400
+    assert to_arviz(joint)["posterior"].attrs["kernel"] == "PopulationHMC"
+    history = joint.temperatures
+    assert history[-1].temperature == 1.0 and all(np.diff([step.temperature for step in history]) > 0)
+    moves = sum(int(step.num_moves) for step in history) + 24 * joint.rounds[-1].factor
+    assert joint.rounds[-1].num_gradients == 256 * (8 * moves + len(history))
+    joint.print_summary()
+    assert "nested R-hat" in capsys.readouterr().out
+
+
+def test_a_second_run_compiles_nothing_and_islands_are_kept_apart(joint, monkeypatch):
+    """Resampling never crosses islands: with weights on one island only, all others keep their own walkers."""
+    key, y, programs = jax.random.key(1), Y + 0.5, []
+
+    def listen(event, _, **options):
+        programs.extend([event] * event.endswith("backend_compile_duration"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        joint.run(key, y)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not programs
+    log_weights = jnp.zeros((4, 8)).at[0].set(100.0)
+    ancestors = population.resample_islands(KEY, log_weights)
+    assert (ancestors // 8 == jnp.arange(4)[:, None]).all()
+    assert (systematic(KEY, log_weights.reshape(-1)) < 8).all()  # which resampling in common would not do
+
+
+def test_modes_have_their_weights():
+    """Twelve standard deviations apart, without a diffusion site: within the error of a few hundred walkers."""
+    law = two_modes_posterior()
+    exact = law.draw(np.random.default_rng(0), 100_000)["x"]
+    sampled = quiet(two_modes, 1024).run(KEY, *law.args)
+    share = np.asarray(sampled.get_samples(group_by_chain=True)["x"] > 0).mean(1)
+    assert abs(share.mean() - (exact > 0).mean()) < 4.0 * max(share.std(ddof=1) / 2.0, 0.5 / np.sqrt(1024))
+
+
+def test_chains_leave_exact_draws_in_place():
+    """Moves of the chains at the end, from exact draws, under a metric and a step that are given."""
+    law, count = pair_posterior(), 20_000
+    coordinates = NoiseCoordinates(Record(law.model).at(law.args, {}))
+    z = law.draw(np.random.default_rng(1), count)
+    q = jax.vmap(coordinates.flatten)({name: jnp.asarray(value, jnp.float32) for name, value in z.items()})
+
+    @jax.jit
+    def move(q):
+        walkers = jax.vmap(lambda q: walker_at(coordinates, q, jnp.ones(())))(q)
+        tuning = Tuning(estimate(q[:50], walkers.gradient[:50]), jnp.asarray(0.9))
+        draws, moves = draws_of(KEY, coordinates, walkers, tuning, num_steps=3, num_draws=2, factor=2)
+        return jax.vmap(coordinates.report)(draws[:, -1]), moves
+
+    values, moves = move(q)
+    assert 0.5 < moves.accept_prob < 0.99 and moves.num_moves == 4
+    assert_ranks(law.ranks({name: np.asarray(value) for name, value in values.items()}))
+
+
+def test_coordinates_have_the_models_density():
+    """Prior and likelihood apart, and together the model's own density in noise space, with its Jacobian."""
+    coordinates = NoiseCoordinates(Record(unknown_noise).at((Y,), {}))
+    q = jnp.array([0.3, -1.2, 0.4])
+    assert coordinates.names == ["x_noise", "x_noise", "noise"]
+    parts, values = coordinates.log_density(q), coordinates.report(q)
+    noise = np.exp(0.4)
+    prior = dist.Normal(0.0, 1.0).log_prob(q[:2]).sum() + dist.Normal(0.0, 0.5).log_prob(q[2])
+    likelihood = dist.Normal(values["x"], noise).log_prob(Y).sum()
+    np.testing.assert_allclose([parts.prior, parts.likelihood], [prior, likelihood], rtol=1e-5)
+    np.testing.assert_allclose([values["noise"], *values["twice"]], [noise, *2.0 * values["x"]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("size, number", [(5, 400), (400, 256)])
+def test_metric_of_a_population(size, number):
+    """Directions that data narrow are found: dense from the draws, of low rank from the gradients."""
+    rng = np.random.default_rng(0)
+    direction = rng.normal(size=size) / np.sqrt(size)
+    direction /= np.linalg.norm(direction)
+    precision = np.eye(size) + 99.0 * np.outer(direction, direction)
+    q = rng.normal(size=(number, size))
+    q -= 0.9 * np.outer(q @ direction, direction)
+    metric = estimate(jnp.asarray(q, jnp.float32), jnp.asarray(-q @ precision, jnp.float32))
+    push = np.asarray(metric.push(jnp.eye(size)))
+    spread = np.linalg.norm(push @ direction) ** 2  # the metric's variance in the narrow direction: exactly .01
+    other = rng.normal(size=size)
+    other -= other @ direction * direction
+    other /= np.linalg.norm(other)
+    assert spread < 0.1 and 0.5 < np.linalg.norm(push @ other) ** 2 < 2.0
+    np.testing.assert_allclose(metric.pull(jnp.asarray(direction, jnp.float32)), push @ direction, atol=1e-4)
+
+
+def test_a_budget_that_ends_first_is_told():
+    with pytest.warns(UserWarning, match="did not suffice for a second round"):
+        sampled = quiet(pair, 16, num_draws=4, max_gradients=1).run(KEY, 3.0)
+    assert not sampled.converged and len(sampled.rounds) == 1
+    assert not verdict(sampled).converged and "NOT CONVERGED" in str(verdict(sampled))
+
+
+BAD = {
+    "walkers": ({"num_walkers": 7}, "num_walkers must be a multiple of num_islands=4"),
+    "islands": ({"num_islands": 1, "num_walkers": 4}, "num_islands must be at least 2"),
+    "budget": ({"max_gradients": 0}, "max_gradients must be at least 1"),
+    "seconds": ({"max_seconds": 0.0}, "max_seconds must be positive"),
+    "correlation": ({"correlation": 1.0}, "correlation must lie in"),
+}
+
+
+@pytest.mark.parametrize("options, message", BAD.values(), ids=BAD)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        PopulationHMC(pair, **options)
+
+
+def cannot_be_drawn():
+    x = numpyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), ()))
+    numpyro.sample("y", dist.Normal(x, 1.0), obs=1.0)
+
+
+def discrete():
+    numpyro.sample("y", dist.Normal(numpyro.sample("k", dist.Bernoulli(0.3)), 1.0), obs=1.0)
+
+
+def impossible():
+    numpyro.factor("never", jnp.where(numpyro.sample("x", dist.Normal(0.0, 1.0)) > 1e9, 0.0, -jnp.inf))
+
+
+REFUSED = {
+    "improper": (cannot_be_drawn, "the prior of site 'x' cannot be drawn"),
+    "discrete": (discrete, "discrete"),
+    "impossible": (impossible, "likelihood must be positive"),
+    "empty": (lambda: numpyro.factor("y", 0.0), "needs a latent site"),
+}
+
+
+@pytest.mark.parametrize("model, message", REFUSED.values(), ids=REFUSED)
+def test_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        quiet(model, 16).run(KEY)
+
+
+def blind():
+    """The gradient is NaN below zero, where the density is fine."""
+    x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+    numpyro.sample("y", dist.Normal(jnp.where(x > 0, jnp.sqrt(x), 0.0), 1.0), obs=0.0)
+
+
+def test_gradients_that_are_not_finite_are_counted_and_named():
+    with pytest.warns(UserWarning, match="the gradient in x is not finite at"):
+        sampled = quiet(blind, 64, num_draws=4, max_gradients=1).run(KEY)
+    assert not sampled.converged and sampled.temperatures[-1].num_blind[0] > 10
+
+
+def test_walkers_double_where_islands_disagree():
+    """Few walkers on far modes: stationary islands that disagree ask for walkers, not for moves."""
+    args = two_modes_posterior().args
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sampled = quiet(two_modes, 16, num_draws=8, max_gradients=60_000, max_moves=8).run(KEY, *args)
+    numbers = [(seen.num_walkers, seen.factor) for seen in sampled.rounds]
+    assert numbers[:2] == [(16, 1), (16, 2)] and max(numbers)[0] > 16
+    assert not sampled.converged
