@@ -1,0 +1,198 @@
+"""Do chains on a learned prior get there, and does the sampler say so if not?
+
+Held-out 8x8 digits under the quickstart's prior, seen in four patterns with noise of unknown standard deviation.
+`PopulationHMC` with its defaults, and NUTS in noise space beside it. A row for each digit, pattern, noise and method:
+
+    worst_rhat              largest R-hat of ArviZ over pixels and noise level (islands as chains)
+    smallest_ess            smallest bulk effective sample size of ArviZ
+    converged               what the sampler says, by `diagnostics.verdict`
+    seconds                 wall time; compilation only in the first problem of a shape
+    gradients               of the model, all chains together
+    mean_shift_to_reference largest distance of a mean from the reference, in posterior standard deviations
+
+    python benchmarks/chains.py --json OUT
+    python benchmarks/chains.py --digits 0,7 --patterns upper --noise 0.3 --reference  # writes the references
+
+References are means and standard deviations of long runs, in benchmarks/data/chains_references.json: four times the
+walkers and moves until converged. Problems without one have a shift of NaN. Silent failures are told first: rows that
+say converged and are not, by R-hat, size or a shift above 0.1.
+"""
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import arviz as az
+import jax
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.infer import MCMC
+
+from numpyro_diffusion import checkpoint
+from numpyro_diffusion.data import digits
+from numpyro_diffusion.diagnostics import verdict
+from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.infer import NoiseSpace, PopulationHMC
+from numpyro_diffusion.solve import DPMSolverPP
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from quickstart import OUTPUT, trained
+
+REFERENCES = Path(__file__).parent / "data" / "chains_references.json"
+GRID = np.arange(64).reshape(8, 8)
+MASKS = {"upper": GRID < 32, "left": GRID % 8 < 4, "second": GRID % 2 == 0}
+
+
+def observer(pattern: str, mask: np.ndarray | None):
+    """What is seen of an image (8, 8), as a vector."""
+    if mask is None and pattern == "blocks":
+        return lambda x: x.reshape(4, 2, 4, 2).sum((1, 3)).reshape(-1)
+    index = np.flatnonzero(MASKS[pattern] if mask is None else mask)
+    return lambda x: x.reshape(-1)[index]
+
+
+def model(y: jax.Array, prior: DiffusionPrior, observe) -> None:
+    x = numpyro.sample("x", prior)
+    noise = numpyro.sample("noise", dist.HalfNormal(2.0))
+    numpyro.sample("y", dist.Normal(observe(x), noise).to_event(1), obs=y)
+
+
+def population(posterior, walkers: int, max_seconds: float | None, **options: object):
+    """What runs the population: compiled once for a pattern."""
+    sampler = PopulationHMC(posterior, walkers, max_seconds=max_seconds, progress_bar=False, **options)
+    return lambda key, args: sampler.run(key, *args)
+
+
+def nuts(posterior, num_draws: int):
+    """What runs NUTS in noise space."""
+    options = {"num_warmup": num_draws, "num_samples": num_draws, "num_chains": 4, "chain_method": "vectorized"}
+    mcmc = MCMC(NoiseSpace(posterior, max_tree_depth=5), **options, jit_model_args=True, progress_bar=False)
+
+    def run(key: jax.Array, args: tuple) -> MCMC:
+        mcmc.run(key, *args, extra_fields=("num_score_evals",))
+        return mcmc
+
+    return run
+
+
+def row(run, seconds: float, reference: dict | None, evaluations: int) -> dict[str, object]:
+    draws = {name: np.asarray(value) for name, value in run.get_samples(group_by_chain=True).items()}
+    data, said = az.convert_to_dataset(draws), verdict(run)
+    shift = np.nan
+    if reference is not None:
+        shifts = [
+            np.max(np.abs(draws[n].mean((0, 1)) - np.asarray(reference[n]["mean"])) / np.asarray(reference[n]["sd"]))
+            for n in draws
+        ]
+        shift = float(max(shifts))
+    is_population = isinstance(run, PopulationHMC)
+    steps = 0 if is_population else int(np.sum(np.asarray(run.get_extra_fields()["num_score_evals"]))) // evaluations
+    return {
+        "worst_rhat": max(float(np.max(np.asarray(value))) for value in az.rhat(data).values()),
+        "smallest_ess": min(float(np.min(np.asarray(value))) for value in az.ess(data).values()),
+        "converged": said.converged,
+        "seconds": round(seconds, 1),
+        "gradients": run.num_gradients if is_population else steps,
+        "mean_shift_to_reference": shift,
+        "problems": list(said.problems),
+        "rounds": [str(look) for look in run.rounds] if is_population else [],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prior", type=Path, help="a saved denoiser instead of the quickstart's")
+    parser.add_argument("--digits", default=",".join(map(str, range(12))), help="indices of held-out digits")
+    parser.add_argument("--patterns", default="upper,left,second,blocks")
+    parser.add_argument("--noise", default="0.3,1,3")
+    parser.add_argument("--mask", type=Path, help="a boolean 8x8 array (.npy), true where observed, as the pattern")
+    parser.add_argument("--methods", default="population,nuts")
+    parser.add_argument("--max-seconds", type=float, default=60.0, help="budget of the population")
+    parser.add_argument("--draws", type=int, default=300, help="draws, and warm-up steps, of each of four NUTS chains")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reference", action="store_true", help="long runs, written to the references")
+    parser.add_argument("--fast", action="store_true", help="one problem, few walkers, little training")
+    parser.add_argument("--json", type=Path, help="where to write the rows")
+    options = parser.parse_args()
+
+    images, held_out = digits(jax.random.key(42))
+    stem, num_steps = ("quickstart-fast", 200) if options.fast else ("quickstart", 3000)
+    path = OUTPUT / f"{stem}.safetensors"
+    denoiser = checkpoint.load(options.prior) if options.prior else trained(images, num_steps, path)
+    solver = DPMSolverPP(10)
+    prior = DiffusionPrior(denoiser, flow_solver=solver)
+    mask = None if options.mask is None else np.load(options.mask)
+    patterns = options.patterns.split(",") if mask is None else [options.mask.stem]
+    problems = [(i, p, float(s)) for p in patterns for s in options.noise.split(",") for i in options.digits.split(",")]
+    if options.fast:
+        problems = problems[:1]
+    names = ["reference"] if options.reference else options.methods.split(",")
+
+    def runner(pattern: str, method: str):
+        posterior = partial(model, observe=observer(pattern, mask))
+        if method == "nuts":
+            return nuts(posterior, 5 if options.fast else options.draws)
+        if method == "reference":
+            return population(posterior, 2048, None, max_gradients=50_000_000)
+        return population(posterior, 64, 1.0, num_draws=4) if options.fast else population(posterior, 512, seconds)
+
+    seconds = options.max_seconds
+    runners = {(pattern, method): runner(pattern, method) for pattern in patterns for method in names}
+    references, rows = json.loads(REFERENCES.read_text()) if REFERENCES.exists() else {}, []
+    for digit, pattern, noise in problems:
+        truth = observer(pattern, mask)(held_out[int(digit)])
+        y = truth + noise * jax.random.normal(jax.random.fold_in(jax.random.key(3), int(digit)), truth.shape)
+        name = f"{digit} {pattern} {noise:g}"
+        for method in names:
+            started = time.perf_counter()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                key = jax.random.fold_in(jax.random.key(options.seed), int(digit))
+                run = runners[pattern, method](key, (y, prior))
+            known = references.get(name) if mask is None and options.prior is None else None
+            found = row(run, time.perf_counter() - started, known, solver.evaluations())
+            rows.append({"digit": int(digit), "pattern": pattern, "noise": noise, "method": method, **found})
+            print({k: v for k, v in rows[-1].items() if k not in ("rounds", "problems")}, flush=True)
+            for line in (*found["rounds"], *found["problems"]):
+                print(f"    {line}")
+            if options.reference and found["converged"]:
+                draws = run.get_samples()
+                references[name] = {
+                    n: {"mean": np.mean(v, 0).tolist(), "sd": np.std(v, 0).tolist()} for n, v in draws.items()
+                }
+                REFERENCES.write_text(json.dumps(references))
+    summarise(rows)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+def summarise(rows: list[dict]) -> None:
+    """Silent failures first, then shares."""
+    for method in {r["method"]: None for r in rows}:
+        mine = [r for r in rows if r["method"] == method]
+        silent = [
+            r
+            for r in mine
+            if r["converged"]
+            and (r["worst_rhat"] >= 1.01 or r["smallest_ess"] <= 400 or r["mean_shift_to_reference"] > 0.1)
+        ]
+        print(f"\n{method}: {len(silent)} of {len(mine)} runs say converged and are not")
+        for r in silent:
+            print(
+                f"    {r['digit']} {r['pattern']} {r['noise']}: {r['worst_rhat']:.3f}, {r['mean_shift_to_reference']}"
+            )
+        for noise in sorted({r["noise"] for r in mine}):
+            there = [r for r in mine if r["noise"] == noise]
+            good = np.mean([r["worst_rhat"] < 1.01 and r["smallest_ess"] > 400 for r in there])
+            said = np.mean([r["converged"] for r in there])
+            seconds = np.median([r["seconds"] for r in there])
+            print(f"    noise {noise:g}: good {good:.0%}, converged {said:.0%}, median {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
