@@ -53,6 +53,7 @@ def network_prior(cond):
     return DiffusionPrior(NetworkDenoiser(backbone, schedule=VE(0.05, 20.0)), cond=cond, **solvers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["log_prob", "flow"])
 def test_gradient_in_the_condition_is_that_of_finite_differences(of, x64):
     point = jnp.array([0.4, -0.9])

@@ -15,8 +15,6 @@ from numpyro_diffusion.diagnostics import to_arviz
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import MALA, ULA, DiffusionGibbs, DiffusionPCN, LineIntegral, NoiseSpace
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def model(y=1.0):
     x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0, 0.0])))
@@ -57,6 +55,7 @@ def test_every_kernel_says_what_it_is_exact_for(kernel, exact):
     assert kernel.status.exact is exact and len(kernel.status.statement) > 20
 
 
+@pytest.mark.slow
 def test_arviz_may_be_imported_first():
     """ArviZ 1.x then loads NumPyro lazily, and its own converter misses a module of it."""
     code = """

@@ -21,7 +21,6 @@ from numpyro_diffusion.infer.gradient.target import Evaluation
 from numpyro_diffusion.infer.kernel.adapt import Root
 from numpyro_diffusion.noise import VE
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
 MODES = jnp.array([-6.0, 6.0])
 
@@ -90,6 +89,7 @@ def unequal(y):
     numpyro.sample("y", dist.Normal(a + 50.0 * jnp.log(b), 5.0), obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [False, pytest.param(True, marks=SLOW)])
 def test_preconditioner(dense):
     """Noise in units of the adapted scales; the posterior of a and 50 log b, N(0, 100) and N(0, 25), is Gaussian."""

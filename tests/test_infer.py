@@ -21,7 +21,6 @@ from numpyro_diffusion.infer import MALA, DiffusionGibbs, DiffusionPCN, NoiseSpa
 from numpyro_diffusion.noise import VP
 from numpyro_diffusion.solve import Ancestral, DPMSolverPP, Heun
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
 CHAINS = 8
 STANDARD, SCORE_ONLY = standard(), standard(density="none")

@@ -40,7 +40,6 @@ from numpyro_diffusion.infer import (
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import DPMSolverPP
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
 Y = jnp.array([3.0, -1.0])
 SHORT = {"num_warmup": 6, "num_samples": 8}

@@ -37,7 +37,6 @@ from numpyro_diffusion.infer.kernel.adapt import Root
 from numpyro_diffusion.infer.model.record import Record
 from numpyro_diffusion.nn import MLP
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
 
 
@@ -196,6 +195,7 @@ class Rotating:
         return Prediction.from_x0(p.x0 + self.schedule.sigma(t) ** 2 * turn, x_t, t, self.schedule)
 
 
+@pytest.mark.slow
 def test_line_integral_and_circulation(x64):
     """The work of a mixture's score is the difference of its log-density; in a circle, only a rotating field works."""
     a, b, c = jnp.array([0.0, 0.0]), jnp.array([1.0, 0.5]), jnp.array([-0.5, 1.0])

@@ -156,14 +156,12 @@ def test_the_import_is_light():
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("name", [name for name, path in MODULES.items() if ">>>" in path.read_text()])
 def test_examples_of_docstrings(name):
     failed, attempted = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert attempted > 0 and failed == 0
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_readme():
     """Its code runs as written, and it keeps to its length."""
     readme = ROOT / "README.md"

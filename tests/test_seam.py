@@ -37,8 +37,6 @@ from numpyro_diffusion.infer.model.record import Record
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import Ancestral, DPMSolverPP, StochasticHeun
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SAMPLER = DPMSolverPP(8, eta=1.0)
 PRIOR = standard(sampler=SAMPLER)
 Y = jnp.array([3.0, -1.0])
