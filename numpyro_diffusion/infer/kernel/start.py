@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 from numpyro.distributions import biject_to
 from numpyro.handlers import seed, substitute, trace
-from numpyro.infer.gibbs import GIBBS_SITES_KWARG, conditioned
+from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro.infer.initialization import init_to_value
-from numpyro.infer.util import unconstrain_fn
 
 from numpyro_diffusion.infer.model.handlers import is_diffusion_site
 from numpyro_diffusion.infer.model.record import Reading
@@ -87,11 +86,7 @@ def _given(reading: Reading, init_params: Mapping[str, Any]) -> Point:
     if set(init_params) != set(names):
         raise ValueError(f"init_params must have the latent sites {sorted(names)}; got {sorted(init_params)}")
     values = {name: jnp.asarray(init_params[name], jnp.result_type(float)) for name in names}
-    if not is_block(reading):
-        return values
-    model = seed(conditioned(reading.model), jax.random.key(0))
-    unconstrained = unconstrain_fn(model, reading.args, reading.kwargs, values)
-    return {name: unconstrained[name] for name in names}
+    return reading.unconstrain(values) if is_block(reading) else values
 
 
 def _draw(key: jax.Array, *, reading: Reading) -> Point:
@@ -113,7 +108,7 @@ def _by_strategy(key: jax.Array, *, reading: Reading, strategy: partial) -> Poin
             return strategy(site)
         return None  # drawn from its prior by `seed`
 
-    model = substitute(seed(conditioned(reading.model), key), substitute_fn=value)
+    model = substitute(seed(reading.model, key), substitute_fn=value)
     sites = trace(model).get_trace(*reading.args, **reading.kwargs)
     latent = {name: sites[name] for name in reading.structure.latent}
     z = {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in latent.items()}
