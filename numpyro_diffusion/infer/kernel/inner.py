@@ -1,9 +1,10 @@
 """A kernel inside a kernel: given as a class, a factory or an instance, and bound to the model's arguments.
 
-NumPyro's HMC keeps functions of the model from its `init`, so it must be started with arguments that still exist when
-these are called. The tracers of a start that is being compiled do not. `bind` therefore starts a kernel abstractly,
-with the arguments as they are and without computing anything, and `started` takes the state of a copy that is thrown
-away.
+Kernels on a stand-in of the model (`stand_in`) that can `refresh`, as HMC can, keep nothing of the model's arguments,
+and are started within the compiled start. Others keep functions of the model from their `init`, so they must be started
+with arguments that still exist when these are called. The tracers of a start that is being compiled do not. `bind`
+therefore starts a kernel abstractly, with the arguments as they are and without computing anything, and `started` takes
+the state of a copy that is thrown away.
 """
 
 from collections.abc import Callable, Iterable
@@ -62,6 +63,11 @@ def bind(start: Callable[..., Any], kernels: Iterable[MCMCKernel], *operands: An
     jax.eval_shape(start, *operands)
     if any(_holds_symbols(kernel) for kernel in kernels):
         start(*operands)
+
+
+def keeps_arguments(kernel: MCMCKernel) -> bool:
+    """Whether a kernel on a stand-in keeps the arguments that it was started with: it then cannot `refresh`."""
+    return type(kernel).refresh is MCMCKernel.refresh
 
 
 def _holds_symbols(kernel: MCMCKernel) -> bool:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from numpyro.distributions import biject_to
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.gibbs import GIBBS_SITES_KWARG
-from numpyro.infer.initialization import init_to_value
+from numpyro.infer.initialization import init_to_feasible, init_to_uniform, init_to_value
+from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffusion.infer.model.handlers import is_diffusion_site
 from numpyro_diffusion.infer.model.record import Reading
@@ -53,8 +54,7 @@ def start(
         ValueError: if `init_params` lacks a site or has one too many.
     """
     if init_strategy is not None:
-        strategy = init_strategy if isinstance(init_strategy, partial) else init_strategy()
-        draw = partial(_by_strategy, reading=reading, strategy=strategy)
+        draw = partial(by_strategy, reading=reading, strategy=init_strategy)
     draw = draw or partial(_draw, reading=reading)
     if init_params is not None:
         z = _given(reading, init_params)
@@ -64,7 +64,7 @@ def start(
     elif valid is None:
         return draw(key)
     else:
-        first = reading.origin(), jnp.array(False)
+        first = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), jax.eval_shape(draw, key)), jnp.array(False)
 
     def redraw(carry: tuple) -> tuple:
         tries, key, _, _ = carry
@@ -79,6 +79,13 @@ def start(
 def is_block(reading: Reading) -> bool:
     """Whether a composite kernel conditions the model, and gives constrained values to start at."""
     return GIBBS_SITES_KWARG in reading.kwargs
+
+
+def strategy_of(kernel: MCMCKernel) -> Strategy | None:
+    """The `init_strategy` that a NumPyro kernel was given, if it asks for the laws or the names of a model's sites."""
+    strategy = getattr(kernel, "_init_strategy", None)
+    function = strategy.func if isinstance(strategy, partial) else strategy
+    return None if function in (init_to_uniform, init_to_feasible) else strategy
 
 
 def _given(reading: Reading, init_params: Mapping[str, Any]) -> Point:
@@ -100,8 +107,16 @@ def _draw(key: jax.Array, *, reading: Reading) -> Point:
     return z
 
 
-def _by_strategy(key: jax.Array, *, reading: Reading, strategy: partial) -> Point:
-    own = strategy.keywords.get("values", {}) if strategy.func is init_to_value else {}
+def values_of(strategy: Strategy) -> Mapping[str, Any]:
+    """What `init_to_value` names; nothing for other strategies."""
+    told = isinstance(strategy, partial) and strategy.func is init_to_value
+    return strategy.keywords.get("values", {}) if told else {}
+
+
+def by_strategy(key: jax.Array, reading: Reading, strategy: Strategy) -> Point:
+    """Unconstrained values of all latent sites by a strategy of NumPyro; other diffusion sites are drawn."""
+    strategy = strategy if isinstance(strategy, partial) else strategy()
+    own = values_of(strategy)
 
     def value(site: dict[str, Any]) -> jax.Array | None:
         if site["type"] != "sample" or site["is_observed"] or site["name"] in own or not is_diffusion_site(site):

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import biject_to
-from numpyro.handlers import seed, substitute
+from numpyro.handlers import block, seed, substitute
 from numpyro.infer.gibbs import GIBBS_SITES_KWARG, conditioned
 from numpyro.infer.util import _unconstrain_reparam, compute_log_probs, unconstrain_fn
 
@@ -113,6 +113,11 @@ class Reading:
         self._record, self.args, self.kwargs = record, args, kwargs
 
     @property
+    def record(self) -> Record:
+        """The record of the run."""
+        return self._record
+
+    @property
     def model(self) -> Model:
         """The model, which takes what a composite kernel conditions on among its keyword arguments."""
         return self._record._model
@@ -132,7 +137,8 @@ class Reading:
                     args, kwargs = arguments.restore(arrays)
                     return model(*args, **kwargs)
 
-                record._structures[key] = read_structure(at_arguments, arguments.arrays)
+                with block():  # no handler that is active outside, as around a stand-in, is to see the model
+                    record._structures[key] = read_structure(at_arguments, arguments.arrays)
             return record._structures[key]
 
         return record._with_symbols(find).given(self.kwargs.get(GIBBS_SITES_KWARG, {}))
@@ -149,7 +155,8 @@ class Reading:
         """
         record, model = self._record, self.model
         if not any(isinstance(v, jax.core.Tracer) for v in jax.tree.leaves((self.args, self.kwargs, operands))):
-            return function(model, self.args, self.kwargs, *operands)
+            with block():
+                return function(model, self.args, self.kwargs, *operands)
 
         def call() -> Any:
             arguments = _Arguments(record, self.args, self.kwargs)
@@ -161,7 +168,7 @@ class Reading:
                     return function(model, *made_for.restore(arrays), *operands)
 
                 record._programs[key] = jax.jit(program)
-            with _precision.highest():  # one setting for all uses
+            with block(), _precision.highest():  # one setting for all uses
                 return record._programs[key](arrays, jax.tree.map(_strong, operands))
 
         return record._with_symbols(call)
