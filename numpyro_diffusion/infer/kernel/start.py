@@ -6,7 +6,7 @@ replaces both where it has a value of its own: `init_to_value` for the sites tha
 sites. Starts are drawn until one is valid for the kernel, at most a hundred times.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -97,14 +97,21 @@ def _given(reading: Reading, init_params: Mapping[str, Any]) -> Point:
 
 
 def _draw(key: jax.Array, *, reading: Reading) -> Point:
-    structure, z = reading.structure, reading.origin()
-    for index, name in enumerate([*structure.others, *structure.diffusion]):
-        key_site = jax.random.fold_in(key, index)
-        if name in structure.others:
-            z[name] = jax.random.uniform(key_site, z[name].shape, minval=-_RADIUS, maxval=_RADIUS)
-        else:
-            z[name] = reading.sites(z)[name].draw(key_site).astype(z[name].dtype)
+    key_others, key_diffusion = jax.random.split(key)
+    structure = reading.structure
+    z = {**reading.origin(), **uniform(key_others, reading, structure.others)}
+    for index, name in enumerate(structure.diffusion):
+        key_site = jax.random.fold_in(key_diffusion, index)
+        z[name] = reading.sites(z)[name].draw(key_site).astype(z[name].dtype)
     return z
+
+
+def uniform(key: jax.Array, reading: Reading, names: Sequence[str]) -> Point:
+    """Unconstrained values of sites that are no diffusion sites, uniform on (-2, 2) as in NumPyro."""
+    shapes = {name: reading.structure.latent[name].unconstrained_shape for name in names}
+    keys = jax.random.split(key, len(shapes) + 1)[1:]
+    draws = zip(keys, shapes.items(), strict=True)
+    return {name: jax.random.uniform(k, shape, minval=-_RADIUS, maxval=_RADIUS) for k, (name, shape) in draws}
 
 
 def values_of(strategy: Strategy) -> Mapping[str, Any]:

@@ -66,6 +66,11 @@ class Record:
         self._programs: dict[Any, Any] = {}
         self._asks_for_values = False
 
+    @property
+    def model(self) -> Model:
+        """The model, which takes what a composite kernel conditions on among its keyword arguments."""
+        return self._model
+
     def at(self, args: tuple, kwargs: Mapping[str, Any]) -> "Reading":
         """The model at given arguments; keyword arguments hold what a composite kernel conditions on."""
         return Reading(self, args, dict(kwargs))
@@ -113,6 +118,11 @@ class Reading:
         self._record, self.args, self.kwargs = record, args, kwargs
 
     @property
+    def given(self) -> dict[str, jax.Array]:
+        """What a composite kernel conditions on."""
+        return self.kwargs.get(GIBBS_SITES_KWARG, {})
+
+    @property
     def record(self) -> Record:
         """The record of the run."""
         return self._record
@@ -141,7 +151,7 @@ class Reading:
                     record._structures[key] = read_structure(at_arguments, arguments.arrays)
             return record._structures[key]
 
-        return record._with_symbols(find).given(self.kwargs.get(GIBBS_SITES_KWARG, {}))
+        return record._with_symbols(find).given(self.given)
 
     def run(self, function: Callable[..., Any], *operands: Any) -> Any:
         """A function of the model, traced once for all its uses in a run.
@@ -208,16 +218,22 @@ class Reading:
         """The log-density of everything but the diffusion priors, a scalar, in JAX's default precision."""
         return self.evaluate(z).log_rest.astype(jnp.result_type(float))
 
-    def constrain(self, z: Mapping[str, jax.Array], deterministic: bool = False) -> dict[str, jax.Array]:
-        """Values on the supports and, if asked, those of the deterministic sites.
+    def constrain(
+        self,
+        z: Mapping[str, jax.Array],
+        deterministic: bool = False,
+        values: Mapping[str, jax.Array] | None = None,
+    ) -> dict[str, jax.Array]:
+        """Values on the supports and, if asked, those of the deterministic sites; `values` are on them already.
 
         The model need not run for supports that are always the same. Where it must, it runs as it is: `MCMC` asks
         outside of any program too, where a new one would be compiled in every run.
         """
         supports = self._supports(z)
         if supports is not None and not (deterministic and self.structure.deterministic):
-            return {name: biject_to(supports[name])(value) for name, value in z.items()}
-        parts = _evaluate(self.model, self.args, self.kwargs, dict(z), {})
+            return {**{name: biject_to(supports[name])(value) for name, value in z.items()}, **(values or {})}
+        with block():
+            parts = _evaluate(self.model, self.args, self.kwargs, dict(z), dict(values or {}))
         return {**parts.values, **parts.deterministic} if deterministic else parts.values
 
     def unconstrain(self, values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

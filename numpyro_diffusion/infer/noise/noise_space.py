@@ -97,6 +97,7 @@ class NoiseSpace(DiffusionKernel):
     """
 
     statistics = ("accept_prob", "step_size", "num_score_evals")
+    holds_values = True
     status = Status("flow", True, "exact for the prior that the deterministic solver pushes forward, in its steps")
 
     def __init__(
@@ -121,6 +122,11 @@ class NoiseSpace(DiffusionKernel):
         """The inner kernel, on the model in noise space."""
         return self._inner
 
+    @property
+    def held(self) -> tuple[MCMCKernel, ...]:
+        """The inner kernel."""
+        return (self._inner,)
+
     def _check_model(self, reading: Reading) -> None:
         check_has_prior(reading.structure)
         check_fixed("NoiseSpace", reading.structure)
@@ -129,7 +135,6 @@ class NoiseSpace(DiffusionKernel):
         check_walkable("NoiseSpace", reading.sites_in_the_abstract())
 
     def _bind(self, key: jax.Array, init_params: dict | None, reading: Reading) -> None:
-        self._in_noise.use(reading)
         if not keeps_arguments(self._inner):
             return  # it is started by `_start`
         inner_params = jax.eval_shape(partial(self._inner_params, reading=reading), key, init_params)
