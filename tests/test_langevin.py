@@ -27,7 +27,7 @@ from moments import assert_moments
 from numpyro.infer import MCMC
 from scipy.stats import norm
 
-from numpyro_diffusion.denoise import Gaussian, NetworkDenoiser, Prediction
+from numpyro_diffusion.denoise import Gaussian, NetworkDenoiser, Prediction, Product
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import MALA, ULA, Density, LineIntegral, Score, ScoreHMC, Tweedie
 from numpyro_diffusion.infer.gradient.hmc import leapfrog
@@ -252,6 +252,11 @@ REFUSED = {
         partial(MALA, density="flow"),
         SCORE_ONLY,
         r"MALA needs a density, and .* site 'x' .*LineIntegral\(\) \(approximate\).*NoiseSpace.*DiffusionPCN",
+    ),
+    "product_flow": (
+        partial(MALA, density="flow"),
+        partial(known_noise, prior=DiffusionPrior(Product([Gaussian(jnp.zeros(2), 1.0, SCHEDULE)] * 2))),
+        r"MALA needs a density, and .*of no use for a Product",
     ),
     "no_own_density": (
         partial(ScoreHMC, density=Density("denoiser")),

@@ -171,7 +171,7 @@ class Density(LogPrior):
 
     def source_of(self, prior: DiffusionPrior) -> str | None:
         """Where the density of a prior comes from: "denoiser", "flow", or None if it has none."""
-        has = {"denoiser": density_kind(prior.denoisers) is not None, "flow": prior.density in ("auto", "flow")}
+        has = {"denoiser": density_kind(prior.denoisers) is not None, "flow": prior.has_flow_density}
         return next((source for source in has if has[source] and self.source in ("auto", source)), None)
 
     def value(self, prior: DiffusionPrior, u: jax.Array) -> jax.Array:
@@ -187,8 +187,8 @@ class Density(LogPrior):
         if source is None:
             raise ValueError(
                 f"{kernel} needs a density, and the DiffusionPrior at site {name!r} has a score but no density for "
-                f'{self}. Give the prior density="auto", or the kernel density=LineIntegral() (approximate), or take '
-                f"another kernel: {_WITHOUT_DENSITY}"
+                f'{self}. Give the prior density="auto" (of no use for a Product, which has no flow), or the kernel '
+                f"density=LineIntegral() (approximate), or take another kernel: {_WITHOUT_DENSITY}"
             )
 
     def evaluations(self, prior: DiffusionPrior, values: int = 1, tests: int = 0) -> int:
