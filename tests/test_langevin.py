@@ -25,11 +25,12 @@ from laws import (
 )
 from moments import assert_moments
 from numpyro.infer import MCMC
+from numpyro.infer.util import log_density
 from scipy.stats import norm
 
 from numpyro_diffusion.denoise import Gaussian, NetworkDenoiser, Prediction, Product
 from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.infer import MALA, ULA, Density, LineIntegral, Score, ScoreHMC, Tweedie
+from numpyro_diffusion.infer import MALA, ULA, Density, LineIntegral, Score, ScoreHMC, Tweedie, with_density
 from numpyro_diffusion.infer.gradient.hmc import leapfrog
 from numpyro_diffusion.infer.gradient.langevin import log_reversal
 from numpyro_diffusion.infer.gradient.target import Evaluation, Target
@@ -281,6 +282,13 @@ REFUSED = {
 def test_refused_models(make, model, message):
     with pytest.raises(ValueError, match=message):
         run(make(model), Y, num_warmup=1, num_samples=1, chains=2)
+
+
+def test_with_density_takes_no_other_than_it_was_told():
+    """A network has no density of its own; the flow's is not put in its place."""
+    model = with_density(partial(known_noise, prior=DiffusionPrior(learned())), "denoiser")
+    with pytest.raises(NotImplementedError, match=r"no density for Density\(source='denoiser'\).*NoiseSpace"):
+        log_density(model, (Y,), {}, {"x": jnp.zeros(2)})
 
 
 BAD_ARGUMENTS = {

@@ -175,7 +175,13 @@ class Density(LogPrior):
         return next((source for source in has if has[source] and self.source in ("auto", source)), None)
 
     def value(self, prior: DiffusionPrior, u: jax.Array) -> jax.Array:
-        return DiffusionPrior.log_density(prior, u, self.source_of(prior))
+        source = self.source_of(prior)
+        if source is None:
+            raise NotImplementedError(
+                f'a DiffusionPrior has a score but no density for {self}. Give it density="auto" (of no use for a '
+                f"Product, which has no flow), or take another kernel: {_WITHOUT_DENSITY}"
+            )
+        return DiffusionPrior.log_density(prior, u, source)
 
     def check(self, name: str, prior: DiffusionPrior, depends: bool, kernel: str) -> None:
         source = self.source_of(prior)
@@ -264,7 +270,8 @@ def with_density(model: Model, density: Source = "auto") -> Model:
 
     Args:
         model: NumPyro model.
-        density: where it comes from, the `source` of `Density`.
+        density: where it comes from, the `source` of `Density`. When run, a prior without that density is a
+            `NotImplementedError`.
 
     Returns:
         A model with the same sites.
