@@ -359,7 +359,7 @@ def no_number_exact(prior):
 
 def test_status_and_the_default_guidance():
     for kernel in (AnnealedLangevin, GuidedReverse):
-        assert isinstance(kernel.status, Status) and not kernel.status.exact and kernel.status.provides == "score"
+        assert isinstance(kernel.status, Status) and not kernel.status.exact and kernel.status.needs == "score"
     posterior = noisy_posterior(Record(model).at((Y,), {}))
     x_t, t = {"x": jnp.array([0.3, 0.4])}, {"x": 0.2}
     value, predictions = posterior.noisy_log_likelihood(x_t, t)

@@ -327,7 +327,7 @@ def test_a_start_that_is_not_finite(kernel):
 def test_status():
     """A composition is as exact as the worst of its parts, and one that does not say is not."""
     status = nested(pair).status
-    assert status.exact and "MALA" in status.statement and "density" in status.provides
+    assert status.exact and "MALA" in status.statement and "density" in status.needs
     assert not Mixture([MALA(pair), Counted(pair)]).status.exact
     assert Vectorize(LEAP(pair)).status.exact
     assert [type(k).__name__ for k in cycle(pair).kernels] == ["HMC", "MALA"]

@@ -28,7 +28,7 @@ def short_run(kernel):
 
 
 def test_status_travels_with_the_draws(tmp_path):
-    data = to_arviz(short_run(MALA(model, provider=LineIntegral())))
+    data = to_arviz(short_run(MALA(model, density=LineIntegral())))
     attributes = dict(data["posterior"].attrs)
     assert attributes["kernel"] == "MALA" and attributes["exact"] == "no"
     assert "circulation" in attributes["statement"] and "circulation" in data["sample_stats"]

@@ -154,12 +154,12 @@ def test_as_a_block():
 
 BAD_ARGUMENTS = {
     "score": (
-        {"provider": Score()},
+        {"density": Score()},
         ValueError,
         r"restarts far away and needs a density; got Score\(\)",
     ),
-    "line": ({"provider": LineIntegral()}, ValueError, r"needs a density; got LineIntegral"),
-    "provider": ({"provider": 3}, TypeError, "provider must be a Provider"),
+    "line": ({"density": LineIntegral()}, ValueError, r"needs a density; got LineIntegral"),
+    "density": ({"density": 3}, TypeError, 'density must be "auto"'),
     "none": ({"noise_levels": ()}, ValueError, "at least one level; got none"),
     "rising": ({"noise_levels": (1.0, 2.0)}, ValueError, r"must decrease; got \(1.0, 2.0\). Sort them"),
     "negative": ({"noise_levels": (1.0, -2.0)}, ValueError, r"noise_levels\[1\] must be positive"),

@@ -35,7 +35,6 @@ from numpyro_diffusion.infer import (
     Vectorize,
     with_density,
 )
-from numpyro_diffusion.infer.model.density import Density
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import DPMSolverPP, Heun, StochasticHeun
 
@@ -100,7 +99,7 @@ LONGER = {
         normal_data(SCORE_ONLY, y=TABLE),
     ),
     "mala_tweedie": (partial(MALA, step_size=0.5, preconditioner=Tweedie(0.5)), ON_LEARNED),
-    "mala_line": (partial(WALK, provider=LINE), ON_LEARNED),
+    "mala_line": (partial(WALK, density=LINE), ON_LEARNED),
     "mala_squared": (partial(WALK, step_size=0.1), normal_data(standard(transform=SQUARED), noise=1.0)),
     "independence_3_proposals": (
         lambda model: Independence(model, dist.LogNormal(0.0, 0.7), num_proposals=3),
@@ -123,18 +122,18 @@ LONGER = {
     "gibbs_positive": (DiffusionGibbs, normal_data(POSITIVE)),
     "gibbs_4_proposals": (partial(DiffusionGibbs, x_kernel=partial(JUMP, num_proposals=4)), normal_data(SCORE_ONLY)),
     "gibbs_mixture": (partial(DiffusionGibbs, x_kernel=nuts_and_jump, rest_kernel=TREE), normal_data(standard())),
-    "mala_flow": (partial(WALK, provider=Density("flow")), normal_data(standard(density_solver=Heun(24)), noise=1.0)),
+    "mala_flow": (partial(WALK, density="flow"), normal_data(standard(density_solver=Heun(24)), noise=1.0)),
     "mala_gauss_legendre": (
-        partial(WALK, provider=LineIntegral(2, "gauss-legendre", circulation=False)),
+        partial(WALK, density=LineIntegral(2, "gauss-legendre", circulation=False)),
         normal_data(SCORE_ONLY, noise=1.0),
     ),
     "mala_exp": (partial(WALK, step_size=0.1), normal_data(standard(transform=EXP), noise=1.0)),
     "mala_line_squared": (
-        partial(WALK, step_size=0.1, provider=LINE),
+        partial(WALK, step_size=0.1, density=LINE),
         normal_data(standard(transform=SQUARED), noise=1.0),
     ),
     "hmc": (SWING, JOINT),
-    "hmc_line_partial": (partial(SWING, momentum_refresh=0.3, provider=LINE), normal_data(SCORE_ONLY, noise=1.0)),
+    "hmc_line_partial": (partial(SWING, momentum_refresh=0.3, density=LINE), normal_data(SCORE_ONLY, noise=1.0)),
     "nuts_on_the_flow_density": (TREE, normal_data(standard(density_solver=Heun(24)), noise=1.0)),
     "nuts_on_the_denoisers_density": (lambda model: TREE(with_density(model)), ON_LEARNED),
     "independence": (lambda model: Independence(model, dist.LogNormal(0.0, 0.7)), COUNT),

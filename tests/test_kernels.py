@@ -67,7 +67,7 @@ KERNELS = {
     "gibbs": (DiffusionGibbs, with_noise),
     "ula": (ULA, with_noise),
     "mala": (MALA, with_noise),
-    "mala_line": (partial(MALA, provider=LineIntegral()), with_noise),
+    "mala_line": (partial(MALA, density=LineIntegral()), with_noise),
     "hmc": (partial(ScoreHMC, num_steps=2, momentum_refresh=0.5), with_noise),
     "annealed": (partial(AnnealedLangevin, num_levels=4), alone),
     "guided_reverse": (GuidedReverse, alone),

@@ -502,9 +502,9 @@ def told(x_t, t, _):
 
 COUNTED = {
     "ula": ULA,
-    "mala_line": partial(MALA, provider=LineIntegral()),
-    "mala_line_uncirculated": partial(MALA, provider=LineIntegral(5, circulation=False)),
-    "hmc_line": partial(ScoreHMC, num_steps=8, provider=LineIntegral()),
+    "mala_line": partial(MALA, density=LineIntegral()),
+    "mala_line_uncirculated": partial(MALA, density=LineIntegral(5, circulation=False)),
+    "hmc_line": partial(ScoreHMC, num_steps=8, density=LineIntegral()),
     "pcn": partial(DiffusionPCN, num_proposals=2, global_fraction=1.0),
     "annealed": partial(AnnealedLangevin, num_levels=4, steps_per_level=3),
 }

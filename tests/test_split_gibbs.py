@@ -253,7 +253,7 @@ def test_as_a_block_of_gibbs():
 
 def test_status():
     assert isinstance(SplitGibbs.status, Status) and not SplitGibbs.status.exact
-    assert SplitGibbs.status.provides == "reverse process"
+    assert SplitGibbs.status.needs == "reverse process"
 
 
 def no_prior(y):

@@ -100,9 +100,9 @@ class Composed(DiffusionKernel):
     def status(self) -> Status:
         """Exact if all kernels are, for the laws in their statements."""
         parts = [(type(kernel).__name__, status_of(kernel)) for kernel in self._given]
-        provides = ", ".join(dict.fromkeys(part.provides for _, part in parts))
+        needs = ", ".join(dict.fromkeys(part.needs for _, part in parts))
         statement = "; ".join(dict.fromkeys(f"{name} {part.statement}" for name, part in parts))
-        return Status(provides, all(part.exact for _, part in parts), statement)
+        return Status(needs, all(part.exact for _, part in parts), statement)
 
     @abc.abstractmethod
     def _warmups(self) -> Sequence[int]:
