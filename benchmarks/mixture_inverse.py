@@ -169,9 +169,9 @@ def run_kernel(key: jax.Array, problem: Problem, method: str, num_moves: int) ->
     return mcmc.get_samples(group_by_chain=True)["x"][:, -1], evaluations / NUM_DRAWS
 
 
-@partial(jax.jit, static_argnames=("moment", "num_steps"))
-def run_guided(key: jax.Array, problem: Problem, moment: str, num_steps: int) -> jax.Array:
-    guided = Guided(problem.prior, linear(problem.A, problem.y, jnp.full(problem.y.shape, problem.sigma)), moment)
+@partial(jax.jit, static_argnames=("guidance", "num_steps"))
+def run_guided(key: jax.Array, problem: Problem, guidance: str, num_steps: int) -> jax.Array:
+    guided = Guided(problem.prior, linear(problem.A, problem.y, jnp.full(problem.y.shape, problem.sigma)), guidance)
     return sample(DPMSolverPP(num_steps, eta=1.0), guided, key, (NUM_DRAWS,))
 
 

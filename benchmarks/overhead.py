@@ -41,6 +41,7 @@ from numpyro_diffusion.infer import (
     Cycle,
     DiffusionGibbs,
     DiffusionPCN,
+    DiffusiveGibbs,
     GuidedPCN,
     GuidedReverse,
     Independence,
@@ -50,6 +51,7 @@ from numpyro_diffusion.infer import (
     ParticleGibbs,
     ScoreHMC,
     SplitGibbs,
+    with_density,
 )
 from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.reparam import NoiseReparam
@@ -183,15 +185,17 @@ def many_kernels(fast: bool) -> dict[str, tuple[Callable, Callable]]:
         "GuidedPCN": (GuidedPCN, alone),
         "ParticleGibbs": (ParticleGibbs, alone),
         "DiffusionGibbs": (DiffusionGibbs, joint),
-        "MALA": (partial(MALA, provider=LineIntegral()), joint),
-        "ScoreHMC": (partial(ScoreHMC, provider=LineIntegral()), joint),
+        "MALA": (partial(MALA, density=LineIntegral()), joint),
+        "ScoreHMC": (partial(ScoreHMC, density=LineIntegral()), joint),
         "ULA": (ULA, joint),
         "AnnealedLangevin": (AnnealedLangevin, alone),
         "GuidedReverse": (GuidedReverse, alone),
+        "DiffusiveGibbs": (DiffusiveGibbs, joint),
         "SplitGibbs": (partial(SplitGibbs, rho=0.5), joint),
-        "Independence": (Independence, alone),
+        "Independence": (Independence, joint),
         "Cycle": (lambda model: Cycle([DiffusionPCN, Independence], model=model), alone),
         "Mixture": (lambda model: Mixture([DiffusionPCN, Independence], model=model), alone),
+        "Mixture with NUTS": (lambda model: Mixture([NUTS, DiffusionPCN], model=with_density(model)), alone),
     }
 
 

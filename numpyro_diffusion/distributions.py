@@ -163,7 +163,12 @@ class DiffusionPrior(dist.Distribution):
             return None if self.density == "none" else self.density
         if density_kind(self.denoisers) == "normalized":
             return "denoiser"
-        return None if _has_no_flow(self.denoisers) else "flow"
+        return "flow" if self.has_flow_density else None
+
+    @property
+    def has_flow_density(self) -> bool:
+        """Whether `density` allows that of the probability flow, and the flow is that of the prior's law."""
+        return self.density in ("auto", "flow") and not _has_no_flow(self.denoisers)
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:

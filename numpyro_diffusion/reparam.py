@@ -35,8 +35,8 @@ class NoiseReparam(Reparam):
         >>> from numpyro_diffusion.reparam import NoiseReparam
         >>> def model():
         ...     numpyro.sample("x", DiffusionPrior(Gaussian([0.0, 0.0])))
-        >>> noisy = reparam(model, config={"x": NoiseReparam()})
-        >>> [(s["name"], s["type"]) for s in trace(seed(noisy, 0)).get_trace().values()]
+        >>> in_noise = reparam(model, config={"x": NoiseReparam()})
+        >>> [(s["name"], s["type"]) for s in trace(seed(in_noise, 0)).get_trace().values()]
         [('x_noise', 'sample'), ('x', 'deterministic')]
     """
 

@@ -1,11 +1,27 @@
-"""Test session: two host devices for parallel chains, and compiled programs kept between runs."""
+"""Test session: two host devices for parallel chains, programs that are quick to compile and kept between runs."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpyro
 import pytest
 
+QUICK_TO_COMPILE = "--xla_cpu_use_fusion_emitters=false"
+"""The compiler's older way to fuse: programs run as before, and compiling them takes a third less."""
+
+
+def understands(flag: str) -> bool:
+    """Whether this version of XLA knows a flag; it ends the process otherwise."""
+    command, environment = [sys.executable, "-c", "import jax; jax.devices()"], {**os.environ, "XLA_FLAGS": flag}
+    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+
+
+if "XLA_FLAGS" not in os.environ:  # workers have those of the process that started them
+    os.environ["XLA_FLAGS"] = QUICK_TO_COMPILE if understands(QUICK_TO_COMPILE) else ""
+jax.config.update("jax_disable_most_optimizations", True)
 numpyro.set_host_device_count(2)
 if jax.config.jax_compilation_cache_dir is None:  # the environment's JAX_COMPILATION_CACHE_DIR goes first
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
@@ -42,11 +58,3 @@ def x64():
     enable = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # the latter in older jax
     with enable(True):
         yield
-
-
-@pytest.fixture(scope="module")
-def quick_compile():
-    """Less work for the compiler, for modules of many small programs: a third of their time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -12,8 +12,6 @@ from scipy.stats import multivariate_normal
 from numpyro_diffusion.denoise import Denoiser, Gaussian, GaussianMixture, Prediction
 from numpyro_diffusion.noise import VE, VP, Cosine, Rectified, SubVP
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 D = 3  # in two dimensions eigenvectors may form a symmetric matrix, and a transposed rotation goes unseen
 MEAN = np.array([0.5, -1.0, 0.2])
 FULL = np.array([[1.0, 0.6, -0.3], [0.6, 2.0, 0.5], [-0.3, 0.5, 0.7]])

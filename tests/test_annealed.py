@@ -28,7 +28,6 @@ from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.noise import VE, VP, UniformLogSNR
 from numpyro_diffusion.solve import Ancestral, DPMSolverPP, StochasticHeun
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
 CHAINS, DRAWS = 200, 100
 EXP = transforms.ExpTransform()
@@ -149,6 +148,7 @@ ANNEALS = {
 }
 
 
+@pytest.mark.slow
 def test_a_moment_is_a_guidance():
     """The full covariance is the exact guidance of a Gaussian: the same draws as by the formula, for both kernels."""
     anneal = {"num_levels": 6, "steps_per_level": 2, "step_size": 0.3}
@@ -159,6 +159,7 @@ def test_a_moment_is_a_guidance():
         np.testing.assert_allclose(by_name, by_formula, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "prior", "c"), ANNEALS.values(), ids=ANNEALS)
 def test_annealed_law_is_the_recursion(options, prior, c):
     """The bias that theory predicts, through the whole walk, for both rules, both kinds of ladder and any guidance."""
@@ -330,6 +331,7 @@ def test_in_gibbs(make):
     assert_moments(ours, np.asarray(alone.mean((0, 1))), np.asarray(alone.var((0, 1))), errors=4.5)
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_counted():
     """A likelihood that is NaN moves nothing and says so; a step driven by far more than its noise says so too."""
 
@@ -357,7 +359,7 @@ def no_number_exact(prior):
 
 def test_status_and_the_default_guidance():
     for kernel in (AnnealedLangevin, GuidedReverse):
-        assert isinstance(kernel.status, Status) and not kernel.status.exact and kernel.status.provides == "score"
+        assert isinstance(kernel.status, Status) and not kernel.status.exact and kernel.status.needs == "score"
     posterior = noisy_posterior(Record(model).at((Y,), {}))
     x_t, t = {"x": jnp.array([0.3, 0.4])}, {"x": 0.2}
     value, predictions = posterior.noisy_log_likelihood(x_t, t)

@@ -18,8 +18,6 @@ from numpyro_diffusion.noise import VE
 from numpyro_diffusion.reparam import NoiseReparam
 from numpyro_diffusion.solve import DPMSolverPP, Heun
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SOLVERS = {"sampler": DPMSolverPP(16, eta=1.0), "flow_solver": Heun(4), "density_solver": Heun(4)}
 
 
@@ -104,6 +102,7 @@ def test_class_labels():
     np.testing.assert_allclose(batch.flow(jnp.zeros((2, 2))), [[4.0, 5.0], [0.0, 1.0]], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_conditions_with_a_switch():
     """One switch for all rows or one for each: a row whose condition is absent is the unconditional prior."""
     absent = DiffusionPrior(NETWORK, **SOLVERS).log_prob(POINTS[0])
@@ -121,6 +120,7 @@ def model(cond, y=None):
         numpyro.sample("y", dist.Normal(x.sum(-1), 1.0), obs=y)
 
 
+@pytest.mark.slow
 def test_as_any_distribution_in_numpyro():
     """Plates, expand, to_event, a model's density, and noise space."""
     x, y = POINTS[0], np.zeros(4, np.float32)

@@ -21,8 +21,6 @@ from numpyro_diffusion.density import (
 from numpyro_diffusion.density.bound import _variances
 from numpyro_diffusion.noise import VE, VP, UniformLogSNR
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LADDER = VE(0.02, 50.0)
 MEAN, VARIANCES = np.array([1.0, -2.0]), np.array([0.25, 4.0])
 
@@ -59,6 +57,7 @@ def gaussian_bound(x, transition, num_times):
     return total - np.sum(0.5 * mean_squared_error(lowest) / lowest**2 + 0.5 * np.log(2 * np.pi * lowest**2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transition", ["posterior", "beta"])
 def test_the_stepwise_bound_of_a_gaussian(transition, x64):
     """Against its closed form within 4 standard errors, which are themselves small enough to see a wrong term."""
@@ -139,6 +138,7 @@ def stepwise_log_density(x, num_times):
     return norm.logpdf(x, gain * mean, np.sqrt(gain**2 * variance + levels[-1] ** 2))
 
 
+@pytest.mark.slow
 def test_more_paths_tighten_the_bound_of_the_model_in_steps(x64):
     """K = 1 is the plain bound; the mean grows with K and approaches the log-density of the stepwise model."""
     law, x, steps = Gaussian([0.0], 1.0, LADDER), np.array([0.8]), 8
@@ -159,6 +159,7 @@ def test_more_paths_tighten_the_bound_of_the_model_in_steps(x64):
     assert means[2] < truth + 4 * errors[2] and truth - means[2] < 0.05 * (truth - means[0]) + 4 * errors[2]
 
 
+@pytest.mark.slow
 def test_gap_to_the_flow():
     """The difference of its two parts, with their errors together; averaged over the law, its levels add up to it.
 

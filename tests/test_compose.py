@@ -30,7 +30,6 @@ from numpyro_diffusion.infer import (
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import DPMSolverPP
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
 CHAINS = 8
 LEAP = partial(HMC, num_steps=3, trajectory_length=None)
@@ -156,6 +155,7 @@ class Counted(DiffusionKernel):
         return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "runs_all"), [("vectorized", False), (jax.vmap, True)])
 def test_cost_of_the_kernels_that_do_not_move(method, runs_all):
     """Chains run together share the index, so the other kernels do not run; under jax.vmap they all do."""
@@ -191,6 +191,7 @@ def test_nuts_alone_stays_in_its_mode():
     assert gelman_rubin(np.asarray(mcmc.get_samples(group_by_chain=True)["x"]))[0] > 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("within", [MALA, pytest.param(SHALLOW, marks=SLOW)])
 def test_modes(within):
     """What NUTS alone cannot do: with moves of DiffusionPCN between, the modes have the posterior's weights."""
@@ -326,7 +327,7 @@ def test_a_start_that_is_not_finite(kernel):
 def test_status():
     """A composition is as exact as the worst of its parts, and one that does not say is not."""
     status = nested(pair).status
-    assert status.exact and "MALA" in status.statement and "density" in status.provides
+    assert status.exact and "MALA" in status.statement and "density" in status.needs
     assert not Mixture([MALA(pair), Counted(pair)]).status.exact
     assert Vectorize(LEAP(pair)).status.exact
     assert [type(k).__name__ for k in cycle(pair).kernels] == ["HMC", "MALA"]

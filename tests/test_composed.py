@@ -42,8 +42,6 @@ from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.noise import VE, VP, Rectified
 from numpyro_diffusion.solve import DPMSolverPP, Heun, sample
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 TIMES = [0.05, 0.4, 0.9]
 MEANS = np.array([[0.5, -1.0], [2.0, 0.3], [-0.7, 1.1]])
 VARIANCES = np.array([[1.0, 0.3], [0.5, 2.0], [4.0, 3.0]])
@@ -109,6 +107,7 @@ def test_reverse_process_of_a_product_has_another_law(n):
     np.testing.assert_allclose(flowed.var(), start / (1.0 + 40.0**2) ** n, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_mixture_of_gaussians_is_their_mixture(x64):
     """Posterior mean and density, at all times, of members with full covariances, one of them a mixture itself."""
     full = np.array([[1.0, 0.4], [0.4, 0.5]])
@@ -198,6 +197,7 @@ def of_prior(prior):
     numpyro.sample("x", prior)
 
 
+@pytest.mark.slow
 def test_ring_times_box_by_composition():
     """An adjusted walk down the product's own path is nearer the truth of 3.48 than its reverse process is.
 
@@ -231,6 +231,7 @@ def test_ring_times_box_as_a_posterior():
     assert_moments(x, 0.0, np.array([0.0, RADIUS**2]) + DEVIATION**2)  # a mean of zero: modes of equal weight
 
 
+@pytest.mark.slow
 def test_tall_data_by_composition():
     """Posteriors of one datum each, the prior taken out n - 1 times: MALA on the product has that of all n data."""
     centre, spread, noise, n = jnp.array([1.0, -0.5]), jnp.array([1.5, 0.7]), 0.2 * np.eye(2) + 0.8, 4

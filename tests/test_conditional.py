@@ -15,7 +15,7 @@ from numpyro.infer import NUTS
 
 from numpyro_diffusion.denoise import Gaussian, NetworkDenoiser
 from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.infer import MALA, ULA, Density, DiffusionGibbs, DiffusionPCN, NoiseSpace, ScoreHMC
+from numpyro_diffusion.infer import MALA, ULA, DiffusionGibbs, DiffusionPCN, NoiseSpace, ScoreHMC
 from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import DPMSolverPP, Heun
@@ -53,6 +53,7 @@ def network_prior(cond):
     return DiffusionPrior(NetworkDenoiser(backbone, schedule=VE(0.05, 20.0)), cond=cond, **solvers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["log_prob", "flow"])
 def test_gradient_in_the_condition_is_that_of_finite_differences(of, x64):
     point = jnp.array([0.4, -0.9])
@@ -70,8 +71,8 @@ def test_gradient_in_the_condition_is_that_of_finite_differences(of, x64):
 @pytest.mark.parametrize(
     ("make", "draws"),
     [
-        pytest.param(partial(MALA, provider=Density("flow")), 1000, id="mala", marks=SLOW),
-        pytest.param(partial(ScoreHMC, provider=Density("flow"), num_steps=4), 300, id="hmc", marks=SLOW),
+        pytest.param(partial(MALA, density="flow"), 1000, id="mala", marks=SLOW),
+        pytest.param(partial(ScoreHMC, density="flow", num_steps=4), 300, id="hmc", marks=SLOW),
         pytest.param(NUTS, 250, id="nuts", marks=SLOW),
     ],
 )

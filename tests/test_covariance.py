@@ -10,8 +10,6 @@ from numpyro_diffusion.denoise import Gaussian, GaussianMixture, NetworkDenoiser
 from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.noise import VE, VP, Rectified
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def laws(d, schedule):
     rng = np.random.default_rng(d)
@@ -70,6 +68,7 @@ def test_products_are_those_of_the_matrix():
         np.testing.assert_allclose(one.ravel(), expected @ flat, rtol=1e-5, atol=1e-6 * largest)
 
 
+@pytest.mark.slow
 def test_diagonal_is_unbiased_and_its_error_covers(x64):
     """Entry by entry over 2,000 keys, within 4 standard errors; t-intervals of 32 probes cover 95 %."""
     *_, (law, *_) = laws(8, VE())

@@ -11,8 +11,6 @@ from numpyro_diffusion.density import log_prob
 from numpyro_diffusion.noise import VE, VP
 from numpyro_diffusion.solve import Heun
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 # A 2-D mixture of zero mean and unit variance per dimension: two tight components, one correlated, one wide.
 WEIGHTS = np.array([0.3, 0.3, 0.2, 0.2])
 CENTRES = np.array([[-1.4, 0.3], [1.2, 1.2], [0.3, -1.4], [0.2, -0.6]])
@@ -156,6 +154,7 @@ def test_gradient_of_points_never_enters_the_solve():
     assert loops(jax.value_and_grad(value)) == 1
 
 
+@pytest.mark.slow
 def test_gradient_in_the_arrays_is_the_solves(x64):
     """In means, weights, variances and the point at once: as the exact log-density says, to a hundredth, never zero."""
 

@@ -15,8 +15,6 @@ from numpyro_diffusion.diagnostics import to_arviz
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import MALA, ULA, DiffusionGibbs, DiffusionPCN, LineIntegral, NoiseSpace
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def model(y=1.0):
     x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0, 0.0])))
@@ -30,7 +28,7 @@ def short_run(kernel):
 
 
 def test_status_travels_with_the_draws(tmp_path):
-    data = to_arviz(short_run(MALA(model, provider=LineIntegral())))
+    data = to_arviz(short_run(MALA(model, density=LineIntegral())))
     attributes = dict(data["posterior"].attrs)
     assert attributes["kernel"] == "MALA" and attributes["exact"] == "no"
     assert "circulation" in attributes["statement"] and "circulation" in data["sample_stats"]
@@ -57,6 +55,7 @@ def test_every_kernel_says_what_it_is_exact_for(kernel, exact):
     assert kernel.status.exact is exact and len(kernel.status.statement) > 20
 
 
+@pytest.mark.slow
 def test_arviz_may_be_imported_first():
     """ArviZ 1.x then loads NumPyro lazily, and its own converter misses a module of it."""
     code = """

@@ -21,7 +21,6 @@ from numpyro_diffusion.infer.gradient.target import Evaluation
 from numpyro_diffusion.infer.kernel.adapt import Root
 from numpyro_diffusion.noise import VE
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
 MODES = jnp.array([-6.0, 6.0])
 
@@ -90,6 +89,7 @@ def unequal(y):
     numpyro.sample("y", dist.Normal(a + 50.0 * jnp.log(b), 5.0), obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [False, pytest.param(True, marks=SLOW)])
 def test_preconditioner(dense):
     """Noise in units of the adapted scales; the posterior of a and 50 log b, N(0, 100) and N(0, 25), is Gaussian."""
@@ -154,12 +154,12 @@ def test_as_a_block():
 
 BAD_ARGUMENTS = {
     "score": (
-        {"provider": Score()},
+        {"density": Score()},
         ValueError,
         r"restarts far away and needs a density; got Score\(\)",
     ),
-    "line": ({"provider": LineIntegral()}, ValueError, r"needs a density; got LineIntegral"),
-    "provider": ({"provider": 3}, TypeError, "provider must be a Provider"),
+    "line": ({"density": LineIntegral()}, ValueError, r"needs a density; got LineIntegral"),
+    "density": ({"density": 3}, TypeError, 'density must be "auto"'),
     "none": ({"noise_levels": ()}, ValueError, "at least one level; got none"),
     "rising": ({"noise_levels": (1.0, 2.0)}, ValueError, r"must decrease; got \(1.0, 2.0\). Sort them"),
     "negative": ({"noise_levels": (1.0, -2.0)}, ValueError, r"noise_levels\[1\] must be positive"),

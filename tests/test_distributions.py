@@ -23,8 +23,6 @@ from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.noise import VP
 from numpyro_diffusion.solve import Ancestral, DPMSolverPP, Heun, StochasticHeun
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 MEAN, DEVIATION = np.array([0.5, -1.0], np.float32), 0.8
 SAMPLER = Ancestral(129)
 EXACT = dist.Normal(MEAN, DEVIATION).to_event(1)

@@ -14,8 +14,6 @@ from numpyro_diffusion.denoise import GaussianMixture, NetworkDenoiser, reschedu
 from numpyro_diffusion.nn import MLP, Condition, UNet
 from numpyro_diffusion.noise import VE, VP, Rectified
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SIZES = {"features": 8, "num_blocks": 1, "embed_features": 8}
 SMALL = {"features": 4, "multipliers": (1,), "num_blocks": 1, "embed_features": 8}
 NETWORKS = {
@@ -36,6 +34,7 @@ def score_and_gradient(denoiser, x_t, t, cond=None):
     return denoiser(x_t, t, cond).score, jax.grad(denoiser.log_density)(x_t, t, cond)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 def test_the_score_is_the_gradient_of_the_density(make, x64):
     """At every time, with a condition that counts and may be absent; the network runs in single precision."""
@@ -113,6 +112,7 @@ def test_the_exact_energy_has_the_exact_density(d, schedule, x64):
             np.testing.assert_allclose(x0, true_x0, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.slow
 @HEADS
 def test_a_head_that_starts_at_zero_has_a_gradient(scalar):
     """The loss pulls at the zero output layer about as hard as at that of the edm target, and it does not stay zero."""

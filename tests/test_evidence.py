@@ -49,6 +49,7 @@ FIXED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:at .* temperatures the moves ended")
 @pytest.mark.parametrize(("model", "kernel"), FIXED.values(), ids=FIXED)
 def test_unbiased_at_given_temperatures(model, kernel):
@@ -76,6 +77,7 @@ def test_unbiased_when_everything_adapts(model):
     assert abs(ratios.mean() - 1.0) < 4.0 * ratios.std(ddof=1) / np.sqrt(200)
 
 
+@pytest.mark.slow
 def test_scale_parameters_are_sites_like_others():
     """A scale with a wide prior, by quadrature: 20 islands, 4 standard errors."""
     y = np.array([0.1, -0.2, 0.05, 0.3, -0.1])

@@ -19,8 +19,6 @@ from numpyro_diffusion.train import Adaptive, Objective, fit, levels, weighting
 from numpyro_diffusion.train.data import Stream
 
 fit_module = importlib.import_module("numpyro_diffusion.train.fit")  # the package's `fit` is the function
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 ROWS = 3.0 + 2.0 * np.random.default_rng(0).normal(size=(256, 2))
 CONDS = np.sign(ROWS[:, :1])
 OPTIMIZER = optax.sgd(0.1)
@@ -133,6 +131,7 @@ def test_loader_is_walked_again_and_an_iterator_is_used_up(streamed):
         assert run(batches(16)).num_steps == 16  # the end of a call
 
 
+@pytest.mark.slow
 def test_held_out_rows_that_are_given(resident):
     rows = ROWS[:20] + 1.0
     result = run(batches(), held_out=rows)
@@ -172,6 +171,7 @@ def test_dropout_withholds_the_share_asked_for():
     assert Objective()._withhold(jax.random.key(0), cond) is cond
 
 
+@pytest.mark.slow
 def test_dropout_trains_the_network_without_a_condition():
     assert run(cond=CONDS).denoiser.params["absent"][...] == 0.0
     assert run(cond=CONDS, cond_dropout=0.5).denoiser.params["absent"][...] != 0.0
@@ -187,6 +187,7 @@ def two_devices():
     return Mesh(np.array(jax.devices()[:2]), ("rows",))
 
 
+@pytest.mark.slow
 def test_two_devices_have_the_losses_of_one(adaptive):
     """Levels that follow the gradient take every path of a step; fixed ones are in the next test."""
     two = run(mesh=two_devices(), **ADAPTIVE)
@@ -195,6 +196,7 @@ def test_two_devices_have_the_losses_of_one(adaptive):
     assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(two.denoiser))
 
 
+@pytest.mark.slow
 def test_batches_are_shared_out_between_two_devices(streamed):
     mesh = two_devices()
     np.testing.assert_allclose(run(batches(), mesh=mesh).losses, streamed.losses, rtol=1e-4)
@@ -222,6 +224,7 @@ def test_clipped_gradients_are_no_longer_than_asked():
     assert length(moved) == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_and_keeps_the_best_average():
     options = {"optimizer": optax.adam(1.0), "ema_decay": 0.0}
     options |= {"num_steps": 160, "num_evaluations": 20, "validation_fraction": 0.5}

@@ -69,6 +69,7 @@ def test_solvers_walk_a_guided_denoiser_to_the_posterior():
     assert (abs(draws.var(0) / sd**2 - 1.0) < 4.5 * np.sqrt(2.0 / 4000) + 0.02).all()
 
 
+@pytest.mark.slow
 def test_a_nonlinear_observation_is_linearised():
     """At a point where the map is linear to first order the two agree; the gradient form is dps."""
     prior = GaussianMixture([0.5, 0.5], jnp.array([[-1.0, 0.0, 0.0], [1.0, 0.0, 1.0]]), 0.5, VP())
@@ -84,6 +85,7 @@ def test_a_nonlinear_observation_is_linearised():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_guided_score_of_an_informative_mixture_is_near_the_truth():
     """A mixture, where no method is exact: at small noise all but dps are near, and the full covariance nearest."""
     means = jnp.array([[-2.0, 0.0], [2.0, 1.0]])
@@ -107,6 +109,7 @@ def test_guided_score_of_an_informative_mixture_is_near_the_truth():
     assert off["mmps"] < 0.2 * off["dps"] and off["mmps"] < off["pigdm"]
 
 
+@pytest.mark.slow
 def test_classifier_free_guidance_interpolates_and_extrapolates():
     network = NetworkDenoiser(MLP((2,), features=8, num_blocks=1, cond_shape=(1,), rngs=nnx.Rngs(0)), target="x0")
     weights = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(jax.random.key(1), w.shape), network.params)

@@ -18,7 +18,6 @@ from numpyro_diffusion.infer import AnnealedLangevin, DiffusionGibbs, GuidedPCN,
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import DPMSolverPP, ExponentialEuler, terminal_point
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
 COUNT = 20_000
 ROUGH = DiffusionPrior(
@@ -75,6 +74,7 @@ STEPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options"), STEPS.values(), ids=STEPS)
 def test_steps_keep_the_law_of_a_rough_walk(kind, options):
     """Five steps from noise to data, a guidance that is not exact: ranks against fresh draws, Kolmogorov-Smirnov."""
@@ -146,6 +146,7 @@ def test_what_a_mask_hides_is_not_seen(make):
         assert_moments(x, mean, variance)
 
 
+@pytest.mark.slow
 def test_twisted_smc_sees_no_more():
     """Nor does what stands under the mask, a number, move the evidence: that of two pixels."""
     smc = TwistedSMC(masked, 2000).run(jax.random.key(0), HIDDEN)
@@ -169,6 +170,7 @@ def two_sites(y):
 Y, GAIN = jnp.array([3.0]), 1.0 / 3.25
 
 
+@pytest.mark.slow
 def test_several_sites():
     """Prior means 0, 0 and 1, variances 1: each has the mean m + 2 / 3.25 and the variance 1 - 1 / 3.25."""
     for make in GUIDED.values():
@@ -187,6 +189,7 @@ def rooted(y):
     numpyro.sample("y", dist.Normal(jnp.where(x > 0.0, jnp.sqrt(x), 0.0), 0.5).to_event(1), obs=y)
 
 
+@pytest.mark.slow
 def test_a_guidance_that_is_not_a_number_counts_as_none():
     """And is counted; posterior and evidence are those of quadrature."""
     x = np.linspace(-8.0, 8.0, 8001)

@@ -13,8 +13,6 @@ from numpyro_diffusion.density import LogProb, log_prob
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import AdaptiveFlow, Heun, StochasticHeun
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LADDER, GRID = VE(0.02, 20.0), Heun(17)
 
 
@@ -32,6 +30,7 @@ def estimates(denoiser, x, keys, num_probes, probes="rademacher"):
     return jax.vmap(one)(keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d, probes", [(2, "rademacher"), (16, "normal")])
 def test_probes_are_unbiased_and_their_error_covers(d, probes):
     """Over 2,000 keys: the mean is the exact trace's within 4 s.e., and 95 % t-intervals of 32 probes cover it.
@@ -78,6 +77,7 @@ def test_estimates_differentiate_to_the_score(x64):
             assert (got[1] == 0).all()
 
 
+@pytest.mark.slow
 def test_adaptive_solve_meets_its_tolerance(x64):
     """Against the closed form on a wide ladder: the error falls with the tolerance, and the count says what it cost."""
     denoiser = GaussianMixture([0.3, 0.7], [[-1.5, 0.0], [1.0, 0.5]], [0.1, 0.3], VE(1e-4, 1e4))

@@ -16,7 +16,6 @@ from numpyro_diffusion.infer import MALA, DiffusionGibbs, Independence, Mixture
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import StochasticHeun
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
 LEAP = partial(HMC, num_steps=3, trajectory_length=None)
 SAMPLER = StochasticHeun(24)  # proposals are weighted by their density: what counts is the law of the draws

@@ -21,7 +21,6 @@ from numpyro_diffusion.infer import MALA, DiffusionGibbs, DiffusionPCN, NoiseSpa
 from numpyro_diffusion.noise import VP
 from numpyro_diffusion.solve import Ancestral, DPMSolverPP, Heun
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
 CHAINS = 8
 STANDARD, SCORE_ONLY = standard(), standard(density="none")
@@ -67,12 +66,13 @@ def test_gibbs_refreshes_both_blocks():
     kernel = DiffusionGibbs(unknown_noise)
     state = kernel.init(jax.random.key(0), 0, None, (Y,), {})
     values = kernel.get_constrain_fn((Y,), {})(state.z)
-    x_state, rest_state = kernel.refresh(state, (Y + 1.0,), {}).gibbs_state.block_states
+    refreshed = kernel.refresh(state, (Y + 1.0,), {})
+    x_state, rest_state = refreshed.x_state, refreshed.rest_state
     truth = dist.Normal(values["x"], values["noise"]).log_prob(Y + 1.0).sum()
     assert float(x_state.log_likelihood) == pytest.approx(
         float(truth + dist.LogNormal(0.0, 0.5).log_prob(values["noise"])), rel=1e-4
     )
-    assert float(rest_state.potential_energy) != float(state.gibbs_state.block_states[1].potential_energy)
+    assert float(rest_state.potential_energy) != float(state.rest_state.potential_energy)
 
 
 def test_gibbs_starts_where_it_is_told():

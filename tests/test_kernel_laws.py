@@ -35,11 +35,9 @@ from numpyro_diffusion.infer import (
     Vectorize,
     with_density,
 )
-from numpyro_diffusion.infer.model.density import Density
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import DPMSolverPP, Heun, StochasticHeun
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
 LINE = LineIntegral(5, circulation=False)
 LEAP = partial(HMC, num_steps=2, trajectory_length=None, step_size=0.7, adapt_step_size=False, adapt_mass_matrix=False)
@@ -81,39 +79,39 @@ ON_MIXTURE, ON_LEARNED, ROUGHLY = (mixture_posterior(p) for p in (EXACT, LEARNED
 JOINT = normal_data(standard())
 QUICK = {
     "pcn": (JUMP, ON_MIXTURE),
-    "pcn_3_proposals": (partial(JUMP, num_proposals=3), ON_MIXTURE),
-    "pcn_local_far_modes": (partial(JUMP, global_fraction=0.5), laws.two_modes_posterior(FAR)),
     "pcn_positive": (DiffusionPCN, normal_data(POSITIVE, noise=1.0)),
-    "guided_pcn_3_proposals": (partial(GuidedPCN, global_fraction=1.0, num_proposals=3), ROUGHLY),
     "particle_gibbs": (partial(ParticleGibbs, num_particles=4), ROUGHLY),
     "noise_space_plate": (
         partial(NoiseSpace, inner=partial(LEAP, step_size=0.3)),
         normal_data(POSITIVE, y=TABLE, noise_space=True),
     ),
+    "mala": (WALK, JOINT),
+    "hmc_partial": (partial(SWING, momentum_refresh=0.3), ON_LEARNED),
+    "independence_priors": (Independence, PAIR),
+    "diffusive_gibbs_in_one_mode": (partial(DiffusiveGibbs, **{**MANY, "noise_levels": (1.0,), "num_steps": 1}), PAIR),
+}
+LONGER = {
+    "pcn_3_proposals": (partial(JUMP, num_proposals=3), ON_MIXTURE),
+    "pcn_local_far_modes": (partial(JUMP, global_fraction=0.5), laws.two_modes_posterior(FAR)),
+    "guided_pcn_3_proposals": (partial(GuidedPCN, global_fraction=1.0, num_proposals=3), ROUGHLY),
     "gibbs_pcn_plate": (
         partial(DiffusionGibbs, rest_kernel=partial(LEAP, step_size=0.3)),
         normal_data(SCORE_ONLY, y=TABLE),
     ),
-    "mala": (WALK, JOINT),
     "mala_tweedie": (partial(MALA, step_size=0.5, preconditioner=Tweedie(0.5)), ON_LEARNED),
-    "mala_line": (partial(WALK, provider=LINE), ON_LEARNED),
+    "mala_line": (partial(WALK, density=LINE), ON_LEARNED),
     "mala_squared": (partial(WALK, step_size=0.1), normal_data(standard(transform=SQUARED), noise=1.0)),
-    "hmc_partial": (partial(SWING, momentum_refresh=0.3), ON_LEARNED),
     "independence_3_proposals": (
         lambda model: Independence(model, dist.LogNormal(0.0, 0.7), num_proposals=3),
         COUNT,
     ),
-    "independence_priors": (Independence, PAIR),
     "independence_learned_proposal": (
         lambda model: Independence(model, LINED, num_proposals=2),
         laws.plain_posterior(),
     ),
     "diffusive_gibbs": (partial(DiffusiveGibbs, **MANY), laws.two_modes_posterior()),
-    "diffusive_gibbs_in_one_mode": (partial(DiffusiveGibbs, **{**MANY, "noise_levels": (1.0,), "num_steps": 1}), PAIR),
     "cycle": (cycle, PAIR),
     "mixture_in_gibbs": (partial(blocks, mixture), PAIR),
-}
-LONGER = {
     "pcn_only_adapted": (partial(DiffusionPCN, global_fraction=0.0), normal_data(SCORE_ONLY, noise=1.0)),
     "pcn_4_proposals": (partial(DiffusionPCN, num_proposals=4), normal_data(SCORE_ONLY, noise=1.0)),
     "pcn_exp": (DiffusionPCN, normal_data(standard(transform=EXP, sampler=SCORE_ONLY.sampler), noise=1.0)),
@@ -124,18 +122,18 @@ LONGER = {
     "gibbs_positive": (DiffusionGibbs, normal_data(POSITIVE)),
     "gibbs_4_proposals": (partial(DiffusionGibbs, x_kernel=partial(JUMP, num_proposals=4)), normal_data(SCORE_ONLY)),
     "gibbs_mixture": (partial(DiffusionGibbs, x_kernel=nuts_and_jump, rest_kernel=TREE), normal_data(standard())),
-    "mala_flow": (partial(WALK, provider=Density("flow")), normal_data(standard(density_solver=Heun(24)), noise=1.0)),
+    "mala_flow": (partial(WALK, density="flow"), normal_data(standard(density_solver=Heun(24)), noise=1.0)),
     "mala_gauss_legendre": (
-        partial(WALK, provider=LineIntegral(2, "gauss-legendre", circulation=False)),
+        partial(WALK, density=LineIntegral(2, "gauss-legendre", circulation=False)),
         normal_data(SCORE_ONLY, noise=1.0),
     ),
     "mala_exp": (partial(WALK, step_size=0.1), normal_data(standard(transform=EXP), noise=1.0)),
     "mala_line_squared": (
-        partial(WALK, step_size=0.1, provider=LINE),
+        partial(WALK, step_size=0.1, density=LINE),
         normal_data(standard(transform=SQUARED), noise=1.0),
     ),
     "hmc": (SWING, JOINT),
-    "hmc_line_partial": (partial(SWING, momentum_refresh=0.3, provider=LINE), normal_data(SCORE_ONLY, noise=1.0)),
+    "hmc_line_partial": (partial(SWING, momentum_refresh=0.3, density=LINE), normal_data(SCORE_ONLY, noise=1.0)),
     "nuts_on_the_flow_density": (TREE, normal_data(standard(density_solver=Heun(24)), noise=1.0)),
     "nuts_on_the_denoisers_density": (lambda model: TREE(with_density(model)), ON_LEARNED),
     "independence": (lambda model: Independence(model, dist.LogNormal(0.0, 0.7)), COUNT),

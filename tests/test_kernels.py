@@ -40,7 +40,6 @@ from numpyro_diffusion.infer import (
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import DPMSolverPP
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
 Y = jnp.array([3.0, -1.0])
 SHORT = {"num_warmup": 6, "num_samples": 8}
@@ -68,7 +67,7 @@ KERNELS = {
     "gibbs": (DiffusionGibbs, with_noise),
     "ula": (ULA, with_noise),
     "mala": (MALA, with_noise),
-    "mala_line": (partial(MALA, provider=LineIntegral()), with_noise),
+    "mala_line": (partial(MALA, density=LineIntegral()), with_noise),
     "hmc": (partial(ScoreHMC, num_steps=2, momentum_refresh=0.5), with_noise),
     "annealed": (partial(AnnealedLangevin, num_levels=4), alone),
     "guided_reverse": (GuidedReverse, alone),

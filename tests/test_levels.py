@@ -45,8 +45,6 @@ def taught(law, steps=200):
     return jax.jit(lambda state: jax.lax.scan(step, state, jax.random.split(jax.random.key(3), steps))[0])(state)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 WEIGHTED = jax.jit(lambda log_snr, log_density: bumpy(log_snr) * jnp.exp(-log_density))
 GRID = np.linspace(LOW, HIGH, 4001)
 INTEGRAL = np.trapezoid(np.asarray(jax.jit(bumpy)(GRID), np.float64), GRID)

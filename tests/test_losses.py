@@ -53,8 +53,6 @@ def rowwise(loss):
     return jax.vmap(over_directions, (0, None, None, None))(LEVELS, DIRECTIONS, KEYS, ROWS)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CASES = {
     "denoising": DenoisingScoreMatching(),
     "stable target": StableTargetField(MIXTURE.sample(jax.random.key(1), (8000,)), num_others=64),

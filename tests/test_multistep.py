@@ -38,8 +38,6 @@ from numpyro_diffusion.solve import (
 )
 from numpyro_diffusion.solve.langevin import langevin_step, snr_step_size
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 draw = partial(jax.jit, static_argnums=3)(sample)
 STARTS = HIGHEST * np.array([[-1.6, 1.6], [-0.8, 0.4], [-0.2, 0.8], [0.3, -0.3], [0.9, -1.0], [1.5, -1.5]])
 
@@ -54,6 +52,7 @@ def test_exponential_euler_is_ddim_and_the_ancestral_step(x64):
     np.testing.assert_allclose(*(run(solver, gaussian(), x) for solver in two), rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver, schedule",
     [
@@ -118,6 +117,7 @@ def test_signal_to_noise_rule(x64):
         assert ours <= published * 1.03 and abs(ours / published - 1) < tolerance
 
 
+@pytest.mark.slow
 def test_adaptive_flow_meets_its_tolerance(x64):
     """Against the closed form of the flow, and back up again; tighter tolerances cost more evaluations."""
     x, law = STARTS[:, :1], mixture()
@@ -136,6 +136,7 @@ def test_adaptive_flow_meets_its_tolerance(x64):
     assert (20 < counts[0]).all() and (counts[0] < counts[1]).all()
 
 
+@pytest.mark.slow
 def test_adaptive_flow_that_runs_out_of_steps_says_so():
     assert jnp.isnan(run(AdaptiveFlow(max_steps=2), mixture(), STARTS[:, :1])).all()
 

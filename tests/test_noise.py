@@ -22,8 +22,6 @@ from numpyro_diffusion.noise import (
     perturb,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SCHEDULES = {
     "VP": VP(),
     "VP slow": VP(beta_min=0.5, beta_max=4.0, t_min=1e-3, t_max=0.9),

@@ -126,6 +126,7 @@ def test_reads_what_is_written(rest):
     assert_told(guided.observation, WRITTEN, X_T)
 
 
+@pytest.mark.slow
 def test_a_factor_shared_in_a_plate_is_a_factor():
     """As many points as dimensions: the factor's shape is that of the data, and it is no standard deviation."""
     factor, y = jnp.array([[1.0, 0.0], [0.6, 0.8]]), jnp.array([[1.0, -0.5], [0.3, 2.0]])
@@ -202,6 +203,7 @@ def test_other_likelihoods_steer_by_their_gradient(rest):
     assert guided_site(with_prior(rest), (), {}, "mmps", given)[2].observation is given
 
 
+@pytest.mark.slow
 def test_several_sites_are_one_point():
     """Each in the unit of its ladder: here a law, and the same a hundred times as wide."""
     wide = VE(100.0 * MIXTURE.schedule.sigma_min, 100.0 * MIXTURE.schedule.sigma_max)

@@ -18,7 +18,6 @@ from numpyro_diffusion.infer.particles.evidence import resample_islands
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import DPMSolverPP
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 PRIOR = DiffusionPrior(Gaussian([0.0, 0.0], 1.0, VE(0.05, 20.0)), sampler=DPMSolverPP(16, eta=1.0), density="none")
 OFFSET = {"y": 0.0}
 Y = jnp.array([3.0, -1.0])
@@ -37,9 +36,10 @@ SAMPLERS = {
     "tempered": TemperedSMC(model, 400, max_moves=4, progress_bar=False),
     "twisted": TwistedSMC(model, 400, progress_bar=False),
 }
-pytestmark = [pytestmark, pytest.mark.filterwarnings("ignore:at .* temperatures the moves ended")]
+pytestmark = pytest.mark.filterwarnings("ignore:at .* temperatures the moves ended")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smc", SAMPLERS.values(), ids=SAMPLERS)
 def test_like_mcmc(smc, tmp_path, monkeypatch, capsys):
     """Python arguments; then new data and a new prior, which compile nothing; then a variable that has changed."""

@@ -16,7 +16,7 @@ from numpyro_diffusion.infer import PopulationHMC
 from numpyro_diffusion.infer.kernel.choose import systematic
 from numpyro_diffusion.infer.kernel.metric import estimate
 from numpyro_diffusion.infer.model.record import Record
-from numpyro_diffusion.infer.noise.coordinates import NoiseCoordinates
+from numpyro_diffusion.infer.noise.vector import NoiseVector
 from numpyro_diffusion.infer.particles import population
 from numpyro_diffusion.infer.particles.walkers import Tuning, draws_of, walker_at
 
@@ -99,7 +99,7 @@ def test_modes_have_their_weights():
 def test_chains_leave_exact_draws_in_place():
     """Moves of the chains at the end, from exact draws, under a metric and a step that are given."""
     law, count = pair_posterior(), 20_000
-    coordinates = NoiseCoordinates(Record(law.model).at(law.args, {}))
+    coordinates = NoiseVector(Record(law.model).at(law.args, {}))
     z = law.draw(np.random.default_rng(1), count)
     q = jax.vmap(coordinates.flatten)({name: jnp.asarray(value, jnp.float32) for name, value in z.items()})
 
@@ -117,12 +117,12 @@ def test_chains_leave_exact_draws_in_place():
 
 def test_coordinates_have_the_models_density():
     """Prior and likelihood apart, and together the model's own density in noise space, with its Jacobian."""
-    coordinates = NoiseCoordinates(Record(unknown_noise).at((Y,), {}))
-    q = jnp.array([0.3, -1.2, 0.4])
-    assert coordinates.names == ["x_noise", "x_noise", "noise"]
+    coordinates = NoiseVector(Record(unknown_noise).at((Y,), {}))
+    q = jnp.array([0.4, 0.3, -1.2])
+    assert coordinates.names == ["noise", "x_noise", "x_noise"]
     parts, values = coordinates.log_density(q), coordinates.report(q)
     noise = np.exp(0.4)
-    prior = dist.Normal(0.0, 1.0).log_prob(q[:2]).sum() + dist.Normal(0.0, 0.5).log_prob(q[2])
+    prior = -0.5 * np.sum(q[1:] ** 2) + dist.Normal(0.0, 0.5).log_prob(q[0])  # the normal constant is left out
     likelihood = dist.Normal(values["x"], noise).log_prob(Y).sum()
     np.testing.assert_allclose([parts.prior, parts.likelihood], [prior, likelihood], rtol=1e-5)
     np.testing.assert_allclose([values["noise"], *values["twice"]], [noise, *2.0 * values["x"]], rtol=1e-5)

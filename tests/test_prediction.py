@@ -26,8 +26,6 @@ from numpyro_diffusion.denoise.targets import TARGETS
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.noise import VE, VP, Scaled, value_and_slope
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 D = 4
 TIMES = np.array([0.0, 0.3, 0.6, 0.9], np.float32)
 NAMES = ("x0", "eps", "score", "v", "velocity")

@@ -18,8 +18,6 @@ from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.reparam import NoiseReparam
 from numpyro_diffusion.solve import Heun
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 MEAN, DEVIATION = np.array([0.5, -1.0], np.float32), 0.8
 
 
@@ -112,6 +110,7 @@ def test_several_priors():
     assert (sites["a_noise"]["value"] != sites["b_noise"]["value"]).all()
 
 
+@pytest.mark.slow
 def test_variational_inference():
     """A normal guide finds the conjugate posterior: y = 3 under N(0, 1) and unit noise is N(1.5, 0.5)."""
 

@@ -10,8 +10,6 @@ from numpyro_diffusion.denoise import Denoiser, GaussianMixture, NetworkDenoiser
 from numpyro_diffusion.noise import VE, VP, Cosine, Rectified, Scaled, SubVP, Tabulated
 from numpyro_diffusion.solve import Heun, solve, terminal_point
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 WEIGHTS, MEANS, VARIANCES = np.array([0.3, 0.7]), np.array([[-2.0, 0.5], [1.0, 1.0]]), np.array([0.3, 0.1])
 SCHEDULES = [VP(), SubVP(), VE(), Cosine(), Rectified(), Tabulated([12.0, 3.0, -9.0])]
 

@@ -21,7 +21,6 @@ from numpyro_diffusion.train import run as run_module
 from numpyro_diffusion.train.steps import train_steps
 
 fit_module = importlib.import_module("numpyro_diffusion.train.fit")  # the package's `fit` is the function
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 class Tiny(nnx.Module):
@@ -131,6 +130,7 @@ def batches():
         yield rng.normal(size=(16, 2)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_stream_is_resumed_where_it_was(tmp_path, monkeypatch):
     path, options = tmp_path / "run.safetensors", {"held_out": ROWS, "noise_levels": levels.LogNormal()}
     whole = run(data=batches(), **options)

@@ -21,13 +21,17 @@ from numpyro_diffusion.infer import (
     MALA,
     ULA,
     AnnealedLangevin,
+    Cycle,
     DiffusionGibbs,
     DiffusionPCN,
+    DiffusiveGibbs,
     GuidedPCN,
+    GuidedReverse,
     Independence,
     LineIntegral,
     Mixture,
     NoiseSpace,
+    ParticleGibbs,
     ScoreHMC,
     SplitGibbs,
     TemperedSMC,
@@ -36,8 +40,6 @@ from numpyro_diffusion.infer import (
 from numpyro_diffusion.infer.model.record import Record
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import Ancestral, DPMSolverPP, StochasticHeun
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SAMPLER = DPMSolverPP(8, eta=1.0)
 PRIOR = standard(sampler=SAMPLER)
@@ -206,19 +208,88 @@ def test_record_knows_the_model():
     np.testing.assert_allclose(at.values["scale"], scale, rtol=1e-6)
 
 
-@pytest.mark.parametrize("make", [DiffusionPCN, MALA, AnnealedLangevin], ids=lambda make: make.__name__)
-def test_executions_of_the_model(make):
-    """At most six before the first draw, in whatever shape the kernel needs it."""
+ALL_KERNELS = {
+    "pcn": (DiffusionPCN, observed),
+    "guided_pcn": (GuidedPCN, observed),
+    "particle_gibbs": (ParticleGibbs, observed),
+    "independence": (Independence, with_scale),
+    "split_gibbs": (partial(SplitGibbs, rho=0.5), with_scale),
+    "mala": (partial(MALA, provider=LineIntegral()), with_scale),
+    "hmc": (partial(ScoreHMC, provider=LineIntegral()), with_scale),
+    "ula": (ULA, with_scale),
+    "diffusive_gibbs": (DiffusiveGibbs, with_scale),
+    "annealed": (AnnealedLangevin, observed),
+    "guided_reverse": (partial(GuidedReverse, guidance="mmps"), observed),
+    "noise_space": (NoiseSpace, with_scale),
+    "gibbs": (DiffusionGibbs, with_scale),
+    "gibbs_guided": (partial(DiffusionGibbs, x_kernel=GuidedPCN), with_scale),
+    "gibbs_noise": (partial(DiffusionGibbs, x_kernel=NoiseSpace), with_scale),
+    "cycle": (lambda model: Cycle([DiffusionPCN, Independence], model=model), observed),
+    "mixture": (lambda model: Mixture([NUTS, DiffusionPCN], [0.5, 0.5], model=model), observed),
+}
+
+
+@pytest.mark.parametrize(("make", "model"), ALL_KERNELS.values(), ids=ALL_KERNELS)
+def test_executions_of_the_model(make, model):
+    """At most six before the first draw: all that `MCMC` traces in a first run, with nothing compiled."""
     runs = []
 
     def counted(y):
         runs.append(1)
-        observed(y)
+        model(y)
 
-    MCMC(make(counted), num_warmup=1, num_samples=1, num_chains=2, chain_method="vectorized", progress_bar=False).run(
-        jax.random.key(0), Y
-    )
-    assert len(runs) <= 6
+    kernel, keys = make(counted), jax.random.split(jax.random.key(0), 2)
+    state = jax.eval_shape(lambda keys: kernel.init(keys, 2, None, model_args=(Y,), model_kwargs={}), keys)
+    kernel._compiled_start.bind((Y,), {})
+    jax.eval_shape(lambda state: kernel.sample(state, (Y,), {}), state)
+    jax.eval_shape(jax.vmap(kernel.postprocess_fn((Y,), {})), state.z)
+    assert 2 <= len(runs) <= 6
+
+
+def test_executions_of_a_second_run():
+    """A start that is compiled, and one on new data that finds it so: what inner kernels keep is still right."""
+    runs = []
+
+    def counted(y):
+        runs.append(1)
+        with_scale(y)
+
+    for kernel in (NoiseSpace(counted, HMC, num_steps=2), DiffusionGibbs(counted, rest_kernel=HMC)):
+        for y in (Y, Y + 1.0):
+            before = len(runs)
+            state = start(kernel, y)
+            jax.eval_shape(lambda state, y=y, kernel=kernel: kernel.sample(state, (y,), {}), state)
+            assert 2 <= len(runs) - before <= 5
+
+
+def test_an_inner_kernels_own_start():
+    """`init_strategy` of NUTS is one for the sites of the model, whatever coordinates NUTS has inside."""
+    strategy = init_to_value(values={"scale": 2.0})
+    inner = partial(NUTS, init_strategy=strategy)
+    z = start(NoiseSpace(with_scale, inner), Y).z
+    np.testing.assert_allclose(z["scale"], 2.0, rtol=1e-5)
+    state = start(DiffusionGibbs(with_scale, rest_kernel=inner), Y)
+    np.testing.assert_allclose(state.values["scale"], 2.0, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_composite_kernel_inside():
+    """NumPyro's `Gibbs` as the inner kernel of a block: what is given to the block is not what `Gibbs` gives."""
+
+    def model(y):
+        x = numpyro.sample("x", PRIOR)
+        scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        shift = numpyro.sample("shift", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(x + shift, scale).to_event(1), obs=y)
+
+    short = partial(HMC, step_size=0.1, trajectory_length=0.2)
+    inner = lambda model: Gibbs([(short(model), ["x_noise"]), (short(model), None)])  # noqa: E731
+    kernel = Gibbs([(NoiseSpace(model, inner), ["x", "shift"]), (short(model), ["scale"])])
+    mcmc = MCMC(kernel, num_warmup=0, num_samples=8, progress_bar=False)
+    mcmc.run(jax.random.key(0), Y)
+    samples = mcmc.get_samples()
+    assert set(samples) == {"x", "scale", "shift"} and bool((samples["scale"] > 0.0).all())
+    assert all(float(jnp.ptp(values)) > 0.0 for values in (samples["x"][:, 0], samples["scale"], samples["shift"]))
 
 
 def test_expanded_sites_are_all_their_points():
@@ -431,9 +502,9 @@ def told(x_t, t, _):
 
 COUNTED = {
     "ula": ULA,
-    "mala_line": partial(MALA, provider=LineIntegral()),
-    "mala_line_uncirculated": partial(MALA, provider=LineIntegral(5, circulation=False)),
-    "hmc_line": partial(ScoreHMC, num_steps=8, provider=LineIntegral()),
+    "mala_line": partial(MALA, density=LineIntegral()),
+    "mala_line_uncirculated": partial(MALA, density=LineIntegral(5, circulation=False)),
+    "hmc_line": partial(ScoreHMC, num_steps=8, density=LineIntegral()),
     "pcn": partial(DiffusionPCN, num_proposals=2, global_fraction=1.0),
     "annealed": partial(AnnealedLangevin, num_levels=4, steps_per_level=3),
 }

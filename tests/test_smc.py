@@ -116,6 +116,7 @@ def test_gaussian_posterior_and_evidence():
     assert smc.problems == () and not any(step.lag for step in smc.temperatures)
 
 
+@pytest.mark.slow
 def test_levels_adapt_at_each_temperature():
     """To an acceptance of 0.4, wherever that is: levels follow the posterior's width, from 1 down to 0.03.
 
@@ -223,6 +224,7 @@ def constrained():
     return TemperedSMC(above, 2000, **QUIET)
 
 
+@pytest.mark.slow
 def test_a_hard_constraint_is_met_or_said_to_be_out_of_reach(constrained):
     """P(x > 2) = 0.023: found, with its probability as the evidence. P(x > 4.753) = 1e-6: an error that says so."""
     smc = constrained.run(jax.random.key(0), 2.0)
@@ -275,6 +277,7 @@ def test_a_single_particle_left_and_a_nan_likelihood():
     np.testing.assert_allclose(islands, [-np.inf] * 3 + [np.log(0.1)], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_infinite_likelihood_counts_as_zero_and_is_told():
     """Infinite above 1, where no posterior is: what is left is the prior below, with its probability as evidence."""
 
@@ -296,6 +299,7 @@ def test_an_infinite_likelihood_counts_as_zero_and_is_told():
         TemperedSMC(all_infinite, 40, **QUIET).run(jax.random.key(0), 0.0)
 
 
+@pytest.mark.slow
 def test_weights_that_vanish_on_the_way_are_an_error():
     """A kernel without a test walks out of the likelihood's support."""
 
@@ -308,6 +312,7 @@ def test_weights_that_vanish_on_the_way_are_an_error():
         TemperedSMC(shell, 200, kernel=kernel, correlation=0.5, **QUIET).run(jax.random.key(0), 0.0)
 
 
+@pytest.mark.slow
 def test_moves_that_end_too_early_are_told_and_in_the_error():
     """Steps of a hundredth of the posterior's width, three at a temperature: 12 to 34 nats too low.
 

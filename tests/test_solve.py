@@ -27,8 +27,6 @@ from numpyro_diffusion.solve import (
     terminal_point,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LOWEST, HIGHEST = 0.02, 20.0
 LADDER = VE(sigma_min=LOWEST, sigma_max=HIGHEST)
 MEAN, VARIANCES = np.array([1.0, -2.0]), np.array([0.25, 4.0])

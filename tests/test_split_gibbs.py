@@ -21,7 +21,6 @@ from numpyro_diffusion.infer.model.record import Record
 from numpyro_diffusion.noise import VE, VP, Karras, UniformLogSNR, UniformTime
 from numpyro_diffusion.solve import DPMSolverPP, EulerMaruyama, Heun, StochasticHeun, solve
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
 CHAINS, RHO, NOISE = 64, 0.6, 0.8
 MEAN, COVARIANCE = np.array([1.0, -1.0]), np.array([[1.5, 0.6], [0.6, 1.0]])
@@ -115,6 +114,7 @@ def sweep_law(schedule, sweeps):
     return mean, covariance
 
 
+@pytest.mark.slow
 def test_schedule_is_the_recursion_of_its_sweeps():
     """Decoupled annealing: the second bias, that of starting from the coupling above, is the one predicted."""
     mcmc = run(SplitGibbs(model, rho=0.4, couplings=[5.0, 1.5], num_inner=4), Y, num_samples=200)
@@ -253,7 +253,7 @@ def test_as_a_block_of_gibbs():
 
 def test_status():
     assert isinstance(SplitGibbs.status, Status) and not SplitGibbs.status.exact
-    assert SplitGibbs.status.provides == "reverse process"
+    assert SplitGibbs.status.needs == "reverse process"
 
 
 def no_prior(y):

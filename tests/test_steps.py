@@ -17,8 +17,6 @@ from numpyro_diffusion.train.data import split_rows
 from numpyro_diffusion.train.steps import average_decay, init, move_average, train_steps
 
 fit_module = importlib.import_module("numpyro_diffusion.train.fit")  # the package's `fit` is the function
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 ROWS = np.random.default_rng(0).normal([6.0, 1.0], size=(50, 2))
 KEYS = nnx.Rngs(7)
 

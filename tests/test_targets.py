@@ -10,8 +10,6 @@ from numpyro_diffusion.denoise import GaussianMixture, NetworkDenoiser, Predicti
 from numpyro_diffusion.denoise.targets import TARGETS
 from numpyro_diffusion.noise import VE, VP, Cosine, Rectified, value_and_slope
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LOCATION, SCALE = 0.5, 2.0
 
 

@@ -83,6 +83,7 @@ def narrow_and_wide():
     numpyro.sample("x", dist.MixtureGeneral(dist.Categorical(jnp.ones(2) / 2), [dist.Normal(0, s) for s in (0.03, 1)]))
 
 
+@pytest.mark.slow
 def test_particles_must_not_adapt_by_themselves():
     """From exact draws, 60 moves of MALA: the share near zero stays. With a step size for each particle it does not."""
     count = 8000
@@ -117,6 +118,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW) if name != "dense" else name for name in KERNELS])
 def test_all_particles_have_the_population_s_adaptation(name):
     """One step size for all, and the covariance of the points; what is fixed by the user stays."""

@@ -20,8 +20,6 @@ from numpyro_diffusion.solve import (
     sample,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ def precise(y):
     numpyro.sample("y", dist.Normal(x, 0.1).to_event(1), obs=y)
 
 
+@pytest.mark.slow
 @each_kernel
 def test_chains_leave_where_the_data_rule_them_out(make):
     """Within ten steps from draws of the prior, whose walks the guidance would hardly take: none holds a chain."""
@@ -177,6 +178,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate", "x"), COUNTS.values(), ids=COUNTS)
 def test_counts(of_counts, rate, x):
     """Four errors, and a twentieth for the walk's 48 steps.
@@ -190,6 +192,7 @@ def test_counts(of_counts, rate, x):
     assert abs(value - evidence_by_quadrature(y, rate)) < 4.0 * error + 0.05
 
 
+@pytest.mark.slow
 def test_weights_that_degenerate_are_told_and_leave_no_error():
     smc = TwistedSMC(precise, 400, guidance="dps", **QUIET)
     with pytest.warns(UserWarning, match=r"weights degenerate at .* of the 100 particles of an island only \d\.\d are"):

@@ -12,8 +12,6 @@ from numpyro_diffusion import checkpoint
 from numpyro_diffusion.denoise import NetworkDenoiser
 from numpyro_diffusion.nn import MLP, Condition, ConditionEmbedding, UNet
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SMALL = {"features": 8, "multipliers": (1, 2), "num_blocks": 1, "embed_features": 8}
 
 
@@ -50,6 +48,7 @@ NETWORKS = {
 each_network = pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 
 
+@pytest.mark.slow
 @each_network
 def test_shape_rest_and_rebuilding(make, tmp_path):
     """Zero at birth; every pixel and the noise level count once awake; a checkpoint brings it back."""
@@ -82,6 +81,7 @@ def test_conditions(make):
     np.testing.assert_allclose(batch, jnp.stack([seen, absent]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_in_the_condition_of_a_frozen_denoiser(x64):
     """Against central differences, through the preconditioning too: freezing stops the weights, not the condition."""
     denoiser = NetworkDenoiser(awake(MLP((3,), features=8, cond_shape=(2,), rngs=nnx.Rngs(0))), scale=2.0)

@@ -28,8 +28,6 @@ from numpyro_diffusion.solve import (
     StochasticHeun,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 FUNCTIONS = [np.square, lambda x: np.sin(2 * x), lambda x: np.exp(-((x - 1) ** 2))]
 CENTRE = WEIGHTS @ MEANS
 SCALE = np.sqrt(WEIGHTS @ (SPREADS + (MEANS - CENTRE) ** 2))
@@ -134,6 +132,7 @@ def weak_errors_with_memory(num_times, monkeypatch):
     return trapezoid(series[:, 0] * noisy_density(x, levels[0])[:, None], x, axis=0) - truth
 
 
+@pytest.mark.slow
 def test_weak_order_of_the_stochastic_dpm_solver_on_a_mixture(monkeypatch, x64):
     """Within 0.15; a series of nine terms in what is remembered is exact to 1e-4 of the errors."""
     steps = (33, 129)

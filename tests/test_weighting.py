@@ -11,8 +11,6 @@ from numpyro_diffusion import noise
 from numpyro_diffusion.denoise import Gaussian
 from numpyro_diffusion.train import weighting as w
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 X, EPS = jnp.array([0.7, -1.1]), jnp.array([0.4, 1.3])
 
 
@@ -78,6 +76,7 @@ NAMED = {
 }
 
 
+@pytest.mark.slow
 def test_weightings_are_those_of_the_losses_they_are_named_after(x64):
     """In one test, because each turn to double precision costs all compiled programs."""
     for name, (weighting, schedule, integrand) in NAMED.items():

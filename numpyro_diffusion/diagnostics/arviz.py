@@ -31,7 +31,8 @@ def to_arviz(mcmc: MCMC | Any, *, log_likelihood: bool = False, **options: Any) 
 
     Returns:
         An `InferenceData` or `DataTree`. The attributes of its posterior hold the name of the `kernel` and, for one of
-        this library, what it `provides`, whether it is `exact` ("yes" or "no") and the `statement` that says for what.
+        this library, what it `needs` from a prior, whether it is `exact` ("yes" or "no") and the `statement` of what
+        for.
         Those of a particle sampler hold its name as the kernel, `log_evidence`, `log_evidence_error` and the
         `problems` of the run.
 

@@ -4,7 +4,7 @@ from numpyro_diffusion.infer.anneal import AnnealedLangevin, GuidedReverse, at_c
 from numpyro_diffusion.infer.combine import Cycle, DiffusionGibbs, Mixture, Vectorize
 from numpyro_diffusion.infer.gradient import MALA, ULA, DiffusiveGibbs, ScoreHMC, Tweedie
 from numpyro_diffusion.infer.kernel import DiffusionKernel
-from numpyro_diffusion.infer.model import Density, LineIntegral, Provider, Score, Status, drop_prior, with_density
+from numpyro_diffusion.infer.model import Density, LineIntegral, LogPrior, Score, Status, drop_prior, with_density
 from numpyro_diffusion.infer.noise import NoiseSpace
 from numpyro_diffusion.infer.particles import PopulationHMC, TemperedSMC, TwistedSMC
 from numpyro_diffusion.infer.reverse import DiffusionPCN, GuidedPCN, Independence, ParticleGibbs, SplitGibbs
@@ -22,12 +22,12 @@ __all__ = [
     "GuidedPCN",
     "Independence",
     "LineIntegral",
+    "LogPrior",
     "Mixture",
     "NoiseSpace",
     "ParticleGibbs",
     "PopulationHMC",
     "GuidedReverse",
-    "Provider",
     "Score",
     "ScoreHMC",
     "SplitGibbs",

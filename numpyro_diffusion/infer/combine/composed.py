@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from numpyro.infer.hmc import HMC
 from numpyro.infer.mcmc import MCMCKernel
 
-from numpyro_diffusion.infer.kernel.contract import DiffusionKernel, shared
-from numpyro_diffusion.infer.kernel.inner import bind
-from numpyro_diffusion.infer.kernel.start import is_block, start
+from numpyro_diffusion.infer.kernel.contract import DiffusionKernel, hand_on, shared
+from numpyro_diffusion.infer.kernel.inner import arguments, begin, bind, keeps_arguments, on_stand_in
+from numpyro_diffusion.infer.kernel.start import start
 from numpyro_diffusion.infer.model.checks import check_fixed
 from numpyro_diffusion.infer.model.density import Status
 from numpyro_diffusion.infer.model.handlers import Model
@@ -92,12 +92,17 @@ class Composed(DiffusionKernel):
         return self._kernels
 
     @property
+    def held(self) -> tuple[MCMCKernel, ...]:
+        """The kernels as they run."""
+        return self._kernels
+
+    @property
     def status(self) -> Status:
         """Exact if all kernels are, for the laws in their statements."""
         parts = [(type(kernel).__name__, status_of(kernel)) for kernel in self._given]
-        provides = ", ".join(dict.fromkeys(part.provides for _, part in parts))
+        needs = ", ".join(dict.fromkeys(part.needs for _, part in parts))
         statement = "; ".join(dict.fromkeys(f"{name} {part.statement}" for name, part in parts))
-        return Status(provides, all(part.exact for _, part in parts), statement)
+        return Status(needs, all(part.exact for _, part in parts), statement)
 
     @abc.abstractmethod
     def _warmups(self) -> Sequence[int]:
@@ -122,20 +127,24 @@ class Composed(DiffusionKernel):
                 kernel._check_start(kernel_state)
 
     def _bind(self, key: jax.Array, init_params: dict | None, reading: Reading) -> None:
-        self._kernels = self._unbound()
+        if any(map(keeps_arguments, self._kernels)):
+            self._kernels = self._unbound(reading)
 
-        def start_all(key: jax.Array, init_params: dict | None) -> Any:
-            return self._start_kernels(self._kernels, key, init_params, reading)
+            def start_all(key: jax.Array, init_params: dict | None) -> Any:
+                return self._start_kernels(self._kernels, key, init_params, reading)
 
-        bind(start_all, self._kernels, key, init_params)
+            bind(start_all, self._kernels, key, init_params)
 
-    def _unbound(self) -> tuple[MCMCKernel, ...]:
+    def _unbound(self, reading: Reading) -> tuple[MCMCKernel, ...]:
         """Copies of the kernels that have bound nothing, which read the model through this kernel's record."""
-        kernels = tuple(kernel.wrap_model(lambda model: model) for kernel in self._given)
-        for kernel in kernels:
-            if isinstance(kernel, DiffusionKernel):
-                kernel._lent = self._record
+        kernels = tuple(on_stand_in(kernel.wrap_model(lambda model: model), self._model) for kernel in self._given)
+        hand_on(kernels, reading)
         return kernels
+
+    def _hand_on(self, reading: Reading) -> None:
+        if self._kernels is self._given:
+            self._kernels = self._unbound(reading)
+        super()._hand_on(reading)
 
     def _start_kernels(
         self, kernels: Sequence[MCMCKernel], key: jax.Array, init_params: dict | None, reading: Reading
@@ -145,9 +154,7 @@ class Composed(DiffusionKernel):
         z = None if init_params is None else start(key, reading, init_params)
         states: list = []
         for kernel, key_start, num_warmup in zip(kernels, keys, self._warmups(), strict=True):
-            constrained = z is not None and is_block(reading) and not isinstance(kernel, HMC)
-            given = reading.constrain(z) if constrained else z
-            state = kernel.init(key_start, num_warmup, given, model_args=reading.args, model_kwargs=reading.kwargs)
+            state = begin(kernel, key_start, num_warmup, z, reading)
             here = getattr(state, kernel.sample_field)
             if states and set(here) != set(z):
                 raise ValueError(
@@ -161,7 +168,8 @@ class Composed(DiffusionKernel):
 
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> ComposedState:
         key, key_start = jax.random.split(key)
-        z, states = self._start_kernels(self._unbound(), key_start, init_params, reading)
+        kernels = self._unbound(reading) if any(map(keeps_arguments, self._kernels)) else self._kernels
+        z, states = self._start_kernels(kernels, key_start, init_params, reading)
         none = jnp.full((), _NONE, jnp.int32)
         return ComposedState(
             i=jnp.zeros((), jnp.int32),
@@ -179,12 +187,13 @@ class Composed(DiffusionKernel):
         """One move of one kernel from the current point, its caches brought up to date if another moved before it."""
         kernel, states = self._kernels[index], list(state.kernel_states)
         own = states[index]._replace(**{kernel.sample_field: state.z, "rng_key": key})
-        refresh = lambda own: kernel.refresh(own, reading.args, reading.kwargs)  # noqa: E731
+        args, kwargs = arguments(kernel, reading)
+        refresh = lambda own: kernel.refresh(own, args, kwargs)  # noqa: E731
         if isinstance(state.fresh, int):
             own = own if state.fresh == index else refresh(own)
         else:
             own = jax.lax.cond(shared(state.fresh) == index, lambda own: own, refresh, own)
-        states[index] = own = kernel.sample(own, reading.args, reading.kwargs)
+        states[index] = own = kernel.sample(own, args, kwargs)
         accept_prob = jnp.mean(jnp.asarray(getattr(own, "accept_prob", jnp.nan)))
         return state._replace(
             z=getattr(own, kernel.sample_field),

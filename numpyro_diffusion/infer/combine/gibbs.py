@@ -1,38 +1,44 @@
 r"""Diffusion sites by one kernel, every other latent site by another, in turn.
 
-NumPyro's own `Gibbs` does the sweeping, refreshing and conditioning. This kernel adds the split: it finds the diffusion
-sites. If their priors do not depend on the other sites, the block of the others runs on the model without these priors,
-since $p(\theta \mid x, y) \propto p(\theta)\, p(y \mid x, \theta)$ does not contain $p(x)$: no probability flow is
-solved to move a noise level.
+A sweep moves the diffusion sites given the others, and the others given the diffusion sites. Each kernel is conditioned
+as NumPyro's `Gibbs` does it, and brought up to date (`refresh`) when the other has moved. If the priors of the
+diffusion sites do not depend on the other sites, the block of the others runs on the model without these priors, since
+$p(\theta \mid x, y) \propto p(\theta)\, p(y \mid x, \theta)$ does not contain $p(x)$: no probability flow is solved
+to move a noise level.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from numpyro.infer import HMC, NUTS
-from numpyro.infer.gibbs import Gibbs, with_conditioning
+from numpyro.infer import NUTS
+from numpyro.infer.gibbs import with_conditioning
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffusion.infer.combine.composed import status_of
-from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
-from numpyro_diffusion.infer.kernel.inner import KernelLike, bind, bound, build
-from numpyro_diffusion.infer.kernel.start import start
-from numpyro_diffusion.infer.model.checks import check_continuous, check_fixed, check_has_prior
+from numpyro_diffusion.infer.kernel.contract import DiffusionKernel, hand_on
+from numpyro_diffusion.infer.kernel.inner import KernelLike, arguments, begin, bind, build, keeps_arguments, on_stand_in
+from numpyro_diffusion.infer.kernel.start import start, uniform
+from numpyro_diffusion.infer.model.checks import check_continuous, check_fixed, check_has_prior, check_supports
 from numpyro_diffusion.infer.model.density import Status
 from numpyro_diffusion.infer.model.handlers import Model, drop_prior
-from numpyro_diffusion.infer.model.record import Reading
+from numpyro_diffusion.infer.model.record import Reading, Record
 from numpyro_diffusion.infer.noise.noise_space import NoiseSpace
 from numpyro_diffusion.infer.reverse.pcn import DiffusionPCN
+
+Kernels = tuple[MCMCKernel, MCMCKernel]
 
 
 class DiffusionGibbsState(NamedTuple):
     """State of `DiffusionGibbs`.
 
     Args:
-        z: current values by site, in each block's own coordinates.
-        gibbs_state: state of NumPyro's `Gibbs`; its `block_states` are those of the x-kernel and the rest-kernel.
+        z: current values by site, in each kernel's own coordinates.
+        values: the same on the supports.
+        x_state: state of the x-kernel.
+        rest_state: state of the rest-kernel.
         accept_prob: acceptance probability of the x-kernel's last step, NaN if it has none.
         noise_level: noise-to-signal ratio of the x-kernel's last step, NaN if it has none.
         num_score_evals: denoiser evaluations of the x-kernel's last step, per point.
@@ -41,7 +47,9 @@ class DiffusionGibbsState(NamedTuple):
     """
 
     z: dict[str, jax.Array]
-    gibbs_state: Any
+    values: dict[str, jax.Array]
+    x_state: Any
+    rest_state: Any
     accept_prob: jax.Array
     noise_level: jax.Array
     num_score_evals: jax.Array
@@ -60,8 +68,8 @@ class DiffusionGibbs(DiffusionKernel):
         rest_kernel: the kernel of the other sites, given in the same ways; it must be usable as a block of `Gibbs`.
 
     Raises:
-        ValueError: when run, for a model without diffusion sites or with nothing else to sample, or for a kernel in
-            noise space where a prior depends on other latent sites.
+        ValueError: for a kernel that has no `refresh`; when run, for a model without diffusion sites or with nothing
+            else to sample, or for a kernel in noise space where a prior depends on other latent sites.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -89,117 +97,183 @@ class DiffusionGibbs(DiffusionKernel):
     ) -> None:
         super().__init__(model)
         self._given = x_kernel, rest_kernel
-        self._gibbs = None
-        self._x_kernel = build("x_kernel", x_kernel, model)
-        build("rest_kernel", rest_kernel, model)
+        self._kernels = self._built()
+        self._unbound_kernels: dict[bool, Kernels] = {}
+        self._record_of_blocks = None
+        for kernel in self._kernels:
+            if type(kernel).refresh is MCMCKernel.refresh:
+                raise ValueError(
+                    f"{type(kernel).__name__} cannot be a block of DiffusionGibbs: it has no `refresh`, by which it "
+                    "would notice that the other block has moved. Use NUTS, HMC or a kernel of this library"
+                )
+
+    @property
+    def held(self) -> Kernels:
+        """The kernel of the diffusion sites and that of the others."""
+        return self._kernels
 
     @property
     def status(self) -> Status:
         """That of the x-kernel; the rest-kernel is NumPyro's."""
-        return status_of(self._x_kernel)
+        return status_of(self._kernels[0])
 
     def _check_model(self, reading: Reading) -> None:
         structure = reading.structure
         check_has_prior(structure)
         check_fixed("DiffusionGibbs", structure)
         check_continuous("DiffusionGibbs", structure)
+        for names in (structure.diffusion, structure.others):
+            check_supports("DiffusionGibbs", structure.given(names))
         if not structure.others:
             raise ValueError("the model has no latent sites besides its diffusion sites; use the x_kernel alone")
-        if structure.dependent and isinstance(self._x_kernel, NoiseSpace):
+        if structure.dependent and isinstance(self._kernels[0], NoiseSpace):
             raise ValueError(
                 f"the priors of {structure.dependent} depend on other latent sites: moving those would move x, while "
                 "the x-kernel keeps its noise. Use NoiseSpace(model) on all sites, or x_kernel=DiffusionPCN"
             )
 
-    def _blocks(self, reading: Reading) -> Gibbs:
-        """NumPyro's kernel on the two blocks, with nothing bound."""
+    def _built(self) -> Kernels:
+        """The two kernels on the model."""
         x_kernel, rest_kernel = self._given
-        alone = isinstance(self._x_kernel, DiffusionKernel) and not reading.structure.dependent
-        model = drop_prior(self._model) if alone else self._model  # other kernels evaluate the priors themselves
-        sites = tuple(reading.structure.diffusion)
-        return Gibbs([(build("x_kernel", x_kernel, model), sites), (build("rest_kernel", rest_kernel, model), None)])
+        return build("x_kernel", x_kernel, self._model), build("rest_kernel", rest_kernel, self._model)
 
     def _bind(self, key: jax.Array, init_params: dict | None, reading: Reading) -> None:
-        self._gibbs = self._blocks(reading)
-        params = None if init_params is None else self._params_of_blocks(self._gibbs, init_params, reading)
+        if any(map(keeps_arguments, self._kernels)):
+            self._kernels = self._unbound(reading)
+            bind(lambda key: self._start_blocks(self._kernels, key, init_params, reading), self._kernels, key)
 
-        def start_blocks(key: jax.Array, params: dict | None) -> Any:
-            return bound(self._gibbs, key, self._num_warmup, params, reading.args, reading.kwargs)
+    def _unbound(self, reading: Reading) -> Kernels:
+        """The two kernels with nothing bound, on the model of the blocks, which both read through one record."""
+        model = self._record_of_blocks.model
+        kernels = tuple(on_stand_in(kernel.wrap_model(lambda _: model), model) for kernel in self._built())
+        hand_on(kernels, self._block(reading, {}))
+        return kernels
 
-        bind(start_blocks, [self._gibbs], key, params)
+    def _hand_on(self, reading: Reading) -> None:
+        """Both kernels read one model, without the priors of the diffusion sites if neither needs them."""
+        alone = isinstance(self._kernels[0], DiffusionKernel) and not reading.structure.dependent
+        model = drop_prior(self._model) if alone else self._model  # other kernels evaluate the priors themselves
+        self._record_of_blocks = Record(model)
+        if alone not in self._unbound_kernels:
+            self._unbound_kernels[alone] = self._unbound(reading)
+        self._kernels = self._unbound_kernels[alone]
+        hand_on(self._kernels, self._block(reading, {}))
+
+    def _block(self, reading: Reading, given: dict[str, jax.Array]) -> Reading:
+        """The model of the blocks at the arguments of a reading, with some of its sites given."""
+        return self._record_of_blocks.at(reading.args, with_conditioning(reading.kwargs, given))
+
+    def _start_blocks(
+        self, kernels: Kernels, key: jax.Array, init_params: dict | None, reading: Reading
+    ) -> DiffusionGibbsState:
+        """The states of the two kernels, each at the other's point."""
+        diffusion, others = reading.structure.diffusion, reading.structure.others
+        keys = jax.random.split(key, 4)
+        if init_params is None:
+            z, x_params, rest_params = {**reading.origin(), **uniform(keys[0], reading, others)}, None, None
+        else:
+            z = start(keys[0], reading, init_params)
+            x_params, rest_params = {n: z[n] for n in diffusion}, {n: z[n] for n in others}
+        values = reading.constrain(z)
+        x_kernel, rest_kernel = kernels
+        around_x = self._block(reading, {name: values[name] for name in others})
+        x_state = begin(x_kernel, keys[1], self._num_warmup, x_params, around_x)
+        around_rest = self._block(reading, _constrained(x_kernel, x_state, around_x))
+        if rest_params is None and isinstance(rest_kernel, DiffusionKernel):
+            rest_params = {name: z[name] for name in others}  # drawn again if they are not valid
+        rest_state = begin(rest_kernel, keys[2], self._num_warmup, rest_params, around_rest)
+        return self._both(keys[3], kernels, x_state, rest_state, around_rest, reading)
 
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> DiffusionGibbsState:
-        gibbs = self._blocks(reading)
-        params = None if init_params is None else self._params_of_blocks(gibbs, init_params, reading)
-        state = gibbs.init(key, self._num_warmup, params, model_args=reading.args, model_kwargs=reading.kwargs)
-        return self._report(state)
-
-    def _params_of_blocks(self, gibbs: Gibbs, init_params: dict, reading: Reading) -> dict:
-        """Initial values as NumPyro's `Gibbs` takes them: unconstrained for HMC, constrained for other kernels."""
-        unconstrained = start(jax.random.key(0), reading, init_params)
-        constrained = reading.constrain(unconstrained)
-        values = {}
-        for (kernel, _), owns in zip(gibbs.blocks, (True, False), strict=True):
-            given = unconstrained if isinstance(kernel, HMC) else constrained
-            values |= {name: given[name] for name in init_params if (name in reading.structure.diffusion) == owns}
-        return values
+        kernels = self._unbound(reading) if any(map(keeps_arguments, self._kernels)) else self._kernels
+        return self._start_blocks(kernels, key, init_params, reading)
 
     def _step(self, state: DiffusionGibbsState, reading: Reading) -> DiffusionGibbsState:
-        gibbs_state = state.gibbs_state._replace(rng_key=state.rng_key)
-        return self._report(self._gibbs.sample(gibbs_state, reading.args, reading.kwargs))
+        x_kernel, rest_kernel = self._kernels
+        key, key_x, key_rest = jax.random.split(state.rng_key, 3)
+        around_x = self._block(reading, {name: state.values[name] for name in reading.structure.others})
+        x_state = x_kernel.sample(state.x_state._replace(rng_key=key_x), *arguments(x_kernel, around_x))
+        around_rest = self._block(reading, _constrained(x_kernel, x_state, around_x))
+        given = arguments(rest_kernel, around_rest)
+        rest_state = rest_kernel.refresh(state.rest_state._replace(rng_key=key_rest), *given)
+        rest_state = rest_kernel.sample(rest_state, *given)
+        return self._both(key, (x_kernel, rest_kernel), x_state, rest_state, around_rest, reading)
 
-    def _report(self, gibbs_state: Any) -> DiffusionGibbsState:
-        x_state, rest_state = gibbs_state.block_states
+    def _both(
+        self, key: jax.Array, kernels: Kernels, x_state: Any, rest_state: Any, around_rest: Reading, reading: Reading
+    ) -> DiffusionGibbsState:
+        """The state after the rest-kernel has moved, with what the x-kernel keeps brought up to date."""
+        (x_kernel, rest_kernel), diffusion = kernels, reading.structure.diffusion
+        rest = _constrained(rest_kernel, rest_state, around_rest)
+        x_state = x_kernel.refresh(x_state, *arguments(x_kernel, self._block(reading, rest)))
         missing = jnp.full((), jnp.nan)
         return DiffusionGibbsState(
-            z=gibbs_state.z,
-            gibbs_state=gibbs_state,
+            z={**_own(x_kernel, x_state, diffusion), **_own(rest_kernel, rest_state, rest)},
+            values={**{name: around_rest.given[name] for name in diffusion}, **rest},
+            x_state=x_state,
+            rest_state=rest_state,
             accept_prob=getattr(x_state, "accept_prob", missing),
             noise_level=getattr(x_state, "noise_level", missing),
             num_score_evals=jnp.asarray(getattr(x_state, "num_score_evals", 0), jnp.int32),
             diverging=jnp.asarray(getattr(x_state, "diverging", False)) | getattr(rest_state, "diverging", False),
-            rng_key=gibbs_state.rng_key,
+            rng_key=key,
         )
 
     def _check_start(self, state: DiffusionGibbsState) -> None:
-        kernel, _ = self._gibbs.blocks[0]
-        if isinstance(kernel, DiffusionKernel):
-            kernel._check_start(state.gibbs_state.block_states[0])
+        if isinstance(self._kernels[0], DiffusionKernel):
+            self._kernels[0]._check_start(state.x_state)
 
     def wrap_model(self, wrapper: Callable[[Model], Model]) -> "DiffusionGibbs":
         """A copy of this kernel on a wrapped model, for composite kernels."""
         kernel = super().wrap_model(wrapper)
-        kernel._gibbs = None
-        kernel._x_kernel = build("x_kernel", kernel._given[0], kernel._model)
+        kernel._kernels, kernel._unbound_kernels = kernel._built(), {}
+        kernel._record_of_blocks = None
         return kernel
 
     def refresh(self, state: DiffusionGibbsState, model_args: tuple, model_kwargs: dict | None) -> DiffusionGibbsState:
-        """Refreshes both blocks, each given the other.
-
-        NumPyro's `Gibbs` refreshes a block when another of its blocks has moved, but does not see moves outside of it.
-        """
-        kwargs = {} if model_kwargs is None else model_kwargs
-        blocks, gibbs_state = self._gibbs.blocks, state.gibbs_state
-        values = self._gibbs.get_constrain_fn(model_args, kwargs)(gibbs_state.z)
-
-        def refreshed(kernel: MCMCKernel, sites: tuple[str, ...], block_state: Any) -> Any:
-            others = {name: value for name, value in values.items() if name not in sites}
-            return kernel.refresh(block_state, model_args, with_conditioning(kwargs, others))
-
-        block_states = tuple(
-            refreshed(kernel, tuple(getattr(block_state, kernel.sample_field)), block_state)
-            for (kernel, _), block_state in zip(blocks, gibbs_state.block_states, strict=True)
+        """Refreshes both kernels, each given the other's sites, after a composite kernel has moved others."""
+        reading = self.read(model_args, model_kwargs)
+        x_kernel, rest_kernel = self._kernels
+        around_x = self._block(reading, {name: state.values[name] for name in reading.structure.others})
+        around_rest = self._block(reading, {name: state.values[name] for name in reading.structure.diffusion})
+        return state._replace(
+            x_state=x_kernel.refresh(state.x_state, *arguments(x_kernel, around_x)),
+            rest_state=rest_kernel.refresh(state.rest_state, *arguments(rest_kernel, around_rest)),
         )
-        return state._replace(gibbs_state=gibbs_state._replace(block_states=block_states))
 
     def get_constrain_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
         """Maps the state's `z` to values on the supports."""
-        return self._gibbs.get_constrain_fn(model_args, model_kwargs)
+        reading = self.read(model_args, model_kwargs)
+        return partial(self._constrain, reading, deterministic=False)
 
     def postprocess_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
         """Maps the state's `z` to values on the supports and the model's deterministic sites."""
-        return self._gibbs.postprocess_fn(model_args, model_kwargs)
+        reading = self.read(model_args, model_kwargs)
+        return partial(self._constrain, reading, deterministic=True)
+
+    def _constrain(self, reading: Reading, z: dict[str, jax.Array], *, deterministic: bool) -> dict[str, jax.Array]:
+        x_names, structure = set(reading.structure.diffusion), reading.structure
+        are_values = [getattr(kernel, "holds_values", False) for kernel in self._kernels]
+        values = {name: value for name, value in z.items() if are_values[name not in x_names]}
+        rest = {name: value for name, value in z.items() if name not in values}
+        return reading.constrain(rest, deterministic and bool(structure.deterministic), values)
 
     def get_diagnostics_str(self, state: DiffusionGibbsState) -> str:
-        """The diagnostics of both blocks."""
-        return self._gibbs.get_diagnostics_str(state.gibbs_state)
+        """The diagnostics of both kernels."""
+        x_kernel, rest_kernel = self._kernels
+        return f"{x_kernel.get_diagnostics_str(state.x_state)} | {rest_kernel.get_diagnostics_str(state.rest_state)}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_kernels": self._built(), "_unbound_kernels": {}, "_record_of_blocks": None}
+
+
+def _own(kernel: MCMCKernel, state: Any, names: Iterable[str]) -> dict[str, jax.Array]:
+    """Sites of a kernel, in its own coordinates."""
+    z = getattr(state, kernel.sample_field)
+    return {name: z[name] for name in names}
+
+
+def _constrained(kernel: MCMCKernel, state: Any, block: Reading) -> dict[str, jax.Array]:
+    """Values of the sites of a kernel on their supports."""
+    z = _own(kernel, state, block.structure.latent)
+    return z if getattr(kernel, "holds_values", False) else block.constrain(z)

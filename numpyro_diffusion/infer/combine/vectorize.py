@@ -17,7 +17,7 @@ import jax
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffusion.infer.combine.composed import status_of
-from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
+from numpyro_diffusion.infer.kernel.contract import DiffusionKernel, hand_on
 from numpyro_diffusion.infer.kernel.inner import bind, bound
 from numpyro_diffusion.infer.model.density import Status
 from numpyro_diffusion.infer.model.record import Reading
@@ -68,6 +68,11 @@ class Vectorize(DiffusionKernel):
         return self._kernel
 
     @property
+    def held(self) -> tuple[MCMCKernel, ...]:
+        """The kernel for one chain."""
+        return (self._kernel,)
+
+    @property
     def status(self) -> Status:
         """The kernel's own."""
         return status_of(self._kernel)
@@ -99,6 +104,7 @@ class Vectorize(DiffusionKernel):
 
     def _start(self, key: jax.Array, init_params: Any, reading: Reading) -> Any:
         kernel = copy.copy(self._kernel) if self._binds_arguments else self._kernel.wrap_model(lambda model: model)
+        hand_on((kernel,), reading)
         return kernel.init(key, self._num_warmup, init_params, model_args=reading.args, model_kwargs=reading.kwargs)
 
     def _step(self, state: Any, reading: Reading) -> Any:

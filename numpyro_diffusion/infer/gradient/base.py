@@ -1,8 +1,9 @@
 r"""The base of the kernels on a model's joint posterior: a target, a start, and the way back to the model.
 
 A kernel here moves all latent sites of a model at once, in NumPyro's unconstrained coordinates, by the gradient of a
-`Target`. Its `provider` answers for the diffusion priors. It starts at a draw of these priors, reports sites on their
-supports, and can be a block of NumPyro's `Gibbs`. `langevin`, `hmc` and `diffusive_gibbs` say how to move.
+`Target`, in which `density=` stands for the log-densities of the diffusion priors. It starts at a draw of these priors,
+reports sites on their supports, and can be a block of NumPyro's `Gibbs`. `langevin`, `hmc` and `diffusive_gibbs` say
+how to move.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from numpyro_diffusion.infer.gradient.target import Evaluation, Target
 from numpyro_diffusion.infer.kernel.choose import all_finite
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
 from numpyro_diffusion.infer.kernel.start import MAX_TRIES, Strategy, start
-from numpyro_diffusion.infer.model.density import Provider, Score, Status
+from numpyro_diffusion.infer.model.density import LogPrior, Source, Status, log_prior_of
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
 
@@ -26,31 +27,31 @@ class GradientKernel(DiffusionKernel):
 
     Args:
         model: NumPyro model, with diffusion sites or without.
-        provider: what answers for the diffusion sites.
+        density: what stands for the log-densities of the diffusion priors: a `LogPrior`, or "auto", "denoiser" or
+            "flow", short for `Density` of these.
         init_strategy: where chains start, as in NumPyro; None draws diffusion sites from their priors.
 
     Raises:
-        TypeError: if `model` is not callable or `provider` is not a provider.
+        TypeError: if `model` is not callable or `density` is of another type.
+        ValueError: if `density` is an unknown string.
     """
 
     takes_point = True
 
-    def __init__(self, model: Model, provider: Provider, init_strategy: Strategy | None = None) -> None:
+    def __init__(self, model: Model, density: LogPrior | Source, init_strategy: Strategy | None = None) -> None:
         super().__init__(model, init_strategy)
-        if not isinstance(provider, Provider):
-            raise TypeError(f"provider must be a Provider such as infer.Density(); got {provider!r}")
-        self._provider = provider
+        self._density = log_prior_of(density)
 
     @property
     def status(self) -> Status:
         """What the kernel is exact for, or what is approximate."""
-        return self._provider.status
+        return self._density.status
 
     def _check_model(self, reading: Reading) -> None:
-        target.check(reading, self._provider, type(self).__name__)
+        target.check(reading, self._density, type(self).__name__)
 
     def _target(self, z: dict[str, jax.Array], reading: Reading) -> Target:
-        return Target(reading, self._provider, z)
+        return Target(reading, self._density, z)
 
     def _first(self, key: jax.Array, init_params: dict | None, reading: Reading) -> tuple[dict, Evaluation]:
         """Where a chain starts, and the target there."""
@@ -68,8 +69,8 @@ class GradientKernel(DiffusionKernel):
 
     def _evaluations(self, reading: Reading, targets: int = 1, tests: int = 0) -> int:
         """Denoiser evaluations behind some evaluations of the target and some tests, per point."""
-        priors = [site.prior for site in reading.sites_in_the_abstract().values()]
-        return sum(targets * self._provider.evaluations(p) + tests * self._provider.evaluations_of_test for p in priors)
+        sites = reading.sites_in_the_abstract().values()
+        return sum(self._density.evaluations(site.prior, targets, tests) for site in sites)
 
     def _check_start(self, state: NamedTuple) -> None:
         density, gradient = state.evaluation
@@ -92,12 +93,30 @@ class GradientKernel(DiffusionKernel):
         return state._replace(evaluation=at.evaluate(at.flat))
 
 
+class MetropolisKernel(GradientKernel):
+    """Base of those whose test is that of the density, or of what stands for it.
+
+    Args:
+        model: NumPyro model, with diffusion sites or without.
+        density: as in `GradientKernel`, but not `Score`.
+        init_strategy: where chains start, as in NumPyro; None draws diffusion sites from their priors.
+
+    Raises:
+        TypeError: if `model` is not callable or `density` is of another type.
+        ValueError: if `density` is an unknown string or `Score`.
+    """
+
+    def __init__(self, model: Model, density: LogPrior | Source, init_strategy: Strategy | None = None) -> None:
+        super().__init__(model, density, init_strategy)
+        if not self._density.can_test:
+            raise ValueError(
+                f"{type(self).__name__} tests its moves; {density} has nothing to test with. Use "
+                'density="auto" or LineIntegral()'
+            )
+        absent = "circulation" if self._density.has_density else "potential_energy"
+        self.statistics = tuple(name for name in type(self).statistics if name != absent)
+
+
 def flatten(z: dict[str, jax.Array]) -> jax.Array:
     """The vector of a point, shape (D,)."""
     return ravel_pytree(z)[0]
-
-
-def require_test(provider: Provider, kernel: str) -> None:
-    """Raises unless a provider can test a move."""
-    if type(provider) is Score:
-        raise ValueError(f"{kernel} tests its moves; Score() has nothing to test with. Use Density() or LineIntegral()")

@@ -42,7 +42,7 @@ from numpyro_diffusion.infer.gradient.target import Evaluation, Target
 from numpyro_diffusion.infer.kernel.adapt import Adaptation, Root, running_mean
 from numpyro_diffusion.infer.kernel.choose import Choice, metropolis
 from numpyro_diffusion.infer.kernel.start import Strategy
-from numpyro_diffusion.infer.model.density import Density, Provider
+from numpyro_diffusion.infer.model.density import LogPrior, Source
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
 
@@ -90,7 +90,7 @@ class DiffusiveGibbs(GradientKernel):
             about as wide as the gaps between modes.
         num_steps: MALA steps after each restart, at least 1.
         num_sweeps: how often to go through the levels within a draw.
-        provider: what answers for diffusion sites; one with a density.
+        density: where the log-density of diffusion priors comes from: "auto", "denoiser" or "flow" as in `Density`.
         step_size: the $h_1$ of the rule for the steps, in units of the preconditioner; None for $D^{-1/3}$.
         target_accept_prob: acceptance to which the step of each level adapts in warm-up, in (0, 1); None keeps the
             rule.
@@ -99,8 +99,8 @@ class DiffusiveGibbs(GradientKernel):
         init_strategy: where chains start, as in NumPyro; None draws diffusion sites from their priors.
 
     Raises:
-        TypeError: if `model` is not callable or `provider` is not a provider.
-        ValueError: if a number is out of its range, the levels do not decrease, or the provider has no density; when
+        TypeError: if `model` is not callable or `density` is of another type.
+        ValueError: if a number is out of its range, the levels do not decrease, or `density` is none; when
             run, for a model without latent sites, with discrete ones, or that cannot be differentiated, or a prior
             without a density.
 
@@ -133,16 +133,16 @@ class DiffusiveGibbs(GradientKernel):
         noise_levels: Sequence[float] = (10.0, 3.0, 1.0),
         num_steps: int = 5,
         num_sweeps: int = 1,
-        provider: Provider = Density(),  # noqa: B008
+        density: LogPrior | Source = "auto",
         step_size: float | None = None,
         target_accept_prob: float | None = 0.574,
         adapt_mass_matrix: bool = False,
         dense_mass: bool = False,
         init_strategy: Strategy | None = None,
     ) -> None:
-        super().__init__(model, provider, init_strategy)
-        if not provider.has_density:
-            raise ValueError(f"DiffusiveGibbs restarts far away and needs a density; got {provider}. Use Density()")
+        super().__init__(model, density, init_strategy)
+        if not self._density.has_density:
+            raise ValueError(f'DiffusiveGibbs restarts far away and needs a density; got {density}. Use density="auto"')
         levels = tuple(float(level) for level in noise_levels)
         if not levels:
             raise ValueError("noise_levels must hold at least one level; got none")

@@ -1,4 +1,4 @@
-r"""Hamiltonian Monte Carlo by the score, with the test that the provider allows.
+r"""Hamiltonian Monte Carlo by the score, with the test that the prior's density allows.
 
 In the coordinates $w$ of the preconditioner ($q = A^\top w$) a trajectory of leapfrog steps
 
@@ -35,12 +35,12 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.infer.gradient.base import GradientKernel, flatten, require_test
+from numpyro_diffusion.infer.gradient.base import MetropolisKernel, flatten
 from numpyro_diffusion.infer.gradient.target import Evaluation, Target
 from numpyro_diffusion.infer.kernel.adapt import Adaptation, Root, running_mean
 from numpyro_diffusion.infer.kernel.choose import metropolis
 from numpyro_diffusion.infer.kernel.start import Strategy
-from numpyro_diffusion.infer.model.density import Density, LineIntegral, Provider
+from numpyro_diffusion.infer.model.density import LogPrior, Source
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
 
@@ -62,7 +62,7 @@ class ScoreHMCState(NamedTuple):
         mean_accept_prob: its mean over the phase (warm-up or sampling) so far.
         step_size: centre of the next trajectory's step.
         circulation: work of the score around the triangle of the trajectory's ends and its start moved by the momentum,
-            in nats, if the provider is a `LineIntegral`; otherwise NaN.
+            in nats, if `density` is a `LineIntegral`; otherwise NaN.
         num_score_evals: denoiser evaluations of the last step, per point.
         diverging: whether the end's log-density or gradient was not finite; it was rejected.
         rng_key: random key.
@@ -104,15 +104,15 @@ def leapfrog(
     return jax.lax.scan(step, (q, momentum, evaluation), None, num_steps)[0]
 
 
-class ScoreHMC(GradientKernel):
+class ScoreHMC(MetropolisKernel):
     """Leapfrog by the score, tested by a density or by the score's line integral, with or without persistent momentum.
 
     Args:
         model: NumPyro model.
         num_steps: leapfrog steps of a trajectory.
         momentum_refresh: share of the momentum that is drawn anew before a trajectory, in (0, 1]; 1 draws all of it.
-        provider: what answers for diffusion sites: `Density()`, or `LineIntegral()`, which is approximate, for a prior
-            with only a score.
+        density: what stands for the log-density of diffusion priors: "auto", "denoiser" or "flow" as in `Density`, or
+            `LineIntegral()`, which is approximate, for a prior with only a score.
         step_size: where the step starts, in units of the preconditioner's root; None for D^(-1/3).
         target_accept_prob: acceptance to which the step adapts in warm-up, in (0, 1); None keeps `step_size`.
         adapt_mass_matrix: whether warm-up estimates a preconditioner; the identity if not.
@@ -120,9 +120,10 @@ class ScoreHMC(GradientKernel):
         init_strategy: where chains start, as in NumPyro; None draws diffusion sites from their priors.
 
     Raises:
-        TypeError: if `model` is not callable or `provider` is not a provider.
-        ValueError: if a number is out of its range or the provider is `Score`; when run, for a model without latent
-            sites, with discrete ones, or that cannot be differentiated, or a prior without the density that is needed.
+        TypeError: if `model` is not callable or `density` is of another type.
+        ValueError: if a number is out of its range, or `density` unknown or `Score`; when run, for a model without
+            latent sites, with discrete ones, or that cannot be differentiated, or a prior without the density that is
+            needed.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -133,7 +134,7 @@ class ScoreHMC(GradientKernel):
         >>> def model(y):
         ...     x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0]), density="none"))
         ...     numpyro.sample("y", dist.Normal(x[0], 1.0), obs=y)
-        >>> kernel = ScoreHMC(model, provider=LineIntegral())
+        >>> kernel = ScoreHMC(model, density=LineIntegral())
         >>> mcmc = MCMC(kernel, num_warmup=200, num_samples=500, progress_bar=False)
         >>> mcmc.run(jax.random.key(0), 3.0)
         >>> bool(abs(mcmc.get_samples()["x"].mean() - 1.5) < 0.3)
@@ -148,22 +149,19 @@ class ScoreHMC(GradientKernel):
         *,
         num_steps: int = 8,
         momentum_refresh: float = 1.0,
-        provider: Provider = Density(),  # noqa: B008
+        density: LogPrior | Source = "auto",
         step_size: float | None = None,
         target_accept_prob: float | None = 0.8,
         adapt_mass_matrix: bool = True,
         dense_mass: bool = False,
         init_strategy: Strategy | None = None,
     ) -> None:
-        super().__init__(model, provider, init_strategy)
-        require_test(provider, "ScoreHMC")
+        super().__init__(model, density, init_strategy)
         _checks.at_least(1, num_steps=num_steps)
         if not 0.0 < momentum_refresh <= 1.0:
             raise ValueError(f"momentum_refresh must lie in (0, 1]; got {momentum_refresh}")
         self._num_steps, self._momentum_refresh = num_steps, momentum_refresh
         self._adaptation = Adaptation(adapt_mass_matrix, dense_mass, step_size, target_accept_prob)
-        absent = "potential_energy" if isinstance(provider, LineIntegral) else "circulation"
-        self.statistics = tuple(name for name in ScoreHMC.statistics if name != absent)
 
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> ScoreHMCState:
         key, key_first, key_momentum, key_adapt = jax.random.split(key, 4)

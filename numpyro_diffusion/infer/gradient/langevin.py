@@ -30,13 +30,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from numpyro_diffusion.infer.gradient.base import GradientKernel, flatten, require_test
+from numpyro_diffusion.infer.gradient.base import GradientKernel, MetropolisKernel, flatten
 from numpyro_diffusion.infer.gradient.target import Evaluation
 from numpyro_diffusion.infer.gradient.tweedie import Tweedie
 from numpyro_diffusion.infer.kernel.adapt import Adaptation, Root, running_mean
 from numpyro_diffusion.infer.kernel.choose import all_finite, metropolis, select
 from numpyro_diffusion.infer.kernel.start import Strategy
-from numpyro_diffusion.infer.model.density import Density, LineIntegral, Provider, Score
+from numpyro_diffusion.infer.model.density import LogPrior, Score, Source
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.solve.langevin import langevin_step
@@ -83,7 +83,7 @@ class MALAState(NamedTuple):
         mean_accept_prob: its mean over the phase (warm-up or sampling) so far.
         step_size: the step h of the next proposal.
         circulation: work of the score around the triangle of point, proposal and the proposal's mean, in nats, if the
-            provider is a `LineIntegral`; otherwise NaN.
+            `density` is a `LineIntegral`; otherwise NaN.
         num_score_evals: denoiser evaluations of the last step, per point.
         diverging: whether the proposal's log-density or gradient was not finite; it was rejected.
         rng_key: random key.
@@ -216,13 +216,13 @@ class ULA(GradientKernel):
         return f"step {state.step_size:.2g}, unadjusted"
 
 
-class MALA(GradientKernel):
+class MALA(MetropolisKernel):
     r"""Langevin proposals with a Metropolis test on the density, one for each chain.
 
     Args:
         model: NumPyro model.
-        provider: what answers for diffusion sites: `Density()`, or `LineIntegral()`, which is approximate, for a prior
-            with only a score.
+        density: what stands for the log-density of diffusion priors: "auto", "denoiser" or "flow" as in `Density`, or
+            `LineIntegral()`, which is approximate, for a prior with only a score.
         step_size: where the step $h$ starts, in units of the preconditioner; None for $D^{-1/3}$.
         target_accept_prob: acceptance to which $h$ adapts in warm-up, in (0, 1); None keeps `step_size`.
         adapt_mass_matrix: whether warm-up estimates a preconditioner; the identity if not.
@@ -231,9 +231,10 @@ class MALA(GradientKernel):
         init_strategy: where chains start, as in NumPyro; None draws diffusion sites from their priors.
 
     Raises:
-        TypeError: if `model` is not callable or `provider` is not a provider.
-        ValueError: if a number is out of its range or the provider is `Score`; when run, for a model without latent
-            sites, with discrete ones, or that cannot be differentiated, or a prior without the density that is needed.
+        TypeError: if `model` is not callable or `density` is of another type.
+        ValueError: if a number is out of its range, or `density` unknown or `Score`; when run, for a model without
+            latent sites, with discrete ones, or that cannot be differentiated, or a prior without the density that is
+            needed.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -256,7 +257,7 @@ class MALA(GradientKernel):
         self,
         model: Model,
         *,
-        provider: Provider = Density(),  # noqa: B008
+        density: LogPrior | Source = "auto",
         step_size: float | None = None,
         target_accept_prob: float | None = 0.574,
         adapt_mass_matrix: bool = True,
@@ -264,15 +265,12 @@ class MALA(GradientKernel):
         preconditioner: Tweedie | None = None,
         init_strategy: Strategy | None = None,
     ) -> None:
-        super().__init__(model, provider, init_strategy)
-        require_test(provider, "MALA")
+        super().__init__(model, density, init_strategy)
         if not (preconditioner is None or isinstance(preconditioner, Tweedie)):
             raise TypeError(f"preconditioner must be Tweedie(level) or None; got {preconditioner!r}. See dense_mass")
         self._tweedie = preconditioner
         adapts = adapt_mass_matrix and preconditioner is None
         self._adaptation = Adaptation(adapts, dense_mass, step_size, target_accept_prob)
-        absent = "potential_energy" if isinstance(provider, LineIntegral) else "circulation"
-        self.statistics = tuple(name for name in MALA.statistics if name != absent)
 
     def _root(self, z: dict[str, jax.Array], reading: Reading) -> Root | None:
         """The root of the preconditioner at a point, None if it is the same everywhere."""

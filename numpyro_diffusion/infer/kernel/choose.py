@@ -203,15 +203,15 @@ def next_temperature(log_likelihood: jax.Array, temperature: ArrayLike, threshol
     alive = jnp.sum(jnp.isfinite(log_likelihood))
     centred = log_likelihood - jnp.max(log_likelihood)
 
-    def worth(beta: jax.Array) -> jax.Array:
+    def size_at(beta: jax.Array) -> jax.Array:
         return effective_size(jnp.where(jnp.isfinite(centred), (beta - temperature) * centred, -jnp.inf))
 
     def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = ends
         middle = 0.5 * (low + high)
-        enough = worth(middle) >= threshold * alive
+        enough = size_at(middle) >= threshold * alive
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     one = jnp.ones((), log_likelihood.dtype)
     low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, (jnp.asarray(temperature, one.dtype), one))
-    return jnp.where(worth(one) >= threshold * alive, one, jnp.where(low > temperature, low, high))
+    return jnp.where(size_at(one) >= threshold * alive, one, jnp.where(low > temperature, low, high))

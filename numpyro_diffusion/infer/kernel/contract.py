@@ -13,7 +13,7 @@ is shared does not depend on where a chain is, so each chain by itself is as val
 
 import abc
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,6 +23,7 @@ from numpyro.util import is_prng_key
 
 from numpyro_diffusion import _precision
 from numpyro_diffusion.infer.kernel.compiled import Compiled
+from numpyro_diffusion.infer.kernel.stand_in import StandIn
 from numpyro_diffusion.infer.kernel.start import Strategy
 from numpyro_diffusion.infer.model.checks import check_supports
 from numpyro_diffusion.infer.model.handlers import Model
@@ -63,6 +64,14 @@ def _any_traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
+def hand_on(kernels: Iterable[MCMCKernel], reading: Reading) -> None:
+    """Lets kernels read the model through the record of a run, by their stand-in of it or by themselves."""
+    for kernel in kernels:
+        reads = kernel.model if isinstance(kernel.model, StandIn) else kernel
+        if isinstance(reads, StandIn | DiffusionKernel):
+            reads.use(reading)
+
+
 class DiffusionKernel(MCMCKernel, abc.ABC):
     """Base of the kernels: fulfils NumPyro's contract, leaves the mathematics to `_start` and `_step`.
 
@@ -79,6 +88,9 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
     """State fields collected on every draw, besides the sites and `diverging`."""
     takes_point: ClassVar[bool] = False
     """Whether a state continues from another `z` after `refresh`, as `Cycle` and `Mixture` need it to."""
+
+    holds_values: ClassVar[bool] = False
+    """Whether the sample field has values on the supports."""
 
     def __init__(self, model: Model, init_strategy: Strategy | None = None) -> None:
         if not callable(model):
@@ -115,6 +127,15 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
     def _bind(self, key: jax.Array, init_params: dict | None, reading: Reading) -> None:
         """Prepares inner kernels, at arguments that are not tracers of the compiled start."""
 
+    def use(self, reading: Reading) -> None:
+        """Reads the model through the record of the composite kernel that holds this one."""
+        self._lent = self._record = reading.record
+        self._hand_on(reading)
+
+    def _hand_on(self, reading: Reading) -> None:
+        """Lets the kernels that are held read the model through the record of this run."""
+        hand_on(self.held, reading)
+
     def read(self, args: tuple, kwargs: dict | None) -> Reading:
         """The model at its arguments."""
         if self._record is None:
@@ -125,6 +146,11 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
     def model(self) -> Model:
         """The model as the user wrote it."""
         return self._model
+
+    @property
+    def held(self) -> tuple[MCMCKernel, ...]:
+        """The kernels that this one holds."""
+        return ()
 
     @property
     def default_fields(self) -> tuple[str, ...]:
@@ -143,6 +169,7 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
         check_supports(type(self).__name__, reading.structure)
         self._check_model(reading)
         first = (lambda leaf: leaf[0]) if self._vectorized else (lambda leaf: leaf)
+        self._hand_on(reading)
         self._bind(first(rng_key), jax.tree.map(first, init_params), reading)
         state = self._run_start(rng_key, init_params, reading)
         if not _any_traced(state):

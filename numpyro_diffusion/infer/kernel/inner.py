@@ -1,12 +1,13 @@
 """A kernel inside a kernel: given as a class, a factory or an instance, and bound to the model's arguments.
 
-NumPyro's HMC keeps functions of the model from its `init`, so it must be started with arguments that still exist when
-these are called. The tracers of a start that is being compiled do not. `bind` therefore starts a kernel abstractly,
-with the arguments as they are and without computing anything, and `started` takes the state of a copy that is thrown
-away.
+Kernels on a stand-in of the model (`stand_in`) that can `refresh`, as HMC can, keep nothing of the model's arguments,
+and are started within the compiled start. Others keep functions of the model from their `init`, so they must be started
+with arguments that still exist when these are called. The tracers of a start that is being compiled do not. `bind`
+therefore starts a kernel abstractly, with the arguments as they are and without computing anything, and `started` takes
+the state of a copy that is thrown away.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,11 @@ from numpyro.infer.hmc import HMC
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import constrain_fn
 
+from numpyro_diffusion.infer.kernel.choose import all_finite
+from numpyro_diffusion.infer.kernel.stand_in import Unconstrained, inside
+from numpyro_diffusion.infer.kernel.start import is_block, start, strategy_of
 from numpyro_diffusion.infer.model.handlers import Model
+from numpyro_diffusion.infer.model.record import Reading
 
 KernelLike = MCMCKernel | Callable[..., MCMCKernel]
 """A kernel, or a factory of one from a model: a kernel class, a `functools.partial` of one, a function."""
@@ -62,6 +67,47 @@ def bind(start: Callable[..., Any], kernels: Iterable[MCMCKernel], *operands: An
     jax.eval_shape(start, *operands)
     if any(_holds_symbols(kernel) for kernel in kernels):
         start(*operands)
+
+
+def keeps_arguments(kernel: MCMCKernel) -> bool:
+    """Whether a kernel on a stand-in, or one that it holds, keeps the arguments that it was started with.
+
+    Such kernels cannot `refresh`, or look for a step size in warm-up.
+    """
+    held = getattr(kernel, "held", getattr(kernel, "_kernels", ()))
+    keeps = type(kernel).refresh is MCMCKernel.refresh or getattr(kernel, "_find_heuristic_step_size", False)
+    return keeps or any(map(keeps_arguments, held))
+
+
+def on_stand_in(kernel: MCMCKernel, model: Model) -> MCMCKernel:
+    """A kernel of NumPyro's on a stand-in of a model in the same coordinates; kernels of this library as they are."""
+    return kernel if hasattr(kernel, "held") else kernel.wrap_model(lambda _: Unconstrained(model))
+
+
+def begin(
+    kernel: MCMCKernel,
+    key: jax.Array,
+    num_warmup: int,
+    init_params: Mapping[str, jax.Array] | None,
+    reading: Reading,
+) -> Any:
+    """The initial state of a kernel `on_stand_in`, given unconstrained values to start at, or None."""
+    if not isinstance(kernel.model, Unconstrained):
+        if init_params is not None and is_block(reading):
+            init_params = reading.constrain(init_params)  # as composite kernels give them
+        return kernel.init(key, num_warmup, init_params, model_args=reading.args, model_kwargs=reading.kwargs)
+    stand_in = kernel.model
+    strategy = strategy_of(kernel)
+    if init_params is None and strategy is not None:
+        valid = lambda z: all_finite(jax.value_and_grad(lambda z: stand_in.evaluate(reading, z).log_density)(z))  # noqa: E731
+        key, key_start = jax.random.split(key)
+        init_params = start(key_start, reading, None, strategy, valid)
+    return kernel.init(key, num_warmup, init_params, model_args=reading.args, model_kwargs=inside(reading.kwargs))
+
+
+def arguments(kernel: MCMCKernel, reading: Reading) -> tuple[tuple, dict[str, Any]]:
+    """The model's arguments as a kernel `on_stand_in` takes them in `sample` and `refresh`."""
+    return reading.args, inside(reading.kwargs) if isinstance(kernel.model, Unconstrained) else reading.kwargs
 
 
 def _holds_symbols(kernel: MCMCKernel) -> bool:

@@ -6,7 +6,7 @@ replaces both where it has a value of its own: `init_to_value` for the sites tha
 sites. Starts are drawn until one is valid for the kernel, at most a hundred times.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from numpyro.distributions import biject_to
 from numpyro.handlers import seed, substitute, trace
-from numpyro.infer.gibbs import GIBBS_SITES_KWARG, conditioned
-from numpyro.infer.initialization import init_to_value
-from numpyro.infer.util import unconstrain_fn
+from numpyro.infer.gibbs import GIBBS_SITES_KWARG
+from numpyro.infer.initialization import init_to_feasible, init_to_uniform, init_to_value
+from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffusion.infer.model.handlers import is_diffusion_site
 from numpyro_diffusion.infer.model.record import Reading
@@ -54,8 +54,7 @@ def start(
         ValueError: if `init_params` lacks a site or has one too many.
     """
     if init_strategy is not None:
-        strategy = init_strategy if isinstance(init_strategy, partial) else init_strategy()
-        draw = partial(_by_strategy, reading=reading, strategy=strategy)
+        draw = partial(by_strategy, reading=reading, strategy=init_strategy)
     draw = draw or partial(_draw, reading=reading)
     if init_params is not None:
         z = _given(reading, init_params)
@@ -65,7 +64,7 @@ def start(
     elif valid is None:
         return draw(key)
     else:
-        first = reading.origin(), jnp.array(False)
+        first = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), jax.eval_shape(draw, key)), jnp.array(False)
 
     def redraw(carry: tuple) -> tuple:
         tries, key, _, _ = carry
@@ -82,38 +81,56 @@ def is_block(reading: Reading) -> bool:
     return GIBBS_SITES_KWARG in reading.kwargs
 
 
+def strategy_of(kernel: MCMCKernel) -> Strategy | None:
+    """The `init_strategy` that a NumPyro kernel was given, if it asks for the laws or the names of a model's sites."""
+    strategy = getattr(kernel, "_init_strategy", None)
+    function = strategy.func if isinstance(strategy, partial) else strategy
+    return None if function in (init_to_uniform, init_to_feasible) else strategy
+
+
 def _given(reading: Reading, init_params: Mapping[str, Any]) -> Point:
     names = list(reading.structure.latent)
     if set(init_params) != set(names):
         raise ValueError(f"init_params must have the latent sites {sorted(names)}; got {sorted(init_params)}")
     values = {name: jnp.asarray(init_params[name], jnp.result_type(float)) for name in names}
-    if not is_block(reading):
-        return values
-    model = seed(conditioned(reading.model), jax.random.key(0))
-    unconstrained = unconstrain_fn(model, reading.args, reading.kwargs, values)
-    return {name: unconstrained[name] for name in names}
+    return reading.unconstrain(values) if is_block(reading) else values
 
 
 def _draw(key: jax.Array, *, reading: Reading) -> Point:
-    structure, z = reading.structure, reading.origin()
-    for index, name in enumerate([*structure.others, *structure.diffusion]):
-        key_site = jax.random.fold_in(key, index)
-        if name in structure.others:
-            z[name] = jax.random.uniform(key_site, z[name].shape, minval=-_RADIUS, maxval=_RADIUS)
-        else:
-            z[name] = reading.sites(z)[name].draw(key_site).astype(z[name].dtype)
+    key_others, key_diffusion = jax.random.split(key)
+    structure = reading.structure
+    z = {**reading.origin(), **uniform(key_others, reading, structure.others)}
+    for index, name in enumerate(structure.diffusion):
+        key_site = jax.random.fold_in(key_diffusion, index)
+        z[name] = reading.sites(z)[name].draw(key_site).astype(z[name].dtype)
     return z
 
 
-def _by_strategy(key: jax.Array, *, reading: Reading, strategy: partial) -> Point:
-    own = strategy.keywords.get("values", {}) if strategy.func is init_to_value else {}
+def uniform(key: jax.Array, reading: Reading, names: Sequence[str]) -> Point:
+    """Unconstrained values of sites that are no diffusion sites, uniform on (-2, 2) as in NumPyro."""
+    shapes = {name: reading.structure.latent[name].unconstrained_shape for name in names}
+    keys = jax.random.split(key, len(shapes) + 1)[1:]
+    draws = zip(keys, shapes.items(), strict=True)
+    return {name: jax.random.uniform(k, shape, minval=-_RADIUS, maxval=_RADIUS) for k, (name, shape) in draws}
+
+
+def values_of(strategy: Strategy) -> Mapping[str, Any]:
+    """What `init_to_value` names; nothing for other strategies."""
+    told = isinstance(strategy, partial) and strategy.func is init_to_value
+    return strategy.keywords.get("values", {}) if told else {}
+
+
+def by_strategy(key: jax.Array, reading: Reading, strategy: Strategy) -> Point:
+    """Unconstrained values of all latent sites by a strategy of NumPyro; other diffusion sites are drawn."""
+    strategy = strategy if isinstance(strategy, partial) else strategy()
+    own = values_of(strategy)
 
     def value(site: dict[str, Any]) -> jax.Array | None:
         if site["type"] != "sample" or site["is_observed"] or site["name"] in own or not is_diffusion_site(site):
             return strategy(site)
         return None  # drawn from its prior by `seed`
 
-    model = substitute(seed(conditioned(reading.model), key), substitute_fn=value)
+    model = substitute(seed(reading.model, key), substitute_fn=value)
     sites = trace(model).get_trace(*reading.args, **reading.kwargs)
     latent = {name: sites[name] for name in reading.structure.latent}
     z = {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in latent.items()}

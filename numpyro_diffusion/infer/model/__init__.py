@@ -1,6 +1,6 @@
 """What a kernel needs to know about a NumPyro model: its sites, their densities, what is observed."""
 
-from numpyro_diffusion.infer.model.density import Density, LineIntegral, Provider, Score, Status, with_density
+from numpyro_diffusion.infer.model.density import Density, LineIntegral, LogPrior, Score, Status, with_density
 from numpyro_diffusion.infer.model.handlers import drop_prior
 from numpyro_diffusion.infer.model.record import Reading, Record
 from numpyro_diffusion.infer.model.structure import Structure
@@ -8,7 +8,7 @@ from numpyro_diffusion.infer.model.structure import Structure
 __all__ = [
     "Density",
     "LineIntegral",
-    "Provider",
+    "LogPrior",
     "Reading",
     "Record",
     "Score",

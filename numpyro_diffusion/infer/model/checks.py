@@ -46,7 +46,7 @@ def check_fixed(kernel: str, structure: Structure, but_altered: Iterable[str] = 
 
 def check_supports(kernel: str, structure: Structure) -> None:
     """Raises `ValueError` if the support of a site depends on a site in another block of a composite kernel."""
-    moving = {name: sorted(s.support_depends_on) for name, s in structure.latent.items() if s.support_depends_on}
+    moving = {name: sorted(s.support_given) for name, s in structure.latent.items() if s.support_given}
     if moving:
         raise ValueError(
             f"the supports of sites {sorted(moving)} depend on sites of other blocks, {moving}, which {kernel} cannot "

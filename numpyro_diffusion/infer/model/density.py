@@ -1,8 +1,8 @@
-r"""What a kernel may ask of a diffusion prior, and how far the answer can be trusted.
+r"""What stands for the log-density of a diffusion prior, and how far it can be trusted.
 
 A kernel on the joint posterior moves by the gradient of $\log p(x) + \log L(x)$ and, if it tests its moves, needs the
-difference of this between two points. For the likelihood both are available. For a diffusion prior there are three
-answers, and the `status` of each says how far it can be trusted:
+difference of this between two points. For the likelihood both are available. For $\log p$ of a diffusion prior there
+are three choices, the `density=` of a kernel, and the `status` of each says how far it can be trusted:
 
 * `Score`: the gradient alone, $\nabla \log p$ at the smallest noise level. No test can be made with it.
 * `Density`: a log-density. The denoiser's own, $\log p_t(\alpha_t x)$ at the smallest noise level, where it has one (an
@@ -17,7 +17,7 @@ no law that the test would leave invariant. The *circulation*, the work around a
 score is from a gradient: for a gradient it is zero, up to the quadrature.
 
 `with_density` replaces the priors' own `log_prob` by the value of `Density`. The result is an ordinary NumPyro model,
-also for NumPyro's own kernels. The answers of the others are not densities and stay inside this package.
+also for NumPyro's own kernels. The values of the others are not densities and stay inside this package.
 
 References:
     Song et al., Score-based generative modeling through stochastic differential equations, 2021,
@@ -30,7 +30,7 @@ import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,9 @@ from numpyro_diffusion.density import clean_score
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer.model.handlers import Model, as_written, is_diffusion_site
 
+Source = Literal["auto", "denoiser", "flow"]
+SOURCES = get_args(Source)
+
 _WITHOUT_DENSITY = (
     "AnnealedLangevin and ULA need the score alone (biased), NoiseSpace gradients through the flow, DiffusionPCN and "
     "DiffusionGibbs the likelihood alone"
@@ -55,29 +58,26 @@ _WITHOUT_DENSITY = (
 class Status(NamedTuple):
     """What a kernel is exact for, for its users."""
 
-    provides: str  # what it needs from the prior: "score", "density", "line integral", "flow", "reverse process"
+    needs: str  # from the prior: "score", "density", "line integral", "flow", "reverse process"
     exact: bool  # whether the kernel leaves a known law invariant
     statement: str  # that law, or what is approximate
 
 
-class Provider(abc.ABC):
-    """One way to answer for a diffusion prior; a frozen dataclass of plain numbers.
+class LogPrior(abc.ABC):
+    """What stands for the log-density of a diffusion prior; a frozen dataclass of plain numbers.
 
     Attributes:
-        status: what it provides, and how far that can be trusted.
+        status: what it is, and how far it can be trusted.
         has_density: whether its value is a log-density.
+        can_test: whether a Metropolis test can be made with it.
     """
 
     status: ClassVar[Status]
     has_density: ClassVar[bool] = False
-
-    @property
-    def evaluations_of_test(self) -> int:
-        """Denoiser evaluations that a test needs besides those at its two ends, per point."""
-        return 0
+    can_test: ClassVar[bool] = True
 
     @abc.abstractmethod
-    def log_density(self, prior: DiffusionPrior, u: jax.Array) -> jax.Array:
+    def value(self, prior: DiffusionPrior, u: jax.Array) -> jax.Array:
         """A function of points of the denoiser's space whose gradient is the score.
 
         Args:
@@ -90,20 +90,48 @@ class Provider(abc.ABC):
 
     @abc.abstractmethod
     def check(self, name: str, prior: DiffusionPrior, depends: bool, kernel: str) -> None:
-        """Raises unless the prior at a site, which may depend on other latent sites, can answer a kernel."""
+        """Raises unless it can stand for the prior at a site, which may depend on other latent sites, in a kernel."""
 
     @abc.abstractmethod
-    def evaluations(self, prior: DiffusionPrior) -> int:
-        """Denoiser evaluations behind one value with its gradient, per point."""
+    def evaluations(self, prior: DiffusionPrior, values: int = 1, tests: int = 0) -> int:
+        """Denoiser evaluations behind some values with their gradients, and behind some tests, per point."""
+
+    def work(self, gradient: Callable[[jax.Array], jax.Array], start: jax.Array, end: jax.Array) -> jax.Array:
+        """What a test adds to the difference of the values at two points of shape (D,), by the priors' gradient."""
+        return jnp.zeros((), start.dtype)
+
+    def work_around(
+        self, gradient: Callable[[jax.Array], jax.Array], a: jax.Array, b: jax.Array, c: jax.Array
+    ) -> jax.Array:
+        """The circulation of the priors' gradient around a triangle, in nats; NaN where it is not measured."""
+        return jnp.full((), jnp.nan, a.dtype)
+
+
+def log_prior_of(density: "LogPrior | Source") -> LogPrior:
+    """What the `density=` of a kernel stands for: "auto", "denoiser" and "flow" are short for `Density` of these.
+
+    Raises:
+        TypeError: if it is neither a string nor a `LogPrior`.
+        ValueError: if the string is unknown.
+    """
+    if isinstance(density, str):
+        _checks.one_of("density", density, SOURCES)
+        return Density(density)
+    if not isinstance(density, LogPrior):
+        raise TypeError(
+            f'density must be "auto", "denoiser", "flow", or a LogPrior such as infer.LineIntegral(); got {density!r}'
+        )
+    return density
 
 
 @dataclass(frozen=True)
-class Score(Provider):
+class Score(LogPrior):
     """The score at the smallest noise level, and nothing else."""
 
     status = Status("score", False, "moves by the score without a test: biased by the order of its step")
+    can_test = False
 
-    def log_density(self, prior: DiffusionPrior, u: jax.Array) -> jax.Array:
+    def value(self, prior: DiffusionPrior, u: jax.Array) -> jax.Array:
         def one(denoiser: Denoiser, u: jax.Array) -> jax.Array:
             score = jax.lax.stop_gradient(clean_score(denoiser, u))
             return jnp.vdot(score, u).astype(u.dtype)
@@ -114,15 +142,15 @@ class Score(Provider):
         if depends:
             raise ValueError(
                 f"the prior of site {name!r} depends on other latent sites, and {type(self).__name__}() has no "
-                f"gradient in them for {kernel}. Use provider=Density(), NoiseSpace(model) or DiffusionGibbs(model)"
+                f"gradient in them for {kernel}. Use MALA(model), NoiseSpace(model) or DiffusionGibbs(model)"
             )
 
-    def evaluations(self, prior: DiffusionPrior) -> int:
-        return 1
+    def evaluations(self, prior: DiffusionPrior, values: int = 1, tests: int = 0) -> int:
+        return values
 
 
 @dataclass(frozen=True)
-class Density(Provider):
+class Density(LogPrior):
     """A log-density.
 
     Args:
@@ -133,39 +161,46 @@ class Density(Provider):
         ValueError: if `source` is unknown.
     """
 
-    source: Literal["auto", "denoiser", "flow"] = "auto"
+    source: Source = "auto"
 
     status = Status("density", True, "leaves the law of the prior's density invariant: the denoiser's, or the flow's")
     has_density = True
 
     def __post_init__(self) -> None:
-        _checks.one_of("source", self.source, ("auto", "denoiser", "flow"))
+        _checks.one_of("source", self.source, SOURCES)
 
     def source_of(self, prior: DiffusionPrior) -> str | None:
         """Where the density of a prior comes from: "denoiser", "flow", or None if it has none."""
-        has = {"denoiser": density_kind(prior.denoisers) is not None, "flow": prior.density in ("auto", "flow")}
+        has = {"denoiser": density_kind(prior.denoisers) is not None, "flow": prior.has_flow_density}
         return next((source for source in has if has[source] and self.source in ("auto", source)), None)
 
-    def log_density(self, prior: DiffusionPrior, u: jax.Array) -> jax.Array:
-        return DiffusionPrior.log_density(prior, u, self.source_of(prior))
+    def value(self, prior: DiffusionPrior, u: jax.Array) -> jax.Array:
+        source = self.source_of(prior)
+        if source is None:
+            raise NotImplementedError(
+                f'a DiffusionPrior has a score but no density for {self}. Give it density="auto" (of no use for a '
+                f"Product, which has no flow), or take another kernel: {_WITHOUT_DENSITY}"
+            )
+        return DiffusionPrior.log_density(prior, u, source)
 
     def check(self, name: str, prior: DiffusionPrior, depends: bool, kernel: str) -> None:
         source = self.source_of(prior)
         if depends and source == "denoiser" and density_kind(prior.denoisers) == "unnormalized":
             raise ValueError(
                 f"the density at site {name!r} is known but for a constant that depends on other latent sites: "
-                f'{kernel} cannot move those by it. Use Density("flow"), NoiseSpace(model) or DiffusionGibbs(model)'
+                f'{kernel} cannot move those by it. Use density="flow", NoiseSpace(model) or DiffusionGibbs(model)'
             )
         if source is None:
             raise ValueError(
                 f"{kernel} needs a density, and the DiffusionPrior at site {name!r} has a score but no density for "
-                f'{self}. Give the prior density="auto", or the kernel provider=LineIntegral() (approximate), or take '
-                f"another kernel: {_WITHOUT_DENSITY}"
+                f'{self}. Give the prior density="auto" (of no use for a Product, which has no flow), or the kernel '
+                f"density=LineIntegral() (approximate), or take another kernel: {_WITHOUT_DENSITY}"
             )
 
-    def evaluations(self, prior: DiffusionPrior) -> int:
-        solved = 2 * (prior.density_solver.num_times - 1)
-        return 1 if self.source_of(prior) == "denoiser" else solved + 1  # and the score
+    def evaluations(self, prior: DiffusionPrior, values: int = 1, tests: int = 0) -> int:
+        if self.source_of(prior) == "denoiser":
+            return values
+        return values * (2 * (prior.density_solver.num_times - 1) + 1)  # a solve, and the score
 
 
 @dataclass(frozen=True)
@@ -191,6 +226,7 @@ class LineIntegral(Score):
         False,
         "tests by the work of the score along a segment: exact only where the score is a gradient; see `circulation`",
     )
+    can_test = True
 
     def __post_init__(self) -> None:
         _checks.one_of("rule", self.rule, ("simpson", "gauss-legendre"))
@@ -198,7 +234,7 @@ class LineIntegral(Score):
         if self.rule == "simpson" and self.num_points % 2 == 0:
             raise ValueError(f"num_points must be odd for Simpson's rule; got {self.num_points}")
 
-    def nodes(self) -> tuple[np.ndarray, np.ndarray]:
+    def _nodes(self) -> tuple[np.ndarray, np.ndarray]:
         """Places on [0, 1] and their weights."""
         if self.rule == "gauss-legendre":
             places, weights = np.polynomial.legendre.leggauss(self.num_points)
@@ -209,20 +245,23 @@ class LineIntegral(Score):
 
     def work(self, gradient: Callable[[jax.Array], jax.Array], start: jax.Array, end: jax.Array) -> jax.Array:
         """The work of a vector field from one point to another, both of shape (D,)."""
-        places, weights = (jnp.asarray(v, start.dtype) for v in self.nodes())
+        places, weights = (jnp.asarray(v, start.dtype) for v in self._nodes())
         values = jax.vmap(lambda place: gradient(start + place * (end - start)))(places)
         return weights @ values @ (end - start)
 
-    def around(self, gradient: Callable[[jax.Array], jax.Array], a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
-        """The circulation of a vector field around the triangle a, b, c: zero for a gradient."""
+    def work_around(
+        self, gradient: Callable[[jax.Array], jax.Array], a: jax.Array, b: jax.Array, c: jax.Array
+    ) -> jax.Array:
+        """The circulation around the triangle a, b, c: zero for a gradient, up to the quadrature."""
+        if not self.circulation:
+            return super().work_around(gradient, a, b, c)
         return sum(self.work(gradient, start, end) for start, end in ((a, b), (b, c), (c, a)))
 
-    @property
-    def evaluations_of_test(self) -> int:
-        return self.num_points * (4 if self.circulation else 1)
+    def evaluations(self, prior: DiffusionPrior, values: int = 1, tests: int = 0) -> int:
+        return values + tests * self.num_points * (4 if self.circulation else 1)
 
 
-def with_density(model: Model, source: Literal["auto", "denoiser", "flow"] = "auto") -> Model:
+def with_density(model: Model, density: Source = "auto") -> Model:
     """A model for NumPyro's own kernels, with the cheapest density that its diffusion priors have.
 
     It makes a difference for energy networks: their own density costs one evaluation, where the `log_prob` of a
@@ -231,7 +270,8 @@ def with_density(model: Model, source: Literal["auto", "denoiser", "flow"] = "au
 
     Args:
         model: NumPyro model.
-        source: as in `Density`.
+        density: where it comes from, the `source` of `Density`. When run, a prior without that density is a
+            `NotImplementedError`.
 
     Returns:
         A model with the same sites.
@@ -251,39 +291,39 @@ def with_density(model: Model, source: Literal["auto", "denoiser", "flow"] = "au
         >>> bool(abs(mcmc.get_samples()["x"].mean() - 1.5) < 0.3)
         True
     """
-    return partial(_answered, model, Density(source))
+    return partial(_run_with, Density(density), model)
 
 
-def _answered(model: Model, provider: Provider, *args: Any, **kwargs: Any) -> Any:
+def _run_with(density: Density, model: Model, *args: Any, **kwargs: Any) -> Any:
     """Module-level, so that kernels on it can be pickled."""
 
     def config(site: dict) -> Callable | None:
-        return _Provide(provider, as_written(site)) if is_diffusion_site(site) else None
+        return _WithDensity(density, as_written(site)) if is_diffusion_site(site) else None
 
     return reparam(model, config=config)(*args, **kwargs)
 
 
-class _Provide(Reparam):
-    """Replaces the log-density of a site's prior by that of a provider."""
+class _WithDensity(Reparam):
+    """Replaces the log-density of a site's prior by a `Density`."""
 
-    def __init__(self, provider: Provider, fn: dist.Distribution) -> None:
-        self.provider, self.fn = provider, fn
+    def __init__(self, density: Density, fn: dist.Distribution) -> None:
+        self.density, self.fn = density, fn
 
     def __call__(self, name: str, fn: dist.Distribution, obs: jax.Array | None) -> tuple:
         prior, expand_shape, event_dim = self._unwrap(self.fn)
-        return self._wrap(_ProvidedPrior.of(prior, self.provider), expand_shape, event_dim), obs
+        return self._wrap(_PriorOfDensity.of(prior, self.density), expand_shape, event_dim), obs
 
 
-class _ProvidedPrior(DiffusionPrior):
-    """A prior whose density comes from a provider; made by `with_density` and by kernels."""
+class _PriorOfDensity(DiffusionPrior):
+    """A prior whose log-density is the value of a `Density`; made by `with_density`."""
 
-    pytree_aux_fields = ("provider",)
+    pytree_aux_fields = ("log_prior",)
 
     @classmethod
-    def of(cls, prior: DiffusionPrior, provider: Provider) -> "_ProvidedPrior":
+    def of(cls, prior: DiffusionPrior, log_prior: Density) -> "_PriorOfDensity":
         self = object.__new__(cls)
-        vars(self).update(vars(prior), provider=provider)
+        vars(self).update(vars(prior), log_prior=log_prior)
         return self
 
     def log_density(self, u: jax.Array, source: str | None = None) -> jax.Array:
-        return self.provider.log_density(self, u)
+        return self.log_prior.value(self, u)

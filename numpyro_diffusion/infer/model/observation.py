@@ -14,23 +14,20 @@ $x$) only the gradient of the likelihood can be used. Terms that do not depend o
 only for proposals: kernels weigh by the model itself.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpyro.distributions as dist
-from jax.scipy.linalg import solve_triangular
-from numpyro.ops.provenance import eval_provenance
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser, Repeated
 from numpyro_diffusion.guidance import GUIDANCES, Guided, Likelihood, Observation
 from numpyro_diffusion.infer.model.checks import check_walkable
 from numpyro_diffusion.infer.model.joint import Joint, are_equal, spans
-from numpyro_diffusion.infer.model.record import Reading
-from numpyro_diffusion.infer.model.sites import PriorSite, traced
+from numpyro_diffusion.infer.model.record import Evaluation, Reading
+from numpyro_diffusion.infer.model.sites import PriorSite
 
 Point = dict[str, jax.Array]
 
@@ -99,7 +96,8 @@ def guided_sites(
         ValueError: for a guidance that cannot handle the likelihood, or several sites whose ladders of noise levels
             have different spans.
     """
-    sites = reading.sites()
+    parts = reading.evaluate(reading.origin())
+    sites = reading.sites_of(parts)
     check_walkable("a guided walk", sites)
     denoisers = [
         Repeated(site.prior.denoiser, site.batch_shape) if site.batch_shape else site.prior.denoiser
@@ -115,7 +113,7 @@ def guided_sites(
         )
     denoiser = denoisers[0] if len(denoisers) == 1 else Joint(tuple(denoisers))
     if observation is None:
-        observation = read_observation(reading, sites, denoiser)
+        observation = _read(reading, sites, denoiser, parts)
     elif len(sites) > 1:
         observation = _of_joint(observation, denoiser, sites)
     is_gaussian = isinstance(observation, Observation)
@@ -158,86 +156,22 @@ def _of_joint(
     return Observation(y, scale, lambda u, p: mean(_split(denoiser, sites, u), p), parameters)
 
 
-def read_observation(reading: Reading, sites: Mapping[str, PriorSite], denoiser: Denoiser) -> Observation | Likelihood:
+def _read(
+    reading: Reading, sites: Mapping[str, PriorSite], denoiser: Denoiser, parts: Evaluation
+) -> Observation | Likelihood:
     """The data as an observation of the denoiser's own space, or as a likelihood if they are not Gaussian."""
 
     def point(u: jax.Array) -> Point:
         points = _split(denoiser, sites, u)
         return {name: site.from_denoiser(points[name]) for name, site in sites.items()}
 
-    def sites_at(u: jax.Array) -> dict[str, Any]:
-        values = {name: sites[name].constrain(z) for name, z in point(u).items()}
-        trace = traced(reading.model, reading.args, reading.kwargs, values)
-        return {n: s for n, s in trace.items() if s["type"] == "sample" and s["is_observed"]}
-
-    origin = jnp.zeros(denoiser.event_shape)
-    seen = _depending(sites_at, origin)
-    found = sites_at(origin)
-    gaussian = {n: _gaussian(found[n]) for n in seen}
-    if not seen or any(entry is None for entry in gaussian.values()) or _depending(sites_at, origin, _spread) & seen:
+    seen = {name: law for name, law in sorted(reading.structure.observed.items()) if law.depends_on & sites.keys()}
+    if not seen or any(not law.is_normal or law.spread_depends_on & sites.keys() for law in seen.values()):
         return Likelihood(lambda u, _: reading.log_rest(point(u)))
 
     def mean(u: jax.Array, _: Any) -> jax.Array:
-        found = sites_at(u)
-        laws = {n: _gaussian(found[n]) for n in sorted(seen)}
-        return jnp.concatenate([law.whiten(law.mean) for law in laws.values()])
+        observed = reading.evaluate(point(u)).observed
+        return jnp.concatenate([observed[name].whiten(observed[name].mean) for name in seen])
 
-    y = jnp.concatenate([gaussian[n].whiten(found[n]["value"]) for n in sorted(seen)])
+    y = jnp.concatenate([parts.observed[name].whiten(parts.observed[name].value) for name in seen])
     return Observation(y, jnp.ones(()), mean)
-
-
-def _depending(
-    sites_at: Callable[[jax.Array], dict[str, Any]],
-    u: jax.Array,
-    leaves: Callable[[Mapping[str, Any]], Any] = lambda site: (jax.tree.leaves(site["fn"]), site["value"]),
-) -> set[str]:
-    """Names of the observed sites whose arrays depend on a diffusion site."""
-    found = eval_provenance(lambda u: {n: leaves(s) for n, s in sites_at(u).items()}, u=u)
-    return {n for n, tree in found.items() if any(jax.tree.leaves(tree, is_leaf=lambda v: isinstance(v, frozenset)))}
-
-
-class _Gaussian(NamedTuple):
-    """The normal law of an observed site; `scale` or `factor` is None."""
-
-    mean: jax.Array  # of the site's shape
-    scale: jax.Array | None  # standard deviations, of the site's shape
-    factor: jax.Array | None  # lower Cholesky factors, (*shape, shape[-1])
-    mask: jax.Array  # which entries count, of the site's shape
-    power: jax.Array | float  # of a scale handler, which changes the spread
-
-    def whiten(self, value: jax.Array) -> jax.Array:
-        """Values of the site in units of its spread, flat; zero under the mask."""
-        value = jnp.where(self.mask, jnp.asarray(value, jnp.result_type(float)), 0.0)
-        if self.factor is None:
-            whitened = value / jnp.where(self.mask, self.scale, 1.0)
-        else:
-            factor = jnp.where(self.mask[..., None], self.factor, jnp.eye(value.shape[-1], dtype=value.dtype))
-            whitened = solve_triangular(factor, value[..., None], lower=True)[..., 0]
-        return (jnp.sqrt(self.power) * whitened).reshape(-1)
-
-
-def _gaussian(site: Mapping[str, Any]) -> _Gaussian | None:
-    """The law of a site if it is normal, in plates and under masks; None if it is not."""
-    shape, fn, mask = site["fn"].shape(), site["fn"], jnp.ones((), bool)
-    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        if isinstance(fn, dist.MaskedDistribution):
-            kept = jnp.asarray(fn._mask)
-            mask = mask & kept.reshape(kept.shape + (1,) * fn.event_dim * (kept.ndim > 0))
-        fn = fn.base_dist
-    power = 1.0 if site["scale"] is None else site["scale"]
-    mask = jnp.broadcast_to(mask, shape)
-    if isinstance(fn, dist.Normal):
-        return _Gaussian(jnp.broadcast_to(fn.loc, shape), jnp.broadcast_to(fn.scale, shape), None, mask, power)
-    if isinstance(fn, dist.MultivariateNormal):
-        factor = fn.scale_tril
-    elif isinstance(fn, dist.LowRankMultivariateNormal):
-        factor = jnp.linalg.cholesky(fn.covariance_matrix)
-    else:
-        return None
-    return _Gaussian(jnp.broadcast_to(fn.loc, shape), None, jnp.broadcast_to(factor, (*shape, shape[-1])), mask, power)
-
-
-def _spread(site: Mapping[str, Any]) -> Any:
-    """What must not depend on the diffusion sites: the data, and their law except the mean."""
-    law = _gaussian(site)
-    return site["value"], site["scale"], None if law is None else law[1:]

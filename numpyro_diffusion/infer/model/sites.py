@@ -11,16 +11,19 @@ systems: the support, NumPyro's unconstrained space, and the denoiser's own spac
 With a constrained support, the Jacobian of the support belongs to the prior as well. The rest is therefore evaluated at
 constrained values, never through NumPyro's unconstrained potential, which would include it.
 
+What guidance can use of an observed site is the normal law of its data (`NormalData`).
+
 This file only reads models, see also `record`; `drop_prior` is in `handlers`.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
+from jax.scipy.linalg import solve_triangular
 from numpyro.distributions import biject_to, constraints
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.gibbs import conditioned
@@ -119,3 +122,48 @@ def traced(model: Model, args: tuple, kwargs: Mapping[str, Any], values: Mapping
 
     model = seed(substitute(conditioned(model), substitute_fn=given_or_origin), jax.random.key(0))
     return trace(model).get_trace(*args, **kwargs)
+
+
+class NormalData(NamedTuple):
+    """The data of a site and their normal law; of `scale`, `factor` and `covariance` one is given."""
+
+    value: jax.Array
+    mean: jax.Array  # broadcasts to the site's shape, as all of these do
+    mask: jax.Array  # which entries count
+    power: jax.Array | float  # of a scale handler, which changes the spread
+    scale: jax.Array | None  # standard deviations
+    factor: jax.Array | None  # lower Cholesky factors, (*shape, shape[-1])
+    covariance: jax.Array | None  # (*shape, shape[-1])
+
+    def whiten(self, value: jax.Array) -> jax.Array:
+        """Values of the site in units of its spread, flat; zero under the mask."""
+        shape = jnp.shape(self.value)
+        mask = jnp.broadcast_to(self.mask, shape)
+        value = jnp.where(mask, jnp.broadcast_to(jnp.asarray(value, jnp.result_type(float)), shape), 0.0)
+        if self.scale is not None:
+            whitened = value / jnp.where(mask, self.scale, 1.0)
+        else:
+            factor = jnp.linalg.cholesky(self.covariance) if self.factor is None else self.factor
+            factor = jnp.where(mask[..., None], factor, jnp.eye(shape[-1], dtype=value.dtype))
+            whitened = solve_triangular(factor, value[..., None], lower=True)[..., 0]
+        return (jnp.sqrt(self.power) * whitened).reshape(-1)
+
+
+def normal_data(site: Mapping[str, Any]) -> NormalData | None:
+    """The data of a site and their law if it is normal, in plates and under masks; None if it is not."""
+    fn, mask = site["fn"], jnp.ones((), bool)
+    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        if isinstance(fn, dist.MaskedDistribution):
+            kept = jnp.asarray(fn._mask)
+            mask = mask & kept.reshape(kept.shape + (1,) * fn.event_dim * (kept.ndim > 0))
+        fn = fn.base_dist
+    value = jnp.broadcast_to(site["value"], jnp.broadcast_shapes(jnp.shape(site["value"]), site["fn"].shape()))
+    power = 1.0 if site["scale"] is None else site["scale"]
+    match fn:
+        case dist.Normal():
+            return NormalData(value, fn.loc, mask, power, fn.scale, None, None)
+        case dist.MultivariateNormal():
+            return NormalData(value, fn.loc, mask, power, None, fn.scale_tril, None)
+        case dist.LowRankMultivariateNormal():
+            return NormalData(value, fn.loc, mask, power, None, None, fn.covariance_matrix)
+    return None

@@ -3,9 +3,11 @@ r"""What a model is made of, from one abstract trace: its sites, their shapes, a
 Nothing is computed: the model runs once, on symbols. Latent sites stand at the origin of their unconstrained
 coordinates, and each value carries the name of its site along, as an operation of the program that does nothing. What
 names are behind an array of a distribution says on which sites it depends; loops and branches count as a whole.
+
+A block of a composite kernel sees the same model with some sites given: `Structure.given`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +19,26 @@ from jax.extend.core import Literal, jaxprs_in_params
 from numpyro.distributions import biject_to
 from numpyro.distributions.util import is_identically_one
 from numpyro.handlers import seed, substitute, trace
-from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro.primitives import Messenger
 
+from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer.model.handlers import Model, as_written, is_diffusion_site, prior_inside
+from numpyro_diffusion.infer.model.sites import NormalData, normal_data
+
+
+@dataclass(frozen=True)
+class Law:
+    """On what the term of a sample site depends, as seen by other sites.
+
+    Args:
+        depends_on: names of the latent sites that its distribution depends on, and its data if it is observed.
+        is_normal: whether it is a normal law that `sites.normal_data` reads.
+        spread_depends_on: names of those that the data and all of a normal law but its mean depend on.
+    """
+
+    depends_on: frozenset[str]
+    is_normal: bool
+    spread_depends_on: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -36,7 +54,9 @@ class LatentSite:
         is_altered: whether a mask, a scale or a subsampling plate changes its term in the model.
         support: its support, where that is one and the same; None where the model computes it.
         depends_on: names of the other latent sites that its distribution depends on.
-        support_depends_on: names of sites that a composite kernel conditions on and its support depends on.
+        support_depends_on: names of the other latent sites that its support depends on.
+        support_given: names of sites that a composite kernel conditions on and its support depends on.
+        prior: of a diffusion site, with shapes in place of its arrays.
     """
 
     shape: tuple[int, ...]
@@ -48,6 +68,8 @@ class LatentSite:
     support: Any = None
     depends_on: frozenset[str] = frozenset()
     support_depends_on: frozenset[str] = frozenset()
+    support_given: frozenset[str] = frozenset()
+    prior: DiffusionPrior | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +78,7 @@ class Structure:
 
     Args:
         latent: its latent sites, in the order of the model.
+        laws: the terms of all its sample sites.
         observed_priors: names of observed sites with a `DiffusionPrior`.
         subsampled: names of plates that show a part of the data.
         in_loop: names of diffusion sites inside NumPyro's `scan`.
@@ -64,6 +87,7 @@ class Structure:
     """
 
     latent: dict[str, LatentSite]
+    laws: dict[str, Law]
     observed_priors: tuple[str, ...]
     subsampled: tuple[str, ...]
     in_loop: tuple[str, ...]
@@ -89,6 +113,29 @@ class Structure:
     def dependent(self) -> list[str]:
         """Names of the diffusion sites whose prior depends on another latent site."""
         return [name for name in self.diffusion if self.latent[name].depends_on]
+
+    @property
+    def observed(self) -> dict[str, Law]:
+        """The terms of sites that are not latent."""
+        return {name: law for name, law in self.laws.items() if name not in self.latent}
+
+    def given(self, names: Iterable[str]) -> "Structure":
+        """The structure of the model conditioned on some of its latent sites."""
+        names = frozenset(names) & self.latent.keys()
+        if not names:
+            return self
+
+        def of(site: LatentSite) -> LatentSite:
+            given = site.support_given | site.support_depends_on & names
+            return replace(site, depends_on=site.depends_on - names, support_given=given)
+
+        priors = tuple(name for name in self.diffusion if name in names)
+        return replace(
+            self,
+            latent={name: of(site) for name, site in self.latent.items() if name not in names},
+            observed_priors=(*self.observed_priors, *priors),
+            in_loop=tuple(name for name in self.in_loop if name not in names),
+        )
 
 
 _PREFIX = "numpyro_diffusion/"
@@ -118,8 +165,16 @@ class _Watch(Messenger):
             self.in_loop += [name for name, site in body.trace.items() if is_diffusion_site(site)]
 
 
-def read_structure(model: Model, args: tuple, kwargs: dict[str, Any]) -> Structure:
-    """Reads a model by an abstract trace at the origin of its latent sites, whose values carry their names along."""
+def read_structure(model: Callable[[list], Any], arrays: list) -> Structure:
+    """Reads a model by an abstract trace at the origin of its latent sites, whose values carry their names along.
+
+    Args:
+        model: the model at its arguments, as a function of those that are arrays.
+        arrays: these arguments.
+
+    Returns:
+        The `Structure`.
+    """
     found: dict[str, Any] = {}
 
     def at_origin(site: Mapping[str, Any]) -> jax.Array | None:
@@ -133,32 +188,45 @@ def read_structure(model: Model, args: tuple, kwargs: dict[str, Any]) -> Structu
             value = to_support(jnp.zeros(to_support.inverse_shape(site["fn"].shape())))
         return _named(value, site["name"])
 
-    given = kwargs.get(GIBBS_SITES_KWARG, {})
-
-    def read() -> tuple[dict[str, list], dict[str, list]]:
-        named = {name: _named(value, name) for name, value in given.items()}
+    def read(arrays: list) -> tuple[dict[str, tuple], dict[str, DiffusionPrior]]:
         watch = _Watch(substitute(seed(model, jax.random.key(0)), substitute_fn=at_origin))
-        sites = trace(watch).get_trace(*args, **({**kwargs, GIBBS_SITES_KWARG: named} if named else kwargs))
+        sites = trace(watch).get_trace(arrays)
         samples = {name: s for name, s in sites.items() if s["type"] == "sample"}
         latent = {name: s for name, s in samples.items() if not s["is_observed"]}
         found.update(sites=sites, watch=watch, latent={name: _latent(s) for name, s in latent.items()})
-        laws = {name: jax.tree.leaves((s["fn"], s["value"] if s["is_observed"] else ())) for name, s in samples.items()}
-        return laws, {name: jax.tree.leaves(s["fn"].support) for name, s in latent.items()}
+        normal = {name: normal_data(s) for name, s in samples.items()}
+        found["normal"] = {name for name, data in normal.items() if data is not None}
+        behind = {
+            name: (
+                jax.tree.leaves((s["fn"], s["value"] if s["is_observed"] else ())),
+                jax.tree.leaves(_spread(normal[name], s["is_observed"])),
+                jax.tree.leaves(s["fn"].support) if name in latent else (),
+            )
+            for name, s in samples.items()
+        }
+        priors = {name: prior_inside(as_written(s), True) for name, s in latent.items() if is_diffusion_site(s)}
+        return behind, priors
 
-    jaxpr, shapes = jax.make_jaxpr(read, return_shape=True)()
-    origins = _origins(jaxpr.jaxpr)
-    laws, supports = jax.tree.unflatten(jax.tree.structure(shapes), origins)
+    jaxpr, shapes = jax.make_jaxpr(read, return_shape=True)(arrays)
+    behind, priors = shapes
+    leaves, tree = jax.tree.flatten(behind)
+    behind = jax.tree.unflatten(tree, _origins(jaxpr.jaxpr)[: len(leaves)])
+    union = {name: tuple(frozenset().union(*names) for names in parts) for name, parts in behind.items()}
     sites, watch, latent = found["sites"], found["watch"], found["latent"]
     plates = {name: s["args"] for name, s in sites.items() if s["type"] == "plate"}
-    everything = frozenset().union(*(names for leaves in laws.values() for names in leaves))
     return Structure(
         latent={
             name: replace(
                 site,
-                depends_on=frozenset().union(*laws[name]) & (latent.keys() - {name}),
-                support_depends_on=frozenset().union(*supports[name]) & given.keys(),
+                depends_on=union[name][0] & (latent.keys() - {name}),
+                support_depends_on=union[name][2] & latent.keys(),
+                prior=priors.get(name),
             )
             for name, site in latent.items()
+        },
+        laws={
+            name: Law(of_law & latent.keys(), name in found["normal"], of_spread & latent.keys())
+            for name, (of_law, of_spread, _) in union.items()
         },
         observed_priors=tuple(
             name
@@ -167,9 +235,14 @@ def read_structure(model: Model, args: tuple, kwargs: dict[str, Any]) -> Structu
         ),
         subsampled=tuple(name for name, (size, subsample_size) in plates.items() if (subsample_size or size) < size),
         in_loop=tuple(watch.in_loop),
-        draws_elsewhere=_DRAWN in everything,
+        draws_elsewhere=any(_DRAWN in names for names, _, _ in union.values()),
         deterministic=tuple(name for name, s in sites.items() if s["type"] == "deterministic"),
     )
+
+
+def _spread(data: NormalData | None, is_observed: bool) -> Any:
+    """What of a normal law must not depend on a site for the law to be one of noise about it."""
+    return () if data is None else data._replace(mean=None, value=data.value if is_observed else None)
 
 
 def _latent(site: Mapping[str, Any]) -> LatentSite:

@@ -19,23 +19,27 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from numpyro.handlers import reparam, seed
 from numpyro.infer import NUTS
-from numpyro.infer.gibbs import conditioned
 from numpyro.infer.mcmc import MCMCKernel
-from numpyro.infer.util import constrain_fn, potential_energy
 
-from numpyro_diffusion import _precision
 from numpyro_diffusion.infer.kernel.choose import all_finite
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
-from numpyro_diffusion.infer.kernel.inner import KernelLike, bind, bound, build, started
-from numpyro_diffusion.infer.kernel.start import Strategy, start
-from numpyro_diffusion.infer.model.checks import check_fixed, check_has_prior, check_names, check_walkable
+from numpyro_diffusion.infer.kernel.inner import KernelLike, bind, bound, build, keeps_arguments, started
+from numpyro_diffusion.infer.kernel.stand_in import inside
+from numpyro_diffusion.infer.kernel.start import Strategy, by_strategy, start, strategy_of, values_of
+from numpyro_diffusion.infer.model.checks import (
+    check_continuous,
+    check_fixed,
+    check_has_prior,
+    check_names,
+    check_walkable,
+)
 from numpyro_diffusion.infer.model.density import Status
-from numpyro_diffusion.infer.model.handlers import Model, as_written, is_diffusion_site
+from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
+from numpyro_diffusion.infer.noise.coordinates import InNoise
 from numpyro_diffusion.infer.noise.encode import noise_behind
-from numpyro_diffusion.reparam import NoiseReparam, noise_name
+from numpyro_diffusion.reparam import noise_name
 
 
 class NoiseSpaceState(NamedTuple):
@@ -60,19 +64,6 @@ class NoiseSpaceState(NamedTuple):
     num_score_evals: jax.Array
     diverging: jax.Array
     rng_key: jax.Array
-
-
-def in_noise_space(model: Model, *args: Any, **kwargs: Any) -> Any:
-    """The model with noise sites in place of diffusion sites; module-level, so that kernels on it can be pickled."""
-
-    def config(site: dict[str, Any]) -> Callable | None:
-        """Every latent diffusion site, whether its prior is dropped or not."""
-        if not is_diffusion_site(site):
-            return None
-        return lambda name, fn, obs: NoiseReparam()(name, as_written(site), obs)
-
-    with _precision.highest():
-        return reparam(model, config=config)(*args, **kwargs)
 
 
 class NoiseSpace(DiffusionKernel):
@@ -106,6 +97,7 @@ class NoiseSpace(DiffusionKernel):
     """
 
     statistics = ("accept_prob", "step_size", "num_score_evals")
+    holds_values = True
     status = Status("flow", True, "exact for the prior that the deterministic solver pushes forward, in its steps")
 
     def __init__(
@@ -122,27 +114,60 @@ class NoiseSpace(DiffusionKernel):
 
     def _build_inner(self) -> MCMCKernel:
         inner, options = self._inner_given
-        return build("inner", inner, partial(in_noise_space, conditioned(self._model)), **options)
+        self._in_noise = InNoise(self._model)
+        return build("inner", inner, self._in_noise, **options)
 
     @property
     def inner(self) -> MCMCKernel:
         """The inner kernel, on the model in noise space."""
         return self._inner
 
+    @property
+    def held(self) -> tuple[MCMCKernel, ...]:
+        """The inner kernel."""
+        return (self._inner,)
+
     def _check_model(self, reading: Reading) -> None:
         check_has_prior(reading.structure)
         check_fixed("NoiseSpace", reading.structure)
+        check_continuous("NoiseSpace", reading.structure)
         check_names("NoiseSpace", reading.structure, map(noise_name, reading.structure.diffusion))
         check_walkable("NoiseSpace", reading.sites_in_the_abstract())
 
     def _bind(self, key: jax.Array, init_params: dict | None, reading: Reading) -> None:
-        inner_params = None if init_params is None else jax.eval_shape(partial(self._given, key, reading), init_params)
+        if not keeps_arguments(self._inner):
+            return  # it is started by `_start`
+        inner_params = jax.eval_shape(partial(self._inner_params, reading=reading), key, init_params)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inner_params)
 
         def start_inner(key: jax.Array, params: dict | None) -> Any:
-            return bound(self._inner, key, self._num_warmup, params, reading.args, reading.kwargs)
+            return bound(self._inner, key, self._num_warmup, params, reading.args, inside(reading.kwargs))
 
         bind(start_inner, [self._inner], key, zeros)
+
+    def _inner_params(self, key: jax.Array, init_params: dict | None, reading: Reading) -> dict | None:
+        """Where the inner kernel starts, in its own coordinates; None leaves that to it."""
+        if init_params is not None:
+            return self._given(key, reading, init_params)
+        if self._init_strategy is not None:
+            return self._behind(
+                reading, start(key, reading, None, self._init_strategy, partial(self._is_valid, reading))
+            )
+        strategy = strategy_of(self._inner)
+        if strategy is None:
+            return None
+        draw = partial(self._by_inner_strategy, reading=reading, strategy=strategy)
+        return start(key, reading, None, None, partial(self._is_valid_noise, reading), draw)
+
+    def _by_inner_strategy(self, key: jax.Array, reading: Reading, strategy: Strategy) -> dict[str, jax.Array]:
+        """Where the inner kernel's own strategy starts: noise at random, other sites as it says of the model's."""
+        key_others, key_noise = jax.random.split(key)
+        shapes, told = self._in_noise.normal_shapes(reading.structure), values_of(strategy)
+        keys = jax.random.split(key_noise, len(shapes))
+        noise = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+        noise |= {name: jnp.asarray(told[name], jnp.result_type(float)) for name in shapes if name in told}
+        others = by_strategy(key_others, reading, strategy)
+        return {**noise, **{name: others[name] for name in reading.structure.others}}
 
     def _given(self, key: jax.Array, reading: Reading, init_params: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Where the inner kernel starts, in its own coordinates, for a chain that is told where to start."""
@@ -152,8 +177,11 @@ class NoiseSpace(DiffusionKernel):
 
     def _is_valid(self, reading: Reading, z: dict[str, jax.Array]) -> jax.Array:
         """Whether the inner kernel can go on from the noise behind a point."""
-        potential = partial(potential_energy, seed(self._inner.model, jax.random.key(0)), reading.args, reading.kwargs)
-        return all_finite(jax.value_and_grad(potential)(self._behind(reading, z)))
+        return self._is_valid_noise(reading, self._behind(reading, z))
+
+    def _is_valid_noise(self, reading: Reading, point: dict[str, jax.Array]) -> jax.Array:
+        """Whether log-density and gradient are finite at a point of the inner kernel's coordinates."""
+        return all_finite(jax.value_and_grad(lambda w: self._in_noise.evaluate(reading, w).log_density)(point))
 
     def _behind(self, reading: Reading, z: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """The noise behind diffusion sites, and the other sites, all unconstrained."""
@@ -162,14 +190,10 @@ class NoiseSpace(DiffusionKernel):
         return {**{name: value for name, value in z.items() if name not in sites}, **noise}
 
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> NoiseSpaceState:
-        inner_params = None
-        if init_params is not None:
-            inner_params = self._given(key, reading, init_params)
-        elif self._init_strategy is not None:
-            z = start(key, reading, None, self._init_strategy, partial(self._is_valid, reading))
-            inner_params = self._behind(reading, z)
-        inner_state = started(self._inner, key, self._num_warmup, inner_params, reading.args, reading.kwargs)
-        return self._report(inner_state, reading)
+        begin = started if keeps_arguments(self._inner) else bound
+        inner_params = self._inner_params(key, init_params, reading)
+        state = begin(self._inner, key, self._num_warmup, inner_params, reading.args, inside(reading.kwargs))
+        return self._report(state, reading)
 
     def _check_start(self, state: NoiseSpaceState) -> None:
         bad = int(jnp.sum(~jnp.isfinite(state.potential_energy)))
@@ -181,20 +205,18 @@ class NoiseSpace(DiffusionKernel):
 
     def _step(self, state: NoiseSpaceState, reading: Reading) -> NoiseSpaceState:
         inner_state = state.inner_state._replace(rng_key=state.rng_key)
-        return self._report(self._inner.sample(inner_state, reading.args, reading.kwargs), reading)
+        return self._report(self._inner.sample(inner_state, reading.args, inside(reading.kwargs)), reading)
 
     def _report(self, inner_state: Any, reading: Reading) -> NoiseSpaceState:
         """Solves the flow for the current noise and gathers the statistics."""
         noise = getattr(inner_state, self._inner.sample_field)
-        model = seed(self._inner.model, jax.random.key(0))
-        values = constrain_fn(model, reading.args, reading.kwargs, noise, return_deterministic=True)
+        parts = self._in_noise.evaluate(reading, noise)
         sites = reading.sites_in_the_abstract()
-        shown = {*reading.structure.latent, *reading.structure.deterministic}
         solves = getattr(inner_state, "num_steps", 1) + 1
         counts = [site.prior.flow_solver.evaluations() for site in sites.values()]
         evaluations = 0 if None in counts else sum(counts)  # those of an adaptive solver are not known
         return NoiseSpaceState(
-            z={name: value for name, value in values.items() if name in shown},
+            z={**parts.values, **parts.deterministic},
             inner_state=inner_state,
             potential_energy=jnp.asarray(getattr(inner_state, "potential_energy", jnp.nan)),
             accept_prob=jnp.asarray(getattr(inner_state, "accept_prob", jnp.nan)),
@@ -206,7 +228,7 @@ class NoiseSpace(DiffusionKernel):
 
     def refresh(self, state: NoiseSpaceState, model_args: tuple, model_kwargs: dict | None) -> NoiseSpaceState:
         """Refreshes the inner kernel after a composite kernel has moved what it is conditioned on."""
-        inner_state = self._inner.refresh(state.inner_state, model_args, {} if model_kwargs is None else model_kwargs)
+        inner_state = self._inner.refresh(state.inner_state, model_args, inside(model_kwargs or {}))
         return state._replace(inner_state=inner_state)
 
     def wrap_model(self, wrapper: Callable[[Model], Model]) -> "NoiseSpace":

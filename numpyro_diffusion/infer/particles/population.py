@@ -33,7 +33,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
-from numpyro.infer.util import unconstrain_fn
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.infer.kernel.choose import effective_size, next_temperature, without_improper
@@ -43,8 +42,7 @@ from numpyro_diffusion.infer.model.checks import check_continuous, check_fixed, 
 from numpyro_diffusion.infer.model.density import Status
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading, Record
-from numpyro_diffusion.infer.noise.coordinates import NoiseCoordinates
-from numpyro_diffusion.infer.noise.noise_space import in_noise_space
+from numpyro_diffusion.infer.noise.vector import NoiseVector, in_noise
 from numpyro_diffusion.infer.particles.evidence import Draws, Outcome, ParticleSampler, evidence_of, resample_islands
 from numpyro_diffusion.infer.particles.rounds import Look, Round, Temperature, look
 from numpyro_diffusion.infer.particles.tempered import look_at_start
@@ -154,7 +152,7 @@ class PopulationHMC(ParticleSampler):
     def _sample(self, rng_key: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Outcome:
         reading = Record(self._model).at(args, kwargs)
         _check(reading)
-        names, started = NoiseCoordinates(reading).names, time.monotonic()
+        names, started = NoiseVector(reading).names, time.monotonic()
         number, factor, last, self._looks = self._shape[1], 1, None, []
         while True:
             round_started = time.monotonic()
@@ -209,15 +207,15 @@ class PopulationHMC(ParticleSampler):
         q = np.asarray(q).reshape(islands, number, *q.shape[1:])
         return Round(q, values, evidence, history, moves, per_walker * islands * number, number, factor)
 
-    def _coordinates(self, args: tuple, kwargs: dict[str, Any]) -> NoiseCoordinates:
-        return NoiseCoordinates(Record(self._model).at(args, kwargs))
+    def _coordinates(self, args: tuple, kwargs: dict[str, Any]) -> NoiseVector:
+        return NoiseVector(Record(self._model).at(args, kwargs))
 
     def _start(self, number: int, key: jax.Array, args: tuple, kwargs: dict[str, Any]) -> _Stage:
         """Draws of the prior."""
-        coordinates, model = self._coordinates(args, kwargs), partial(in_noise_space, self._model)
+        coordinates, model = self._coordinates(args, kwargs), in_noise(self._model)
 
         def one(key: jax.Array) -> Walker:
-            q = coordinates.flatten(unconstrain_fn(model, args, kwargs, draw_prior(model, key, args, kwargs)))
+            q = coordinates.flatten(draw_prior(model, key, args, kwargs))
             return Walker(q, *(jnp.zeros(()), jnp.zeros_like(q)), coordinates.log_density(q).likelihood)
 
         walkers = jax.vmap(one)(jax.random.split(key, self._shape[0] * number))
@@ -284,7 +282,7 @@ def _check(reading: Reading) -> None:
     check_names("PopulationHMC", structure, map(noise_name, structure.diffusion))
     check_walkable("PopulationHMC", reading.sites_in_the_abstract())
     try:
-        coordinates = NoiseCoordinates(reading)
+        coordinates = NoiseVector(reading)
         jax.eval_shape(jax.grad(lambda q: sum(coordinates.log_density(q))), jnp.zeros(coordinates.size))
     except (ValueError, NotImplementedError) as error:
         raise ValueError(

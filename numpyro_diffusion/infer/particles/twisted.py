@@ -51,7 +51,7 @@ from numpyro_diffusion.infer.model.record import Reading, Record
 from numpyro_diffusion.infer.particles.evidence import Draws, Outcome, ParticleSampler, evidence_of, resample_islands
 from numpyro_diffusion.infer.particles.look_ahead import LookAhead
 from numpyro_diffusion.infer.reverse.base import solver_of
-from numpyro_diffusion.infer.reverse.walk import Transition, check_solver, log_worth, outlooks
+from numpyro_diffusion.infer.reverse.walk import Transition, check_solver, log_walk_weight, outlooks
 from numpyro_diffusion.solve import GaussianSolver, Solver, terminal_point
 
 
@@ -236,7 +236,7 @@ class TwistedSMC(ParticleSampler):
         log_twist, step, memory, before = jax.tree.map(lambda leaf: leaf[ancestors], moving)
         points = jax.vmap(Transition.draw)(step, jax.random.split(key_step, len(ancestors)), before)
         log_ratio = before + jax.vmap(Transition.log_ratio)(step, points)
-        gained = log_worth(log_ratio) - log_worth(before) - log_twist
+        gained = log_walk_weight(log_ratio) - log_walk_weight(before) - log_twist
         log_weights = cloud.log_weights + gained.reshape(self._shape)
         cloud = Cloud(points, memory, log_ratio, log_weights, cloud.log_evidence)
         unguided = jnp.mean(step.is_lost, dtype=points.dtype)
@@ -248,8 +248,8 @@ class TwistedSMC(ParticleSampler):
         """Weighs by the twisting function, and resamples where the weights have become uneven."""
         islands, n = self._shape
         log_weights = without_improper(cloud.log_weights + log_twist.reshape(self._shape))
-        worth = jax.vmap(effective_size)(log_weights)
-        now = worth < self._ess_threshold * n
+        sizes = jax.vmap(effective_size)(log_weights)
+        now = sizes < self._ess_threshold * n
         chosen = jax.vmap(systematic)(jax.random.split(key, islands), log_weights)
         chosen = jnp.where(now[:, None], chosen, jnp.arange(n)) + n * jnp.arange(islands)[:, None]
         mean = logsumexp(log_weights, axis=1) - jnp.log(n)
@@ -258,7 +258,7 @@ class TwistedSMC(ParticleSampler):
             log_evidence=cloud.log_evidence + jnp.where(now, mean, 0.0),
         )
         zero = jnp.zeros(())
-        return cloud, chosen.reshape(-1), Level(zero, worth.sum(), _harmonic_mean(worth), jnp.mean(now), zero, zero)
+        return cloud, chosen.reshape(-1), Level(zero, sizes.sum(), _harmonic_mean(sizes), jnp.mean(now), zero, zero)
 
     def _weigh(self, key: jax.Array, cloud: Cloud, args: tuple, kwargs: dict) -> tuple[Draws, jax.Array, Level]:
         """Weighs clean points by the model: draws, the evidence of each island, and the effective sizes."""
@@ -271,15 +271,15 @@ class TwistedSMC(ParticleSampler):
         key_pooled, key_islands = jax.random.split(key)
         pooled = systematic(key_pooled, (cloud.log_evidence[:, None] + log_weights).reshape(-1))
         values = jax.vmap(lambda z: reading.constrain(z, deterministic=True))(z)
-        worth, zero = jax.vmap(effective_size)(log_weights), jnp.zeros(())
+        sizes, zero = jax.vmap(effective_size)(log_weights), jnp.zeros(())
         noise_level = guided.schedule.noise_level(times[-1])
-        level = Level(noise_level, worth.sum(), _harmonic_mean(worth), zero, zero, zero)
+        level = Level(noise_level, sizes.sum(), _harmonic_mean(sizes), zero, zero, zero)
         return Draws(values, pooled, resample_islands(key_islands, log_weights)), log_evidence, level
 
 
-def _harmonic_mean(worth: jax.Array) -> jax.Array:
+def _harmonic_mean(sizes: jax.Array) -> jax.Array:
     """Of effective sizes, since the relative variances of the islands' weights are proportional to their inverses."""
-    return 1.0 / jnp.mean(1.0 / jnp.maximum(worth, 1.0))
+    return 1.0 / jnp.mean(1.0 / jnp.maximum(sizes, 1.0))
 
 
 def _positive(log_twist: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,6 @@
 r"""A population of Hamiltonian chains at one temperature: one metric and one step size for all of them.
 
-Each walker $q_i$ moves by leapfrog on $\log \pi_\beta$ in the coordinates of `noise.coordinates` and is accepted or
+Each walker $q_i$ moves by leapfrog on $\log \pi_\beta$ in the coordinates of `noise.vector` and is accepted or
 rejected by itself, so that $\pi_\beta$ stays invariant for each. What all walkers share is how: the `metric`, estimated
 from where they are, and the step size $\epsilon$, which follows their mean acceptance $a$,
 
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from numpyro_diffusion.infer.kernel.choose import metropolis
 from numpyro_diffusion.infer.kernel.metric import Metric, estimate
-from numpyro_diffusion.infer.noise.coordinates import NoiseCoordinates
+from numpyro_diffusion.infer.noise.vector import NoiseVector
 from numpyro_diffusion.infer.particles.mutate import correlations
 
 _TARGET_ACCEPTANCE = 0.8
@@ -55,7 +55,7 @@ class Moves(NamedTuple):
     num_diverging: jax.Array  # of all: proposals whose density or gradient was not finite
 
 
-def walker_at(coordinates: NoiseCoordinates, q: jax.Array, temperature: jax.Array) -> Walker:
+def walker_at(coordinates: NoiseVector, q: jax.Array, temperature: jax.Array) -> Walker:
     """A chain at a point, (D,)."""
 
     def tempered(q: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -68,7 +68,7 @@ def walker_at(coordinates: NoiseCoordinates, q: jax.Array, temperature: jax.Arra
 
 def trajectory(
     key: jax.Array,
-    coordinates: NoiseCoordinates,
+    coordinates: NoiseVector,
     walker: Walker,
     temperature: jax.Array,
     tuning: Tuning,
@@ -94,7 +94,7 @@ def trajectory(
 
 def move_until_forgotten(
     key: jax.Array,
-    coordinates: NoiseCoordinates,
+    coordinates: NoiseVector,
     walkers: Walker,
     temperature: jax.Array,
     step_size: jax.Array,
@@ -162,7 +162,7 @@ def move_until_forgotten(
 
 def draws_of(
     key: jax.Array,
-    coordinates: NoiseCoordinates,
+    coordinates: NoiseVector,
     walkers: Walker,
     tuning: Tuning,
     *,
@@ -204,7 +204,7 @@ def draws_of(
 
 
 def _all(
-    key: jax.Array, coordinates: NoiseCoordinates, walkers: Walker, temperature: jax.Array, tuning: Tuning, steps: int
+    key: jax.Array, coordinates: NoiseVector, walkers: Walker, temperature: jax.Array, tuning: Tuning, steps: int
 ) -> tuple[Walker, jax.Array, jax.Array]:
     """One move of every walker."""
 

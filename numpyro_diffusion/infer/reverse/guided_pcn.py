@@ -48,7 +48,7 @@ from numpyro_diffusion.infer.kernel.start import Strategy
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.reverse.base import WalkKernel
-from numpyro_diffusion.infer.reverse.walk import Transition, log_worth, transition
+from numpyro_diffusion.infer.reverse.walk import Transition, log_walk_weight, transition
 from numpyro_diffusion.solve import GaussianSolver, Solver
 from numpyro_diffusion.solve.base import terminal_moments
 
@@ -260,4 +260,4 @@ def _walks(
     first = points, memory, jnp.zeros(count + 1, dtype), jnp.zeros((), jnp.int32)
     (_, _, log_ratio, lost), later = jax.lax.scan(down, first, jnp.arange(len(times) - 1))
     walks = jnp.moveaxis(jnp.concatenate([points[None], later]), 0, 1)
-    return walks, jnp.where(is_fresh, log_worth(log_ratio), log_ratio), lost
+    return walks, jnp.where(is_fresh, log_walk_weight(log_ratio), log_ratio), lost

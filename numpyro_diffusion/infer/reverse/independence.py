@@ -27,16 +27,16 @@ References:
     Liu, Peskun's theorem and a modified discrete-state Gibbs sampler, 1996, https://doi.org/10.1093/biomet/83.3.681.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from numpyro.distributions import biject_to
-from numpyro.handlers import seed, substitute, trace
-from numpyro.infer.gibbs import conditioned
-from numpyro.infer.util import log_density
+from numpyro.handlers import seed, substitute
+from numpyro.infer.util import compute_log_probs
 from numpyro.primitives import Messenger
 
 from numpyro_diffusion import _checks, _precision
@@ -126,6 +126,7 @@ class Independence(DiffusionKernel):
         if not (proposal is None or self._only or isinstance(proposal, Mapping)):
             raise TypeError(f"proposal must be a NumPyro distribution or one for each site; got {proposal!r}")
         self._proposal = {"": proposal} if self._only else dict(proposal or {})
+        self._candidate, self._weight = partial(_candidate, self._proposal), partial(_weight, self._proposal)
         for name, fn in self._proposal.items():
             if not isinstance(fn, dist.Distribution):
                 raise TypeError(f"the proposal of site {name!r} must be a NumPyro distribution; got {fn!r}")
@@ -174,38 +175,25 @@ class Independence(DiffusionKernel):
                 "chains: the data contradict it, or the model returns NaN. Pass init_params where it is finite"
             )
 
-    def _draw(self, key: jax.Array, reading: Reading) -> tuple[dict, dict, jax.Array]:
-        """One candidate: constrained and unconstrained values of all latent sites, and whether the supports hold it."""
-        key, *keys = jax.random.split(key, len(self._proposal) + 1)
-        proposals = self._proposals(reading)
-        values = {name: fn.sample(key) for key, (name, fn) in zip(keys, proposals.items(), strict=True)}
-        model = seed(substitute(conditioned(reading.model), values), key)
-        sites = trace(model).get_trace(*reading.args, **reading.kwargs)
-        latent = {name: sites[name] for name in reading.structure.latent}
-        z = {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in latent.items()}
-        inside = [jnp.all(latent[name]["fn"].support(latent[name]["value"])) for name in proposals]
-        return {name: site["value"] for name, site in latent.items()}, z, jnp.all(jnp.array([True, *inside]))
+    def _draw(self, key: jax.Array, reading: Reading) -> tuple[dict, jax.Array]:
+        """One candidate: unconstrained values of all latent sites, and its log-weight."""
+        return reading.run(self._candidate, key)
 
-    def _log_weight(self, values: dict[str, jax.Array], reading: Reading) -> jax.Array:
-        """The log-weight of a point given by constrained values, as the model gives it."""
-        proposals = self._proposals(reading)
-        model = seed(_Uncancelled(conditioned(reading.model), proposals), jax.random.key(0))
-        with _precision.highest():
-            log_target, _ = log_density(model, reading.args, reading.kwargs, values)
-        log_weight = jnp.asarray(log_target, jnp.result_type(float))
-        for name, fn in proposals.items():
-            log_weight -= jnp.sum(fn.log_prob(values[name]))  # like the model's, minus infinity outside the support
-        return log_weight
+    def _log_weight(self, z: dict[str, jax.Array], reading: Reading) -> jax.Array:
+        """The log-weight of a point, as the model gives it."""
+        if not self._proposal:
+            return jnp.asarray(reading.evaluate(z).log_likelihood, jnp.result_type(float))
+        return reading.run(self._weight, reading.constrain(z))
 
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> IndependenceState:
         key, key_start = jax.random.split(key)
 
         def weigh(z: dict[str, jax.Array]) -> jax.Array:
-            log_weight = self._log_weight(reading.constrain(z), reading)
+            log_weight = self._log_weight(z, reading)
             return jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight)
 
         def draw(key: jax.Array) -> dict[str, jax.Array]:
-            return self._draw(key, reading)[1]
+            return self._draw(key, reading)[0]
 
         z = start(key_start, reading, init_params, self._init_strategy, lambda z: jnp.isfinite(weigh(z)), draw)
         zero, count = jnp.zeros((), jnp.result_type(float)), jnp.zeros((), jnp.int32)
@@ -214,9 +202,7 @@ class Independence(DiffusionKernel):
     def _step(self, state: IndependenceState, reading: Reading) -> IndependenceState:
         key, key_draw, key_choice = jax.random.split(state.rng_key, 3)
         keys = jax.random.split(key_draw, self._num_proposals)
-        values, candidates, inside = jax.vmap(lambda key: self._draw(key, reading))(keys)
-        log_weights = jax.vmap(lambda values: self._log_weight(values, reading))(values)
-        log_weights = jnp.where(inside, log_weights, -jnp.inf)
+        candidates, log_weights = jax.vmap(lambda key: self._draw(key, reading))(keys)
         new, old = (candidates, log_weights), (state.z, state.log_weight)
         choice = metropolised_gibbs(key_choice, log_weights, state.log_weight, new, old)
         z, log_weight = choice.point
@@ -236,7 +222,7 @@ class Independence(DiffusionKernel):
     def refresh(self, state: IndependenceState, model_args: tuple, model_kwargs: dict | None) -> IndependenceState:
         """Weighs the point anew after a composite kernel has moved it or what it is conditioned on."""
         reading = self.read(model_args, model_kwargs)
-        log_weight = self._log_weight(reading.constrain(state.z), reading)
+        log_weight = self._log_weight(state.z, reading)
         return state._replace(log_weight=jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight))
 
     def get_diagnostics_str(self, state: IndependenceState) -> str:
@@ -249,11 +235,61 @@ class _Uncancelled(Messenger):
 
     def __init__(self, fn: Model, proposals: Mapping[str, dist.Distribution]) -> None:
         super().__init__(fn)
-        self._names = frozenset(proposals)
+        self._proposals = proposals
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample" and not msg["is_observed"]:
-            msg["fn"] = as_written(msg) if msg["name"] in self._names else msg["fn"].mask(False)
+            msg["fn"] = msg["fn"].mask(False) if _proposal(self._proposals, msg["name"]) is None else as_written(msg)
+
+
+def _proposal(proposals: Mapping[str, dist.Distribution], name: str) -> dist.Distribution | None:
+    """The proposal of a site, None if that is its prior; one without a name is that of the only site."""
+    return proposals.get(name, proposals.get(""))
+
+
+def _weighed(
+    proposals: Mapping[str, dist.Distribution], model: Model, args: tuple, kwargs: dict, key: jax.Array, value: Callable
+) -> tuple[dict, jax.Array]:
+    """The latent sites of one execution of the model, and the log-weight of their values.
+
+    `value` says what a site with a proposal is; others are drawn unless it knows them.
+    """
+
+    def given(site: dict[str, Any]) -> jax.Array | None:
+        is_latent = site["type"] == "sample" and not site["is_observed"]
+        return value(site["name"], _proposal(proposals, site["name"])) if is_latent else None
+
+    with _precision.highest():
+        at_values = seed(substitute(_Uncancelled(model, proposals), substitute_fn=given), key)
+        log_probs, sites = compute_log_probs(at_values, args, kwargs, {})
+        latent = {name: s for name, s in sites.items() if s["type"] == "sample" and not s["is_observed"]}
+        log_weight = sum(log_probs.values(), start=jnp.zeros(()))
+        for name, site in latent.items():
+            if (fn := _proposal(proposals, name)) is not None:
+                log_weight -= jnp.sum(fn.log_prob(site["value"]))  # minus infinity outside of the support
+    return latent, jnp.asarray(log_weight, jnp.result_type(float))
+
+
+def _candidate(
+    proposals: Mapping[str, dist.Distribution], model: Model, args: tuple, kwargs: dict, key: jax.Array
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Unconstrained values of a candidate and its log-weight, which is minus infinity outside the supports."""
+    key, *keys = jax.random.split(key, len(proposals) + 1)
+    drawn = {name: fn.sample(key) for key, (name, fn) in zip(keys, proposals.items(), strict=True)}
+    latent, log_weight = _weighed(
+        proposals, model, args, kwargs, key, lambda name, fn: None if fn is None else drawn.get(name, drawn.get(""))
+    )
+    z = {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in latent.items()}
+    own = [site for name, site in latent.items() if _proposal(proposals, name) is not None]
+    inside = [jnp.all(site["fn"].support(site["value"])) for site in own]
+    return z, jnp.where(jnp.all(jnp.array([True, *inside])), log_weight, -jnp.inf)
+
+
+def _weight(
+    proposals: Mapping[str, dist.Distribution], model: Model, args: tuple, kwargs: dict, values: dict[str, jax.Array]
+) -> jax.Array:
+    """The log-weight of constrained values."""
+    return _weighed(proposals, model, args, kwargs, jax.random.key(0), lambda name, _: values.get(name))[1]
 
 
 def _check_shape(name: str, proposal: dist.Distribution, shape: tuple[int, ...]) -> None:

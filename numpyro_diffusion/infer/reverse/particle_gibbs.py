@@ -47,7 +47,7 @@ from numpyro_diffusion.infer.kernel.start import Strategy
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.reverse.base import WalkKernel
-from numpyro_diffusion.infer.reverse.walk import Transition, log_worth, outlooks, transition
+from numpyro_diffusion.infer.reverse.walk import Transition, log_walk_weight, outlooks, transition
 from numpyro_diffusion.solve import GaussianSolver, Solver, terminal_point
 
 _ESS_THRESHOLD = 0.5
@@ -199,7 +199,7 @@ def _conditional_walks(
         log_twist, step, memory, before = jax.tree.map(lambda leaf: leaf[ancestors], moving)
         points = jax.vmap(Transition.draw)(step, jax.random.split(key_draw, count), before).at[0].set(kept[k + 1])
         log_ratio = before + jax.vmap(Transition.log_ratio)(step, points)
-        log_weights += log_worth(log_ratio) - log_worth(before) - log_twist
+        log_weights += log_walk_weight(log_ratio) - log_walk_weight(before) - log_twist
         return _Cloud(points, memory, log_weights, log_ratio), (cloud.points, ancestors, step.is_lost)
 
     none = jnp.zeros(count, kept.dtype)

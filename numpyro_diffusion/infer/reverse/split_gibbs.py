@@ -55,8 +55,8 @@ from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.infer.kernel.choose import keep_finite
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
-from numpyro_diffusion.infer.kernel.inner import KernelLike, bind, bound, build, started
-from numpyro_diffusion.infer.kernel.start import Strategy, start
+from numpyro_diffusion.infer.kernel.inner import KernelLike, bind, bound, build, keeps_arguments, started
+from numpyro_diffusion.infer.kernel.start import Strategy, start, strategy_of
 from numpyro_diffusion.infer.model.checks import (
     check_continuous,
     check_fixed,
@@ -70,7 +70,7 @@ from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.levels import check_within, decreasing, grid_from, time_of
 from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.model.sites import PriorSite
-from numpyro_diffusion.infer.reverse.split_model import coupled, offset_name, with_coupling
+from numpyro_diffusion.infer.reverse.split_model import Coupled, offset_name, with_coupling
 from numpyro_diffusion.noise import Karras
 from numpyro_diffusion.solve import DPMSolverPP, Solver, solve
 
@@ -183,7 +183,12 @@ class SplitGibbs(DiffusionKernel):
         self._rest = self._build_rest()
 
     def _build_rest(self) -> MCMCKernel:
-        return build("rest_kernel", self._rest_given, coupled(self._model))
+        return build("rest_kernel", self._rest_given, Coupled(self._model))
+
+    @property
+    def held(self) -> tuple[MCMCKernel, ...]:
+        """The kernel of the likelihood side."""
+        return (self._rest,)
 
     def _check_model(self, reading: Reading) -> None:
         structure = reading.structure
@@ -217,24 +222,27 @@ class SplitGibbs(DiffusionKernel):
         return (couplings * ratio**left).astype(couplings.dtype)
 
     def _bind(self, key: jax.Array, init_params: dict | None, reading: Reading) -> None:
-        start_rest = partial(bound, self._rest)
-        bind(lambda key: self._start_with(start_rest, key, init_params, reading), [self._rest], key)
+        if keeps_arguments(self._rest):
+            start_rest = partial(bound, self._rest)
+            bind(lambda key: self._start_with(start_rest, key, init_params, reading), [self._rest], key)
 
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> SplitGibbsState:
-        return self._start_with(partial(started, self._rest), key, init_params, reading)
+        begin = started if keeps_arguments(self._rest) else bound
+        return self._start_with(partial(begin, self._rest), key, init_params, reading)
 
     def _start_with(
         self, start_rest: Callable, key: jax.Array, init_params: dict | None, reading: Reading
     ) -> SplitGibbsState:
         sites = reading.sites()
         key, key_x, key_rest = jax.random.split(key, 3)
-        point = start(key_x, reading, init_params, self._init_strategy)
+        strategy = self._init_strategy or strategy_of(self._rest)
+        point = start(key_x, reading, init_params, strategy)
         x = {name: point[name] for name in sites}
         u = {name: site.to_denoiser(x[name]) for name, site in sites.items()}
         i = jnp.zeros((), jnp.int32)
         rho = self._coupling_at(i, sites)[0]
         rest_params = None  # without given values, the other sites start where their kernel starts
-        if init_params is not None or self._init_strategy is not None:
+        if init_params is not None or strategy is not None:
             others = {name: value for name, value in point.items() if name not in sites}
             rest_params = {**others, **{offset_name(name): jnp.zeros_like(value) for name, value in u.items()}}
         kwargs = with_coupling(reading.kwargs, u, rho)

@@ -5,24 +5,21 @@ own space, and every other term of the model is evaluated at $z$. The site is wr
 
 $$z = x + \rho\, w, \qquad w \sim N(0, I),$$
 
-so that $w$ has unit scale at every $\rho$, and a step size adapted at one $\rho$ is right for another. The centre and
-$\rho$ are passed as a keyword argument, like the values that NumPyro's `Gibbs` conditions on, so that they may be
-traced.
+so that $w$ has unit scale at every $\rho$, and a step size adapted at one $\rho$ is right for another. That is a
+stand-in of the model (`kernel.stand_in`) with $w$ as its standard normal sites. The centre and $\rho$ are passed as a
+keyword argument, like the values that NumPyro's `Gibbs` conditions on, so that they may be traced.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpyro
-import numpyro.distributions as dist
 from jax.typing import ArrayLike
-from numpyro.handlers import reparam
-from numpyro.infer.gibbs import conditioned
-from numpyro.infer.reparam import Reparam
 
-from numpyro_diffusion.infer.model.handlers import Model, as_written, is_diffusion_site
+from numpyro_diffusion.infer.kernel.stand_in import Point, StandIn, inside
+from numpyro_diffusion.infer.model.record import Reading
+from numpyro_diffusion.infer.model.sites import PriorSite
+from numpyro_diffusion.infer.model.structure import Structure
 
 _COUPLING_KWARG = "_split_gibbs_coupling"
 
@@ -32,13 +29,31 @@ def offset_name(site: str) -> str:
     return f"{site}_offset"
 
 
-def coupled(model: Model) -> Model:
-    """A model that takes the coupling out of its keyword arguments, see `with_coupling`, and runs under it."""
-    return partial(_coupled_model, conditioned(model))
+class Coupled(StandIn):
+    """A model with diffusion sites tied to points, which it takes out of its keyword arguments: see `with_coupling`."""
+
+    keyword = _COUPLING_KWARG
+
+    def normal_shapes(self, structure: Structure) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the offsets: those of points of the denoisers' own spaces."""
+        sites = {name: structure.latent[name] for name in structure.diffusion}
+        return {
+            offset_name(name): PriorSite.of(site.prior, site.shape).batch_shape + site.prior.noise_shape
+            for name, site in sites.items()
+        }
+
+    def images(self, reading: Reading, point: Point, given: tuple[dict[str, jax.Array], ArrayLike]) -> Point:
+        """The points of the diffusion sites, on their supports."""
+        centre, rho = given
+        images = {}
+        for name, site in reading.sites().items():
+            u = centre[name] + rho * point[offset_name(name)]
+            images[name] = u if site.prior.transform is None else site.prior.transform(u)
+        return images
 
 
 def with_coupling(kwargs: Mapping[str, Any], centre: Mapping[str, jax.Array], rho: ArrayLike) -> dict[str, Any]:
-    """Keyword arguments of a `coupled` model.
+    """Keyword arguments of a `Coupled` model.
 
     Args:
         kwargs: those of the model.
@@ -46,32 +61,6 @@ def with_coupling(kwargs: Mapping[str, Any], centre: Mapping[str, jax.Array], rh
         rho: the coupling.
 
     Returns:
-        The same with the coupling.
+        The same with the coupling, for a kernel on the stand-in.
     """
-    return {**kwargs, _COUPLING_KWARG: (dict(centre), rho)}
-
-
-def _coupled_model(model: Model, *args: Any, **kwargs: Any) -> Any:
-    """Module-level, so that kernels on it can be pickled."""
-    centre, rho = kwargs.pop(_COUPLING_KWARG)
-
-    def config(site: Mapping[str, Any]) -> Callable | None:
-        if not is_diffusion_site(site):
-            return None
-        return lambda name, fn, obs: _Coupled(centre[name], rho)(name, as_written(site), obs)
-
-    return reparam(model, config=config)(*args, **kwargs)
-
-
-class _Coupled(Reparam):
-    """Replaces a `DiffusionPrior` site by an offset from a centre."""
-
-    def __init__(self, centre: jax.Array, rho: ArrayLike) -> None:
-        self.centre, self.rho = centre, rho
-
-    def __call__(self, name: str, fn: dist.Distribution, obs: None) -> tuple[None, jax.Array]:
-        prior, expand_shape, event_dim = self._unwrap(fn)
-        offset = dist.Normal(0.0, 1.0).expand(prior.noise_shape).to_event(len(prior.noise_shape))
-        offset = offset.expand(expand_shape).to_event(event_dim - prior.event_dim)
-        u = self.centre + self.rho * numpyro.sample(offset_name(name), offset)
-        return None, u if prior.transform is None else prior.transform(u)
+    return {**inside(kwargs), _COUPLING_KWARG: (dict(centre), rho)}

@@ -45,8 +45,8 @@ _UNGUIDED = 0.1
 """Share of the walks that go without the guidance."""
 
 
-def log_worth(log_ratio: jax.Array) -> jax.Array:
-    """Log of the prior's density of a walk over the mixture's, from that over the guidance's; bounded above."""
+def log_walk_weight(log_ratio: jax.Array) -> jax.Array:
+    """Log-weight of a walk: the prior's density over the mixture's, from that over the guidance's; bounded above."""
     return -jnp.logaddexp(jnp.log1p(-_UNGUIDED) - log_ratio, jnp.log(_UNGUIDED))
 
 
