@@ -87,6 +87,7 @@ def test_a_second_run_compiles_nothing_and_islands_are_kept_apart(joint, monkeyp
     assert (systematic(KEY, log_weights.reshape(-1)) < 8).all()  # which resampling in common would not do
 
 
+@pytest.mark.slow
 def test_modes_have_their_weights():
     """Twelve standard deviations apart, without a diffusion site: within the error of a few hundred walkers."""
     law = two_modes_posterior()
@@ -208,6 +209,7 @@ def test_gradients_that_are_not_finite_are_counted_and_named():
     assert not sampled.converged and sampled.temperatures[-1].num_blind[0] > 10
 
 
+@pytest.mark.slow
 def test_walkers_double_where_islands_disagree():
     """Few walkers on far modes: stationary islands that disagree ask for walkers, not for moves."""
     args = two_modes_posterior().args

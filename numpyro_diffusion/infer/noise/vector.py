@@ -1,9 +1,9 @@
 r"""A model in noise space as a function of one vector, with the prior and the likelihood apart.
 
 Over $q = (w, \theta)$, the noise $w$ of all diffusion sites and all other latent sites in unconstrained coordinates
-(`coordinates.InNoise`), flattened to D numbers,
+(`coordinates.InNoise`), flattened to D numbers, up to a constant
 
-$$\log \pi_\beta(q) = \log N(w; 0, I) + \log p(\theta(q)) + \log |\det J(q)| + \beta \log L(F(w), \theta) + \text{const},$$
+$$\log \pi_\beta(q) = \log N(w; 0, I) + \log p(\theta(q)) + \log |\det J(q)| + \beta \log L(F(w), \theta),$$
 
 so $\beta = 0$ is the prior, whose draws are free, and $\beta = 1$ the posterior. A model without diffusion sites has
 $q = \theta$.
