@@ -202,6 +202,7 @@ def test_restart_is_a_chain_with_the_law_of_its_recursion():
     assert np.corrcoef(x[:, :-1, 0].ravel(), x[:, 1:, 0].ravel())[0, 1] > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metropolis", [False, True])
 def test_bias_of_the_step_and_its_cure(metropolis):
     """Long walks: 1 / (kappa (1 - h kappa / 2)) at the last level without a test, and 1 / kappa with one."""

@@ -42,6 +42,7 @@ def rows(of, x):
     return jnp.stack([getattr(prior(cond), of)(x[:, i]) for i, cond in enumerate(COND)], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["log_prob", "flow"])
 def test_each_row_is_the_prior_under_its_condition(of):
     """In one batch, in a grid of them, and with one point for all conditions."""

@@ -214,6 +214,7 @@ def test_ring_times_box_by_composition():
     assert np.median(adjusted) > 3.0 > np.median(reverse)  # 3.8 in truth
 
 
+@pytest.mark.slow
 def test_ring_times_box_as_a_posterior():
     """A factor that can be evaluated needs no composition: all chains begin at one mode, and end at the known law."""
 

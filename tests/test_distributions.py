@@ -105,6 +105,7 @@ def values_and_gradients(p, x):
     return jax.vmap(jax.value_and_grad(p.log_prob))(x)
 
 
+@pytest.mark.slow
 def test_the_density_of_a_network_is_normalised_unless_its_energy_is_asked_for():
     """The flow's, and the energy's own at the smallest level with its Jacobian; the score is the gradient of both."""
     denoiser, x = network(target="energy", schedule=VP(t_min=0.01)), points(4)
@@ -342,6 +343,7 @@ def test_transformed_density_integrates_to_one(transform, value, jacobian, point
     np.testing.assert_allclose(density.mean(), 1.0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_transform_to_matrices():
     """The event shape is the transform's: three unconstrained dimensions, a 2 x 2 Cholesky factor."""
     p = prior(np.zeros(3, np.float32), transform=transforms.LowerCholeskyTransform())

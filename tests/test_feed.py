@@ -145,6 +145,7 @@ def test_held_out_rows_that_are_given(resident):
 # Conditions
 
 
+@pytest.mark.slow
 def test_conditions_stay_with_their_rows(monkeypatch):
     def loss(denoiser, key, x, t, cond):
         # one minus the agreement of a row's sign with its condition, which is its sign
@@ -237,6 +238,7 @@ def test_patience_ends_a_run_and_keeps_the_best_average():
     jax.tree.map(np.testing.assert_array_equal, patient.denoiser, shorter.denoiser)
 
 
+@pytest.mark.slow
 def test_what_adaptive_levels_learned_is_told(resident, adaptive):
     by_loss = Adaptive(num_bins=8, follows="loss")
     for law, result in ((ADAPTIVE["noise_levels"], adaptive), (by_loss, run(noise_levels=by_loss))):

@@ -202,6 +202,7 @@ PRECISE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", PRECISE.values(), ids=PRECISE)
 def test_a_denoiser_may_answer_in_another_precision(solver, x64):
     """The walk stays in the precision of its point, from a static and from a traced start; nothing is run."""

@@ -309,6 +309,7 @@ def test_expanded_sites_are_all_their_points():
 BATCHED = {"pcn": partial(DiffusionPCN, num_proposals=8), "mala": MALA, "noise_space": NoiseSpace}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", BATCHED.values(), ids=BATCHED)
 def test_a_batch_of_conditions_is_a_batch_of_priors(make):
     """x_i ~ N(c_i, 1) in a plate, y_i = x_i + noise: means (c_i + y_i) / 2."""
@@ -344,6 +345,7 @@ def test_data_that_the_model_reads_from_elsewhere_are_read_anew(make, monkeypatc
     np.testing.assert_allclose(means, [2.4, -2.4], atol=0.3)
 
 
+@pytest.mark.slow
 def test_supports_made_inside_the_model():
     """Bounds that are computed from data or from another site; a branch of the model; a network's parameters."""
 
@@ -360,6 +362,7 @@ def test_supports_made_inside_the_model():
         assert bool(jnp.isfinite(start(make(model), Y).z["x"]).all())
 
 
+@pytest.mark.slow
 def test_bounds_made_of_data_in_blocks():
     def model(y):
         wide = numpyro.sample("wide", dist.Uniform(jnp.zeros(2), jnp.max(y) + 1.0).to_event(1))
@@ -382,6 +385,7 @@ def test_a_support_that_another_block_moves_is_refused():
         MCMC(kernel, num_warmup=1, num_samples=1, progress_bar=False).run(jax.random.key(0), Y)
 
 
+@pytest.mark.slow
 def test_a_block_in_noise_space_starts_where_it_can():
     """A draw of the prior outside of a constraint is no start: the chain would stand there for good."""
 

@@ -62,6 +62,7 @@ def split_law(rho, y=Y):
     return covariance @ np.concatenate([prior @ MEAN, rows.T @ np.asarray(y, float) / NOISE]), covariance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", [VE_PRIOR, pytest.param(VP_PRIOR, marks=SLOW)], ids=["VE", "VP"])
 def test_law_of_the_split(prior):
     """Means, variances and covariances of both sides; x is not the posterior's but the smoothed one's, and says so."""
