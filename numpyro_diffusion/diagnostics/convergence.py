@@ -74,11 +74,10 @@ def verdict(run: MCMC | Any) -> Verdict:
     """
     draws = {name: np.asarray(value) for name, value in run.get_samples(group_by_chain=True).items()}
     found = statistics(draws)
-    problems = [*found.problems]
     if isinstance(run, MCMC):
-        problems += _of_fields(run)
+        problems = [*found.problems, *_of_fields(run)]
     else:
-        problems += run.problems
+        problems = [*run.problems] or [*found.problems]  # a sampler that judges itself has said the same
     return Verdict(not problems, found.worst, found.r_hat, found.ess, tuple(problems))
 
 

@@ -214,5 +214,5 @@ def _all(
     return jax.vmap(one)(jax.random.split(key, len(walkers.q)), walkers)
 
 
-_AT_ONCE = 2
+_AT_ONCE = 4
 """Moves between two estimates of the metric."""
