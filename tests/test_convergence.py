@@ -60,14 +60,14 @@ def test_a_chain_apart_is_named():
 
 def test_few_draws_and_the_samplers_own_problems():
     said = verdict(run_of(GOOD[:, :60], problems=("weights degenerate",)))
-    assert not said.converged and said.problems[-1] == "weights degenerate"
+    assert not said.converged and said.problems[0] == "weights degenerate"
     assert any("effective sample size" in problem for problem in said.problems)
 
 
 def test_what_cannot_be_judged():
     """Constant entries, whole numbers and NaN."""
-    assert statistics({"constant": np.ones((4, 500)), "x": GOOD}).converged
-    assert "not finite" in statistics({"x": np.where(GOOD > 3, np.nan, GOOD)}).problems[0]
+    assert statistics({"constant": np.ones((4, 500)), "x": GOOD}, "").converged
+    assert "not finite" in statistics({"x": np.where(GOOD > 3, np.nan, GOOD)}, "").problems[0]
 
 
 def funnel():

@@ -1,5 +1,6 @@
 """A population of Hamiltonian chains: laws and evidence in closed form, exactness of its moves, and what it refuses."""
 
+import pickle
 import warnings
 
 import jax
@@ -59,7 +60,10 @@ def test_reports(joint, capsys):
     assert joint.get_samples()["x"].shape == (4 * 64 * 24, 2)
     said = verdict(joint)
     assert said.converged and said.r_hat < 1.01 and said.ess > 400
-    assert to_arviz(joint)["posterior"].attrs["kernel"] == "PopulationHMC"
+    attributes = to_arviz(joint)["posterior"].attrs
+    assert attributes["kernel"] == "PopulationHMC" and attributes["exact"] == "yes"
+    again = pickle.loads(pickle.dumps(joint))
+    np.testing.assert_array_equal(again.get_samples()["x"], joint.get_samples()["x"])
     history = joint.temperatures
     assert history[-1].temperature == 1.0 and all(np.diff([step.temperature for step in history]) > 0)
     moves = sum(int(step.num_moves) for step in history) + 24 * joint.rounds[-1].factor
@@ -160,6 +164,7 @@ BAD = {
     "islands": ({"num_islands": 1, "num_walkers": 4}, "num_islands must be at least 2"),
     "budget": ({"max_gradients": 0}, "max_gradients must be at least 1"),
     "seconds": ({"max_seconds": 0.0}, "max_seconds must be positive"),
+    "threshold": ({"ess_threshold": 1.0}, "ess_threshold must be at most 0.999"),
     "correlation": ({"correlation": 1.0}, "correlation must lie in"),
 }
 

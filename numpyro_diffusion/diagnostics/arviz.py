@@ -57,12 +57,15 @@ def to_arviz(mcmc: MCMC | Any, *, log_likelihood: bool = False, **options: Any) 
     # ArviZ 1.x loads NumPyro lazily: imported first, it leaves a module unbound that it then asks for (arviz-base 1.3)
     numpyro.infer.initialization = initialization
     data = az.from_numpyro(mcmc, log_likelihood=log_likelihood, **options)
-    attributes = {"kernel": type(mcmc.sampler).__name__}
-    status = getattr(mcmc.sampler, "status", None)
-    if status is not None:
-        attributes |= status._asdict() | {"exact": "yes" if status.exact else "no"}
-    data["posterior"].attrs.update(attributes)
+    data["posterior"].attrs.update(_statement(mcmc.sampler))
     return data
+
+
+def _statement(sampler: Any) -> dict[str, str]:
+    """The name of a kernel or sampler and, where it says so, what it is exact for."""
+    status = getattr(sampler, "status", None)
+    said = {} if status is None else status._asdict() | {"exact": "yes" if status.exact else "no"}
+    return {"kernel": type(sampler).__name__, **said}
 
 
 def _from_particles(az: Any, sampler: Any, log_likelihood: bool, options: dict[str, Any]) -> Any:
@@ -89,7 +92,7 @@ def _from_particles(az: Any, sampler: Any, log_likelihood: bool, options: dict[s
     data = az.from_dict(**groups, **options) if takes_groups else az.from_dict(groups, **options)
     evidence = sampler.log_evidence
     data["posterior"].attrs.update(
-        kernel=type(sampler).__name__,
+        **_statement(sampler),
         log_evidence=float(evidence.value),
         log_evidence_error=float(evidence.standard_error),
         problems="; ".join(sampler.problems),

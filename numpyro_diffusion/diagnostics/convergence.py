@@ -22,6 +22,7 @@ LARGEST_RHAT = 1.01
 SMALLEST_ESS = 400.0
 _DISAGREEMENT = 0.3
 """Distance of a chain's mean from the middle one, in standard deviations, at which the chain is named."""
+_LONGER = "Run longer, or take PopulationHMC(model)"
 _SATURATED = 0.05
 _NEVER = 0.01
 
@@ -73,15 +74,15 @@ def verdict(run: MCMC | Any) -> Verdict:
         False
     """
     draws = {name: np.asarray(value) for name, value in run.get_samples(group_by_chain=True).items()}
-    found = statistics(draws)
+    found = statistics(draws, getattr(run, "cure", _LONGER))
     if isinstance(run, MCMC):
         problems = [*found.problems, *_of_fields(run)]
     else:
-        problems = [*run.problems] or [*found.problems]  # a sampler that judges itself has said the same
+        problems = list(dict.fromkeys((*run.problems, *found.problems)))
     return Verdict(not problems, found.worst, found.r_hat, found.ess, tuple(problems))
 
 
-def statistics(draws: dict[str, np.ndarray], cure: str = "Run longer, or take PopulationHMC(model)") -> Verdict:
+def statistics(draws: dict[str, np.ndarray], cure: str) -> Verdict:
     """The verdict on draws alone: R-hat, effective sample size, and chains that disagree.
 
     Args:

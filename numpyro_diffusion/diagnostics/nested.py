@@ -36,7 +36,7 @@ def nested_rhat(draws: np.ndarray) -> np.ndarray:
         >>> bool(nested_rhat(draws) < 1.01)
         True
         >>> draws[0] += 1.0
-        >>> bool(nested_rhat(draws) > 1.1)
+        >>> bool(nested_rhat(draws) > 1.05)
         True
     """
     between, within = variances(draws)

@@ -44,9 +44,9 @@ from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading, Record
 from numpyro_diffusion.infer.noise.vector import NoiseVector, in_noise
 from numpyro_diffusion.infer.particles.evidence import Draws, Outcome, ParticleSampler, evidence_of, resample_islands
-from numpyro_diffusion.infer.particles.rounds import Look, Round, Temperature, look
+from numpyro_diffusion.infer.particles.rounds import CURE, Look, Round, Temperature, look
 from numpyro_diffusion.infer.particles.tempered import look_at_start
-from numpyro_diffusion.infer.particles.tempering import draw_prior
+from numpyro_diffusion.infer.particles.tempering import check_climb, draw_prior
 from numpyro_diffusion.infer.particles.walkers import Moves, Tuning, Walker, draws_of, move_until_forgotten, walker_at
 from numpyro_diffusion.reparam import noise_name
 
@@ -96,6 +96,8 @@ class PopulationHMC(ParticleSampler):
         (True, True)
     """
 
+    cure = CURE
+    """What `verdict` advises about chains that are too short."""
     _members = "num_walkers"
     status = Status("flow", True, "exact for the prior that the deterministic solver pushes forward, in its steps")
 
@@ -116,11 +118,10 @@ class PopulationHMC(ParticleSampler):
     ) -> None:
         super().__init__(model, num_walkers, num_islands, ess_threshold, progress_bar)
         _checks.at_least(2, num_islands=num_islands, num_draws=num_draws)
-        _checks.at_least(1, num_steps=num_steps, max_moves=max_moves, max_gradients=max_gradients)
+        _checks.at_least(1, num_steps=num_steps, max_gradients=max_gradients)
+        check_climb(ess_threshold, correlation, max_moves)
         if max_seconds is not None:
             _checks.positive(max_seconds=max_seconds)
-        if not 0.0 < correlation < 1.0:
-            raise ValueError(f"correlation must lie in (0, 1); got {correlation}")
         self._num_draws, self._num_steps = num_draws, num_steps
         self._limits = {"correlation": correlation, "max_moves": max_moves}
         self._max_gradients, self._max_seconds = max_gradients, max_seconds
@@ -196,16 +197,14 @@ class PopulationHMC(ParticleSampler):
                 bar.set_postfix_str(f"ESS {happened.effective_size:.0f}, moves {happened.num_moves}", refresh=False)
                 bar.update(float(happened.temperature) - bar.n)
             bar.set_postfix_str(f"drawing, at {happened.num_moves} moves", refresh=True)
-            q, values, moves = draw(key_draw, stage, multiple)
-            jax.block_until_ready(q)
+            values, moves = jax.block_until_ready(draw(key_draw, stage, multiple))
         islands = self._shape[0]
         values = {n: np.asarray(v).reshape(islands, number, *v.shape[1:]) for n, v in values.items()}
         per_walker = (
             sum(int(h.num_moves) * self._num_steps + 1 for h in history) + int(moves.num_moves) * self._num_steps
         )
         evidence = evidence_of(stage.log_evidence)
-        q = np.asarray(q).reshape(islands, number, *q.shape[1:])
-        return Round(q, values, evidence, history, moves, per_walker * islands * number, number, factor)
+        return Round(values, evidence, history, moves, per_walker * islands * number, number, factor)
 
     def _coordinates(self, args: tuple, kwargs: dict[str, Any]) -> NoiseVector:
         return NoiseVector(Record(self._model).at(args, kwargs))
@@ -254,13 +253,13 @@ class PopulationHMC(ParticleSampler):
 
     def _draw(
         self, key: jax.Array, stage: _Stage, factor: jax.Array, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[jax.Array, dict[str, jax.Array], Moves]:
-        """Draws of every walker as a chain at temperature 1, in noise coordinates and constrained."""
+    ) -> tuple[dict[str, jax.Array], Moves]:
+        """Draws of every walker as a chain at temperature 1, constrained, (N, num_draws, ...)."""
         coordinates = self._coordinates(args, kwargs)
         options = {"num_steps": self._num_steps, "num_draws": self._num_draws, "factor": factor}
         q, moves = draws_of(key, coordinates, stage.walkers, stage.tuning, **options)
         values = jax.lax.map(jax.vmap(coordinates.report), jnp.moveaxis(q, 1, 0))
-        return q, {name: jnp.moveaxis(value, 0, 1) for name, value in values.items()}, moves
+        return {name: jnp.moveaxis(value, 0, 1) for name, value in values.items()}, moves
 
     def print_summary(self, prob: float = 0.9) -> None:
         super().print_summary(prob)

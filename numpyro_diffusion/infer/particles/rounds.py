@@ -25,7 +25,7 @@ from numpyro_diffusion.infer.particles.walkers import Moves
 _APART = 4.5
 """Standard errors by which means of two rounds may differ in the worst coordinate."""
 _BLIND = 0.01
-_CURE = "Raise the budget"
+CURE = "Raise the budget"
 _DIVERGING = 0.2
 
 
@@ -46,8 +46,7 @@ class Temperature(NamedTuple):
 class Round(NamedTuple):
     """One run from the prior to draws of the posterior."""
 
-    q: jax.Array  # draws in noise coordinates, (N, num_draws, D)
-    values: dict[str, np.ndarray]  # the same by site, constrained, (islands, N / islands, num_draws, ...)
+    values: dict[str, np.ndarray]  # draws by site, constrained, (islands, N / islands, num_draws, ...)
     evidence: Evidence
     history: list[Temperature]
     moves: Moves  # those between draws
@@ -117,7 +116,7 @@ def look(this: Round, last: Round | None, names: list[str], seconds: float) -> L
     Returns:
         The `Look`.
     """
-    found = statistics({name: v.reshape(v.shape[0], -1, *v.shape[3:]) for name, v in this.values.items()}, _CURE)
+    found = statistics({name: v.reshape(v.shape[0], -1, *v.shape[3:]) for name, v in this.values.items()}, CURE)
     nested, drift = _worst(this.values, nested_rhat), _worst(this.values, early_late_rhat)
     distance, where = (np.nan, "") if last is None else _distance(this, last)
     problems = []

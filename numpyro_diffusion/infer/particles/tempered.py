@@ -49,7 +49,6 @@ from jax.scipy.special import logsumexp
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import constrain_fn, unconstrain_fn
 
-from numpyro_diffusion import _checks
 from numpyro_diffusion.infer.combine.gibbs import DiffusionGibbs
 from numpyro_diffusion.infer.gradient.langevin import MALA
 from numpyro_diffusion.infer.kernel.choose import effective_size, next_temperature, without_improper
@@ -66,7 +65,7 @@ from numpyro_diffusion.infer.particles.evidence import (
     resample_islands,
 )
 from numpyro_diffusion.infer.particles.mutate import correlations, move
-from numpyro_diffusion.infer.particles.tempering import TEMPERATURE, draw_prior, log_likelihood, temper
+from numpyro_diffusion.infer.particles.tempering import TEMPERATURE, check_climb, draw_prior, log_likelihood, temper
 from numpyro_diffusion.infer.reverse.pcn import DiffusionPCN
 
 
@@ -147,16 +146,9 @@ class TemperedSMC(ParticleSampler):
         progress_bar: bool = True,
     ) -> None:
         super().__init__(model, num_particles, num_islands, ess_threshold, progress_bar)
-        if ess_threshold > _LARGEST_THRESHOLD:
-            raise ValueError(
-                f"ess_threshold must be at most {_LARGEST_THRESHOLD}, since the steps of the temperature shrink to "
-                f"nothing as it nears 1; got {ess_threshold}. For steps of your own give `temperatures`"
-            )
+        check_climb(ess_threshold, correlation, max_moves)
         if not (kernel is None or callable(kernel)):
             raise TypeError(f"kernel must make a kernel from a model, a callable; got {type(kernel).__name__}")
-        _checks.at_least(1, max_moves=max_moves)
-        if not 0.0 < correlation < 1.0:
-            raise ValueError(f"correlation must lie in (0, 1); got {correlation}")
         self._ladder = None if temperatures is None else _ladder(temperatures)
         self._make_kernel = kernel
         self._correlation, self._max_moves = correlation, max_moves
@@ -285,7 +277,6 @@ class TemperedSMC(ParticleSampler):
         return Draws(jax.vmap(constrain)(population.z), pooled, jnp.arange(islands * size).reshape(islands, size))
 
 
-_LARGEST_THRESHOLD = 0.999
 _MUCH = 0.2
 """Correlation left by the moves above which a run warns."""
 _FEW = 10

@@ -21,11 +21,13 @@ from numpyro.infer.gibbs import conditioned
 from numpyro.infer.util import log_density
 from numpyro.primitives import Messenger
 
+from numpyro_diffusion import _checks
 from numpyro_diffusion.infer.model.handlers import Model
 
 TEMPERATURE = "_temperature"
 """Keyword argument that holds the inverse temperature."""
 _UNDER_WAY = "_under_way"
+_LARGEST_THRESHOLD = 0.999
 
 
 class _scale_observed(Messenger):  # noqa: N801
@@ -85,6 +87,18 @@ class temper:  # noqa: N801
         temperature = kwargs.pop(TEMPERATURE, None)
         model = self._model if temperature is None else _scale_observed(self._model, temperature)
         return model(*args, **kwargs)
+
+
+def check_climb(ess_threshold: float, correlation: float, max_moves: int) -> None:
+    """Raises `ValueError` unless a climb from the prior by these numbers comes to an end."""
+    if ess_threshold > _LARGEST_THRESHOLD:
+        raise ValueError(
+            f"ess_threshold must be at most {_LARGEST_THRESHOLD}, since the steps of the temperature shrink to "
+            f"nothing as it nears 1; got {ess_threshold}. For steps of your own give TemperedSMC `temperatures`"
+        )
+    _checks.at_least(1, max_moves=max_moves)
+    if not 0.0 < correlation < 1.0:
+        raise ValueError(f"correlation must lie in (0, 1); got {correlation}")
 
 
 def draw_prior(model: Model, key: jax.Array, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, jax.Array]:
