@@ -24,6 +24,7 @@ from numpyro_diffusion.infer import (
     DiffusionGibbs,
     DiffusionPCN,
     DiffusiveGibbs,
+    EllipticalSlice,
     GuidedPCN,
     Independence,
     LineIntegral,
@@ -85,6 +86,7 @@ QUICK = {
         partial(NoiseSpace, inner=partial(LEAP, step_size=0.3)),
         normal_data(POSITIVE, y=TABLE, noise_space=True),
     ),
+    "elliptical_slice": (EllipticalSlice, PAIR),
     "mala": (WALK, JOINT),
     "hmc_partial": (partial(SWING, momentum_refresh=0.3), ON_LEARNED),
     "independence_priors": (Independence, PAIR),
@@ -117,6 +119,10 @@ LONGER = {
     "pcn_exp": (DiffusionPCN, normal_data(standard(transform=EXP, sampler=SCORE_ONLY.sampler), noise=1.0)),
     "guided_pcn": (partial(GuidedPCN, global_fraction=1.0), ROUGHLY),
     "particle_gibbs_2": (partial(ParticleGibbs, num_particles=2), ROUGHLY),
+    "noise_space_elliptical_slice": (
+        partial(NoiseSpace, inner=EllipticalSlice),
+        normal_data(ROUGH, noise_space=True),
+    ),
     "noise_space_nuts": (partial(NoiseSpace, inner=TREE), normal_data(ROUGH, noise_space=True)),
     "noise_space_mala": (partial(NoiseSpace, inner=cycle), normal_data(ROUGH, noise_space=True)),
     "gibbs_positive": (DiffusionGibbs, normal_data(POSITIVE)),
@@ -210,6 +216,7 @@ WALLS = {
     "pcn": (DiffusionPCN, LINED),
     "independence": (partial(Independence, num_proposals=2), None),
     "diffusive_gibbs": (partial(DiffusiveGibbs, noise_levels=(1.0,), step_size=1.0, target_accept_prob=None), None),
+    "elliptical_slice": (EllipticalSlice, None),
     "mala": (partial(MALA, step_size=0.2, adapt_mass_matrix=False), None),
 }
 
