@@ -68,7 +68,8 @@ def verdict(run: MCMC | Any) -> Verdict:
         >>> from numpyro_diffusion.diagnostics import verdict
         >>> def model(y):
         ...     numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(0.0, 1.0)), 1.0), obs=y)
-        >>> mcmc = MCMC(NUTS(model), num_warmup=5, num_samples=20, num_chains=4, progress_bar=False)
+        >>> mcmc = MCMC(NUTS(model), num_warmup=5, num_samples=20, num_chains=4,
+        ...             chain_method="vectorized", progress_bar=False)
         >>> mcmc.run(jax.random.key(0), 3.0)
         >>> verdict(mcmc).converged
         False

@@ -142,7 +142,8 @@ def solve(
         x_t: point of `event_shape` at that time.
         key: random key; deterministic solvers take None.
         start: index into the grid. The default walks the whole grid and can be differentiated in reverse mode at the
-            memory cost of one point per step. A traced index runs only the steps that are left.
+            memory cost of one point and the outputs of a network's dense layers per step; all else is computed again.
+            A traced index runs only the steps that are left.
         times: decreasing times to visit, down to where the posterior mean is taken; None takes the solver's grid.
 
     Returns:
@@ -158,7 +159,8 @@ def solve(
 
     carry = x_t, solver.init(denoiser, x_t)
     if isinstance(start, int) and start == 0:
-        body = jax.checkpoint(lambda carry, k: (step(k, carry), None))
+        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        body = jax.checkpoint(lambda carry, k: (step(k, carry), None), policy=kept)
         (x_t, _), _ = jax.lax.scan(body, carry, jnp.arange(num_steps))
     else:
         x_t, _ = jax.lax.fori_loop(start, num_steps, step, carry)
