@@ -5,11 +5,12 @@ Walkers start as draws of the prior and are carried through $\pi_\beta \propto p
 are Hamiltonian trajectories in noise space (`walkers`), whose metric and step size all walkers share and carry from
 temperature to temperature. At $\beta = 1$ adaptation ends and every walker goes on as a chain.
 
-One run cannot show what all of its islands have in common. So a run is followed by another with twice the moves, and
-the result counts as converged if, for every site,
+One run cannot show what all of its islands have in common. So a run is followed by another with twice the moves, some
+of which are ten times shorter, so that they enter parts of the posterior that are ten times narrower; and the result
+counts as converged if, for every site,
 
 * islands agree: nested R-hat below 1.01, and the walkers are stationary: R-hat between early and late draws too;
-* the effective sample size exceeds 400;
+* the effective sample size exceeds 400, and hardly any walker is stuck where the common step is too long;
 * both runs agree in means and in the log evidence, within their errors.
 
 If walkers drift or runs disagree, the moves are doubled; if stationary islands disagree, modes are kept apart, and the
@@ -45,7 +46,7 @@ from numpyro_diffusion.infer.model.record import Reading, Record
 from numpyro_diffusion.infer.noise.vector import NoiseVector, in_noise
 from numpyro_diffusion.infer.particles.evidence import Draws, Outcome, ParticleSampler, evidence_of, resample_islands
 from numpyro_diffusion.infer.particles.rounds import CURE, Look, Round, Temperature, look
-from numpyro_diffusion.infer.particles.tempered import look_at_start
+from numpyro_diffusion.infer.particles.tempered import lag_of, look_at_start, widened
 from numpyro_diffusion.infer.particles.tempering import check_climb, draw_prior
 from numpyro_diffusion.infer.particles.walkers import Moves, Tuning, Walker, draws_of, move_until_forgotten, walker_at
 from numpyro_diffusion.reparam import noise_name
@@ -185,7 +186,8 @@ class PopulationHMC(ParticleSampler):
             self._compiled[number] = Compiled(self._model, *functions)
         start, climb, draw = self._compiled[number].bind(args, kwargs)
         key_start, key_climb, key_draw = jax.random.split(key, 3)
-        stage, history = start(key_start), []
+        shortest = _NARROWER ** len(self._looks)
+        stage, history = start(key_start, jnp.asarray(shortest)), []
         if not self._looks:
             look_at_start(np.asarray(stage.walkers.log_likelihood))
         multiple = jnp.asarray(factor, jnp.int32)
@@ -203,13 +205,13 @@ class PopulationHMC(ParticleSampler):
         per_walker = (
             sum(int(h.num_moves) * self._num_steps + 1 for h in history) + int(moves.num_moves) * self._num_steps
         )
-        evidence = evidence_of(stage.log_evidence)
+        evidence = widened(evidence_of(stage.log_evidence), history)
         return Round(values, evidence, history, moves, per_walker * islands * number, number, factor)
 
     def _coordinates(self, args: tuple, kwargs: dict[str, Any]) -> NoiseVector:
         return NoiseVector(Record(self._model).at(args, kwargs))
 
-    def _start(self, number: int, key: jax.Array, args: tuple, kwargs: dict[str, Any]) -> _Stage:
+    def _start(self, number: int, key: jax.Array, shortest: jax.Array, args: tuple, kwargs: dict[str, Any]) -> _Stage:
         """Draws of the prior."""
         coordinates, model = self._coordinates(args, kwargs), in_noise(self._model)
 
@@ -219,7 +221,8 @@ class PopulationHMC(ParticleSampler):
 
         walkers = jax.vmap(one)(jax.random.split(key, self._shape[0] * number))
         zero = jnp.zeros((), walkers.q.dtype)
-        tuning = Tuning(estimate(walkers.q, walkers.gradient), jnp.asarray(_FIRST_STEP, zero.dtype))
+        step_size = jnp.asarray(_FIRST_STEP, zero.dtype)
+        tuning = Tuning(estimate(walkers.q, walkers.gradient), step_size, shortest.astype(zero.dtype))
         return _Stage(walkers, jnp.zeros(self._shape[0]), zero, tuning)
 
     def _climb(
@@ -240,13 +243,14 @@ class PopulationHMC(ParticleSampler):
             coordinates,
             walkers,
             new,
-            stage.tuning.step_size,
+            stage.tuning,
             num_steps=self._num_steps,
             factor=factor,
             **self._limits,
         )
+        lag = lag_of(values[ancestors], without_improper(walkers.log_likelihood))
         happened = Temperature(
-            new, effective_size(log_weights), **moves._asdict(), step_size=tuning.step_size, num_blind=blind
+            new, effective_size(log_weights), **moves._asdict(), step_size=tuning.step_size, lag=lag, num_blind=blind
         )
         log_evidence = stage.log_evidence + logsumexp(by_island, axis=1) - jnp.log(by_island.shape[1])
         return _Stage(walkers, log_evidence, new, tuning), happened
@@ -267,6 +271,8 @@ class PopulationHMC(ParticleSampler):
             print(round)
 
 
+_NARROWER = 0.1
+"""By which the shortest step falls from round to round."""
 _FIRST_STEP = 0.3
 """Leapfrog step in units of the metric's root, to begin with."""
 

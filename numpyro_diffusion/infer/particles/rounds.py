@@ -6,12 +6,13 @@ islands have the same error. Two rounds agree if their means do, in every coordi
 $$|\bar x_j - \bar x'_j| \le c\, \sqrt{s_j^2 + s_j'^2}, \qquad
 |\log \hat Z - \log \hat Z'| \le c\, \sqrt{s^2 + s'^2},$$
 
-with standard errors from the spread over islands. The factor $c$ leaves room for the many coordinates and the few
-islands.
+with standard errors from the spread over islands. The factor $c$ grows with the number of coordinates, so that rounds
+that agree are sent on by chance in one run of a hundred.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import NamedTuple
 
 import jax
@@ -22,11 +23,15 @@ from numpyro_diffusion.diagnostics.nested import early_late_rhat, nested_rhat, s
 from numpyro_diffusion.infer.particles.evidence import Evidence
 from numpyro_diffusion.infer.particles.walkers import Moves
 
+_CHANCE = 0.01
+"""That any mean of two rounds that agree lies outside of the limit."""
 _APART = 4.5
-"""Standard errors by which means of two rounds may differ in the worst coordinate."""
+"""Standard errors by which log evidences may differ; theirs are known from a handful of islands only."""
 _BLIND = 0.01
 CURE = "Raise the budget"
 _DIVERGING = 0.2
+_HARDLY = 0.1
+_STUCK = 0.015
 
 
 class Temperature(NamedTuple):
@@ -40,6 +45,7 @@ class Temperature(NamedTuple):
     accept_prob: jax.Array  # mean over moves and walkers
     step_size: jax.Array
     num_diverging: jax.Array  # of all walkers and moves
+    lag: jax.Array  # by how much the mean log-likelihood may fall short of its equilibrium after the moves, in nats
     num_blind: jax.Array  # walkers at which a coordinate's gradient is not finite, before they move, (D,)
 
 
@@ -69,6 +75,8 @@ class Look:
         worst: the site and entry with the largest nested R-hat.
         distance: by how many standard errors means differ from the round before, in the worst coordinate; NaN for the
             first.
+        diverging: share of the moves between draws that diverged.
+        stuck: share of the walkers that accept hardly any move of the common step.
         num_gradients: of all walkers together.
         seconds: wall time.
         problems: what keeps it from counting as converged.
@@ -82,6 +90,8 @@ class Look:
     ess: float
     worst: str
     distance: float
+    diverging: float
+    stuck: float
     num_gradients: int
     seconds: float
     problems: tuple[str, ...]
@@ -100,7 +110,8 @@ class Look:
         return (
             f"{self.num_walkers} walkers, {self.factor} x the moves: nested R-hat {self.nested_r_hat:.3f} "
             f"({self.worst}), early/late {self.drift:.3f}, ESS {self.ess:.0f}, distance {self.distance:.1f}, "
-            f"{self.num_gradients} gradients, {self.seconds:.0f} s"
+            f"{self.diverging:.1%} diverging, {self.stuck:.1%} stuck, {self.num_gradients} gradients, "
+            f"{self.seconds:.0f} s"
         )
 
 
@@ -135,10 +146,11 @@ def look(this: Round, last: Round | None, names: list[str], seconds: float) -> L
     if last is None:
         problems.append("the budget did not suffice for a second round with twice the moves, which must agree")
     else:
-        if not distance <= _APART:
+        limit = NormalDist().inv_cdf(1.0 - 0.5 * _CHANCE / sum(v[0, 0, 0].size for v in this.values.values()))
+        if not distance <= limit:
             problems.append(
                 f"two rounds disagree, the second with more moves or walkers: their means of {where} are "
-                f"{distance:.1f} standard errors apart. Raise the budget"
+                f"{distance:.1f} standard errors apart, of at most {limit:.1f}. Raise the budget"
             )
         apart = abs(float(this.evidence.value) - float(last.evidence.value))
         error = float(np.hypot(this.evidence.standard_error, last.evidence.standard_error))
@@ -158,6 +170,8 @@ def look(this: Round, last: Round | None, names: list[str], seconds: float) -> L
         ess=found.ess,
         worst=nested[1],
         distance=distance,
+        diverging=_diverging(this),
+        stuck=_stuck(this),
         num_gradients=this.num_gradients,
         seconds=seconds,
         problems=tuple(problems),
@@ -195,10 +209,27 @@ def _of_moves(this: Round, names: list[str]) -> list[str]:
             f"the gradient in {', '.join(sites)} is not finite at {int(blind.max())} walkers, although the density is: "
             "they cannot move. Rewrite the likelihood (jnp.where with both branches finite), or use TemperedSMC(model)"
         )
-    moves = int(this.moves.num_moves) * this.num_walkers * len(this.evidence.islands)
-    if this.moves.num_diverging > _DIVERGING * moves:
+    share = _diverging(this)
+    if share > _DIVERGING:
         problems.append(
-            f"{int(this.moves.num_diverging)} of {moves} moves ended where the density or its gradient is not finite: "
-            "walkers may be kept from a part of the posterior. Look for a NaN in the likelihood"
+            f"{share:.0%} of the moves between draws diverged. Look for a likelihood that is not finite, or write the "
+            "model without a funnel (x = scale * z instead of x ~ Normal(0, scale))"
+        )
+    share = _stuck(this)
+    if share > _STUCK:
+        problems.append(
+            f"{share:.1%} of the walkers are stuck in a part of the posterior that is narrower than the common step: "
+            "others may not find it, all of them alike. Raise the budget, or write the model without the funnel"
         )
     return problems
+
+
+def _diverging(this: Round) -> float:
+    """The share of the moves between draws that diverged."""
+    moves = int(this.moves.num_moves) * this.num_walkers * len(this.evidence.islands)
+    return float(this.moves.num_diverging) / moves
+
+
+def _stuck(this: Round) -> float:
+    """The share of the walkers that accept hardly any move of the common step."""
+    return float(np.mean(np.asarray(this.moves.accept_prob) < _HARDLY))

@@ -58,6 +58,7 @@ from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Record
 from numpyro_diffusion.infer.particles.evidence import (
     Draws,
+    Evidence,
     Outcome,
     ParticleSampler,
     evidence_of,
@@ -176,10 +177,7 @@ class TemperedSMC(ParticleSampler):
                 bar.set_postfix_str(f"ESS {happened.effective_size:.0f}, moves {happened.num_moves}", refresh=False)
                 bar.update(float(happened.temperature) - bar.n)
         evidence = evidence_of(population.log_evidence)
-        steps = np.diff([happened.temperature for happened in history])
-        behind = float(steps @ np.array([happened.lag for happened in history[:-1]]))
-        evidence = evidence._replace(standard_error=jnp.hypot(evidence.standard_error, behind))
-        return Outcome(finish(key_finish, population), evidence, history, self._problems(history))
+        return Outcome(finish(key_finish, population), widened(evidence, history), history, self._problems(history))
 
     def _problems(self, history: list[Temperature]) -> tuple[str, ...]:
         """A message if moves ended too early."""
@@ -263,7 +261,7 @@ class TemperedSMC(ParticleSampler):
         limits = {"correlation": self._correlation, "max_moves": self._max_moves}
         z, moves = move(kernel, keys, z, args, {**kwargs, TEMPERATURE: new}, population.noise_level, **limits)
         log_likelihoods = self._log_likelihoods(z, args, kwargs)
-        lag = _lag(values.reshape(-1)[ancestors], without_improper(log_likelihoods).reshape(-1))
+        lag = lag_of(values.reshape(-1)[ancestors], without_improper(log_likelihoods).reshape(-1))
         lag = jnp.where(moves.correlation > self._correlation, lag, 0.0)
         step = Temperature(new, effective_size(log_weights.reshape(-1)), **moves._asdict(), lag=lag)
         log_evidence = population.log_evidence + logsumexp(log_weights, axis=1) - jnp.log(self._shape[1])
@@ -283,7 +281,14 @@ _FEW = 10
 """Particles with a likelihood at the start, below which a run warns."""
 
 
-def _lag(before: jax.Array, after: jax.Array) -> jax.Array:
+def widened(evidence: Evidence, history: Sequence[Any]) -> Evidence:
+    """An evidence with what its temperatures may owe their equilibria, each to the step after it, in its error."""
+    steps = np.diff([happened.temperature for happened in history])
+    behind = float(steps @ np.array([happened.lag for happened in history[:-1]]))
+    return evidence._replace(standard_error=jnp.hypot(evidence.standard_error, behind))
+
+
+def lag_of(before: jax.Array, after: jax.Array) -> jax.Array:
     """How much more the mean log-likelihood would change if the moves went on, from its values at both ends, (N,)."""
     both = jnp.isfinite(before) & jnp.isfinite(after)
     count = jnp.maximum(both.sum(), 1)

@@ -7,8 +7,10 @@ from where they are, and the step size $\epsilon$, which follows their mean acce
 $$\log \epsilon \leftarrow \log \epsilon + \kappa\,(a - a^*),$$
 
 and is drawn anew for every walker and move, uniformly on $(0.6, 1.2)\,\epsilon$, so that no trajectory length is in
-tune with a period of the target. One walker has an influence of order $1/N$ on both. For the draws at the end nothing
-follows the walkers any more, and they are independent chains.
+tune with a period of the target. A quarter of the moves take a step that is log-uniform on $(s, 1)\,\epsilon$: a part
+of the posterior that is narrower than the common step can be entered by no other move, and all walkers would miss it
+alike. One walker has an influence of order $1/N$ on metric and step. For the draws at the end nothing follows the
+walkers any more, and they are independent chains.
 
 Moves at a temperature end when the walkers have forgotten where they started, in the *worst* coordinate: a mean over
 coordinates hides the slowest, which is often a scale.
@@ -27,6 +29,9 @@ from numpyro_diffusion.infer.particles.mutate import correlations
 _TARGET_ACCEPTANCE = 0.8
 _GAIN = 0.5
 _JITTER = 0.6, 1.2
+_SHORT_SHARE = 0.25
+_LARGE_ERROR = 1000.0
+"""Error of the energy above which a move counts as diverging, as in Stan."""
 
 
 class Walker(NamedTuple):
@@ -43,6 +48,15 @@ class Tuning(NamedTuple):
 
     metric: Metric
     step_size: jax.Array
+    shortest: jax.Array  # smallest factor of the step, in (0, 1]
+
+
+class Move(NamedTuple):
+    """What happened in one move."""
+
+    accept_prob: jax.Array
+    is_full: jax.Array  # whether its step was of the common size
+    diverging: jax.Array  # whether it ended where the density is not finite, or with a large error of the energy
 
 
 class Moves(NamedTuple):
@@ -51,8 +65,8 @@ class Moves(NamedTuple):
     num_moves: jax.Array
     correlation: jax.Array  # left between walkers and their starts in the worst coordinate
     worst: jax.Array  # index of that coordinate
-    accept_prob: jax.Array  # mean over moves and walkers
-    num_diverging: jax.Array  # of all: proposals whose density or gradient was not finite
+    accept_prob: jax.Array  # mean over moves of the common step, and over walkers, or of each, (N,)
+    num_diverging: jax.Array  # of all, see `Move`
 
 
 def walker_at(coordinates: NoiseVector, q: jax.Array, temperature: jax.Array) -> Walker:
@@ -73,11 +87,15 @@ def trajectory(
     temperature: jax.Array,
     tuning: Tuning,
     num_steps: int,
-) -> tuple[Walker, jax.Array, jax.Array]:
-    """One move of one walker: where it is then, the acceptance probability, and whether the end was not finite."""
+) -> tuple[Walker, Move]:
+    """One move of one walker: where it is then, and what happened."""
     key_momentum, key_step, key_accept = jax.random.split(key, 3)
     momentum = jax.random.normal(key_momentum, walker.q.shape, walker.q.dtype)
-    step_size = tuning.step_size * jax.random.uniform(key_step, (), walker.q.dtype, *_JITTER)
+    key_kind, key_short, key_full = jax.random.split(key_step, 3)
+    full = jax.random.uniform(key_full, (), walker.q.dtype, *_JITTER)
+    short = tuning.shortest ** jax.random.uniform(key_short, (), walker.q.dtype)  # log-uniform
+    is_full = jax.random.uniform(key_kind) >= _SHORT_SHARE
+    step_size = tuning.step_size * jnp.where(is_full, full, short)
 
     def leapfrog(carry: tuple[Walker, jax.Array], _: None) -> tuple[tuple[Walker, jax.Array], None]:
         at, p = carry
@@ -89,7 +107,7 @@ def trajectory(
     log_ratio = there.log_density - walker.log_density
     log_ratio += 0.5 * (jnp.sum(momentum**2) - jnp.sum(momentum_there**2))
     choice = metropolis(key_accept, log_ratio, there, walker, there.log_density, there.gradient)
-    return choice.point, choice.accept_prob, choice.diverging
+    return choice.point, Move(choice.accept_prob, is_full, choice.diverging | (log_ratio < -_LARGE_ERROR))
 
 
 def move_until_forgotten(
@@ -97,7 +115,7 @@ def move_until_forgotten(
     coordinates: NoiseVector,
     walkers: Walker,
     temperature: jax.Array,
-    step_size: jax.Array,
+    tuning: Tuning,
     *,
     num_steps: int,
     correlation: float,
@@ -111,7 +129,7 @@ def move_until_forgotten(
         coordinates: of the model.
         walkers: at the temperature, a leading axis of N.
         temperature: inverse, in (0, 1].
-        step_size: to begin with.
+        tuning: how they move to begin with; the metric is estimated anew.
         num_steps: leapfrog steps of a move.
         correlation: largest correlation with their starts that walkers may have at the end, in any coordinate.
         max_moves: largest number of moves, times `factor`.
@@ -126,10 +144,12 @@ def move_until_forgotten(
 
     def one(carry: tuple, key: jax.Array) -> tuple:
         walkers, tuning = carry
-        walkers, accept_prob, diverging = _all(key, coordinates, walkers, temperature, tuning, num_steps)
-        accept_prob = accept_prob.mean()
+        walkers, moves = _all(key, coordinates, walkers, temperature, tuning, num_steps)
+        full = jnp.sum(moves.is_full)
+        accept_prob = jnp.sum(moves.accept_prob * moves.is_full) / jnp.maximum(full, 1)
+        accept_prob = jnp.where(full > 0, accept_prob, _TARGET_ACCEPTANCE)
         step_size = tuning.step_size * jnp.exp(_GAIN * (accept_prob - _TARGET_ACCEPTANCE))
-        return (walkers, tuning._replace(step_size=step_size)), (accept_prob, diverging.sum())
+        return (walkers, tuning._replace(step_size=step_size)), (accept_prob, moves.diverging.sum())
 
     def going(carry: tuple) -> jax.Array:
         _, _, _, moves, needed = carry
@@ -154,7 +174,7 @@ def move_until_forgotten(
 
     count = jnp.zeros((), jnp.int32)
     none = Moves(count, jnp.ones(()), jnp.zeros((), int), jnp.zeros(()), count)
-    tuning = Tuning(estimate(walkers.q, walkers.gradient), step_size)
+    tuning = tuning._replace(metric=estimate(walkers.q, walkers.gradient))
     needed = jnp.asarray(max_moves + 1, jnp.int32)
     _, walkers, tuning, moves, _ = jax.lax.while_loop(going, some, (key, walkers, tuning, none, needed))
     return walkers, tuning, moves._replace(accept_prob=moves.accept_prob / moves.num_moves)
@@ -185,30 +205,31 @@ def draws_of(
         The draws, (N, num_draws, D), and what happened.
     """
 
-    def draw(walkers: Walker, key: jax.Array) -> tuple[Walker, tuple[jax.Array, jax.Array, jax.Array]]:
+    def draw(carry: tuple, key: jax.Array) -> tuple[tuple, jax.Array]:
         def once(i: jax.Array, carry: tuple) -> tuple:
-            walkers, accept_prob, num_diverging = carry
-            walkers, a, d = _all(jax.random.fold_in(key, i), coordinates, walkers, jnp.ones(()), tuning, num_steps)
-            return walkers, accept_prob + a.mean(), num_diverging + d.sum()
+            walkers, *sums = carry
+            walkers, moves = _all(jax.random.fold_in(key, i), coordinates, walkers, jnp.ones(()), tuning, num_steps)
+            new = moves.accept_prob * moves.is_full, moves.is_full, moves.diverging
+            return walkers, *(old + more for old, more in zip(sums, new, strict=True))
 
-        walkers, accept_prob, num_diverging = jax.lax.fori_loop(
-            0, factor, once, (walkers, jnp.zeros(()), jnp.zeros((), jnp.int32))
-        )
-        return walkers, (walkers.q, accept_prob / factor, num_diverging)
+        carry = jax.lax.fori_loop(0, factor, once, carry)
+        return carry, carry[0].q
 
-    start = walkers.q
-    walkers, (q, accept_prob, num_diverging) = jax.lax.scan(draw, walkers, jax.random.split(key, num_draws))
+    start, zero = walkers.q, jnp.zeros(len(walkers.q))
+    first = walkers, zero, jnp.zeros_like(zero, jnp.int32), jnp.zeros_like(zero, jnp.int32)
+    (walkers, accepted, full, diverging), q = jax.lax.scan(draw, first, jax.random.split(key, num_draws))
     left = jnp.abs(correlations(start, walkers.q))
-    moves = Moves(num_draws * factor, left.max(), left.argmax(), accept_prob.mean(), num_diverging.sum())
+    accept_prob = jnp.where(full > 0, accepted / jnp.maximum(full, 1), _TARGET_ACCEPTANCE)
+    moves = Moves(num_draws * factor, left.max(), left.argmax(), accept_prob, diverging.sum())
     return jnp.moveaxis(q, 0, 1), moves
 
 
 def _all(
     key: jax.Array, coordinates: NoiseVector, walkers: Walker, temperature: jax.Array, tuning: Tuning, steps: int
-) -> tuple[Walker, jax.Array, jax.Array]:
-    """One move of every walker."""
+) -> tuple[Walker, Move]:
+    """One move of every walker: where they are, and what happened to each."""
 
-    def one(key: jax.Array, walker: Walker) -> tuple[Walker, jax.Array, jax.Array]:
+    def one(key: jax.Array, walker: Walker) -> tuple[Walker, Move]:
         return trajectory(key, coordinates, walker, temperature, tuning, steps)
 
     return jax.vmap(one)(jax.random.split(key, len(walkers.q)), walkers)
