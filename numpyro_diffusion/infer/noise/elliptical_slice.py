@@ -45,7 +45,6 @@ class EllipticalSliceState(NamedTuple):
         potential_energy: negative log-density of the model there.
         accept_prob: one over the number of points tried in the last step.
         num_steps: that number: evaluations of the model.
-        num_score_evals: zero: the kernel evaluates no denoiser itself.
         diverging: whether the density was NaN or infinite at a point tried, which was not taken.
         rng_key: random key.
     """
@@ -54,7 +53,6 @@ class EllipticalSliceState(NamedTuple):
     potential_energy: jax.Array
     accept_prob: jax.Array
     num_steps: jax.Array
-    num_score_evals: jax.Array
     diverging: jax.Array
     rng_key: jax.Array
 
@@ -85,7 +83,7 @@ class EllipticalSlice(DiffusionKernel):
         True
     """
 
-    statistics = ("accept_prob", "potential_energy", "num_steps", "num_score_evals")
+    statistics = ("accept_prob", "potential_energy", "num_steps")
     status = Status("density", True, "leaves the model's law invariant")
     takes_point = True
 
@@ -121,9 +119,8 @@ class EllipticalSlice(DiffusionKernel):
 
         z = start(key_start, reading, init_params, self._init_strategy, valid)
         log_density = self._log_density(reading, z)
-        none = jnp.zeros((), jnp.int32)
-        one = jnp.ones_like(log_density)
-        return EllipticalSliceState(z, -log_density, one, none, none, jnp.array(False), key)
+        none, one = jnp.zeros((), jnp.int32), jnp.ones_like(log_density)
+        return EllipticalSliceState(z, -log_density, one, none, jnp.array(False), key)
 
     def _step(self, state: EllipticalSliceState, reading: Reading) -> EllipticalSliceState:
         key, key_ellipse, key_level, key_angle, key_shrink = jax.random.split(state.rng_key, 5)
@@ -162,7 +159,6 @@ class EllipticalSlice(DiffusionKernel):
             potential_energy=-log_density.astype(state.potential_energy.dtype),
             accept_prob=(1.0 / tried).astype(state.accept_prob.dtype),
             num_steps=tried,
-            num_score_evals=state.num_score_evals,
             diverging=bad,
             rng_key=key,
         )
