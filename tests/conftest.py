@@ -21,7 +21,6 @@ def understands(flag: str) -> bool:
 
 if "XLA_FLAGS" not in os.environ:  # workers have those of the process that started them
     os.environ["XLA_FLAGS"] = QUICK_TO_COMPILE if understands(QUICK_TO_COMPILE) else ""
-jax.config.update("jax_disable_most_optimizations", True)
 numpyro.set_host_device_count(2)
 if jax.config.jax_compilation_cache_dir is None:  # the environment's JAX_COMPILATION_CACHE_DIR goes first
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
@@ -29,6 +28,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 TWO_DEVICES = pytest.mark.skipif(jax.device_count() < 2, reason="asks for two devices, as the CPU has")
+
+
+def pytest_configure(config):
+    """Tests that take long run optimised; of the others most of the time is the compiler's."""
+    jax.config.update("jax_disable_most_optimizations", config.option.markexpr == "not slow")
 
 
 def pytest_collection_modifyitems(items):
