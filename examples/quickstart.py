@@ -60,7 +60,7 @@ def trained(images: jax.Array, num_steps: int, path: Path) -> NetworkDenoiser:
 
 def sample(key: jax.Array, y: jax.Array, prior: DiffusionPrior, fast: bool) -> PopulationHMC:
     """Samples pixels and noise level jointly; prints the table of the noise level and the verdict."""
-    population = PopulationHMC(model, 64, 4, max_gradients=1) if fast else PopulationHMC(model)
+    population = PopulationHMC(model, 64, 4, max_gradients=1) if fast else PopulationHMC(model, max_gradients=2_500_000)
     started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the verdict says the same, in order
