@@ -56,8 +56,8 @@ def verdict(run: MCMC | Any) -> Verdict:
 
     Args:
         run: a run of `numpyro.infer.MCMC` with any kernel, or a particle sampler that has run. Extra fields that `MCMC`
-            has collected are read: `diverging` always, `num_steps` for saturated trees, `noise_level` with
-            `accept_prob` for noise levels at which nothing is accepted.
+            has collected are read: `diverging` always, `num_steps` for saturated trees (of `NoiseSpace`:
+            `inner_state.num_steps`), `noise_level` with `accept_prob` for noise levels at which nothing is accepted.
 
     Returns:
         A `Verdict`.
@@ -142,9 +142,10 @@ def _of_fields(mcmc: MCMC) -> list[str]:
         )
     inner = getattr(kernel, "inner", kernel)
     depth = getattr(inner, "_max_tree_depth", None)
-    if "num_steps" in fields and depth is not None:
+    steps = next((value for name, value in fields.items() if name.split(".")[-1] == "num_steps"), None)
+    if steps is not None and depth is not None:
         limit = 2 ** (depth[1] if isinstance(depth, tuple) else depth) - 1
-        share = float(np.mean(np.asarray(fields["num_steps"]) >= limit))
+        share = float(np.mean(np.asarray(steps) >= limit))
         if share > _SATURATED:
             problems.append(
                 f"{share:.0%} of the trees are saturated at {limit} steps. Take PopulationHMC(model), whose metric is "

@@ -16,7 +16,7 @@ counts as converged if, for every site,
 If walkers drift or runs disagree, the moves are doubled; if stationary islands disagree, modes are kept apart, and the
 walkers are doubled. When the budget is spent first, the run says so and why: its draws are marked as not converged.
 
-After warm-up, with nothing adapting, the chains leave the model's posterior in noise space invariant: exact for the
+In the last phase, with nothing adapting, the chains leave the model's posterior in noise space invariant: exact for the
 prior that the flow's solver pushes forward. A model without diffusion sites serves as well: any sites whose
 priors can be drawn and whose densities can be differentiated.
 
