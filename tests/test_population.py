@@ -66,8 +66,10 @@ def test_reports(joint, capsys):
     np.testing.assert_array_equal(again.get_samples()["x"], joint.get_samples()["x"])
     history = joint.temperatures
     assert history[-1].temperature == 1.0 and all(np.diff([step.temperature for step in history]) > 0)
-    moves = sum(int(step.num_moves) for step in history) + 24 * joint.rounds[-1].factor
-    assert joint.rounds[-1].num_gradients == 256 * (8 * moves + len(history))
+    first, last = joint.rounds[0], joint.rounds[-1]
+    assert (first.num_walkers, first.factor, last.num_walkers, last.factor) == (256, 1, 128, 2)
+    moves = sum(int(step.num_moves) for step in history) + 48
+    assert last.num_gradients == 128 * (8 * moves + len(history))
     joint.print_summary()
     assert "nested R-hat" in capsys.readouterr().out
 
@@ -102,7 +104,10 @@ def test_modes_have_their_weights():
 
 
 def test_chains_leave_exact_draws_in_place():
-    """Moves of the chains at the end, from exact draws, under a metric and a step that are given."""
+    """Moves of the chains at the end, from exact draws, under a metric and a step that are given.
+
+    The metric is so wide that steps follow the gradient: without their density in the test ranks are off.
+    """
     law, count = pair_posterior(), 20_000
     coordinates = NoiseVector(Record(law.model).at(law.args, {}))
     z = law.draw(np.random.default_rng(1), count)
@@ -111,8 +116,9 @@ def test_chains_leave_exact_draws_in_place():
     @jax.jit
     def move(q):
         walkers = jax.vmap(lambda q: walker_at(coordinates, q, jnp.ones(())))(q)
-        tuning = Tuning(estimate(q[:50], walkers.gradient[:50]), jnp.asarray(0.9), jnp.asarray(0.1))
-        draws, moves = draws_of(KEY, coordinates, walkers, tuning, num_steps=3, num_draws=2, factor=2)
+        metric = estimate(q[:50], walkers.gradient[:50])
+        tuning = Tuning(metric._replace(scale=8.0 * metric.scale), jnp.asarray(0.3))
+        draws, moves = draws_of(KEY, coordinates, walkers, tuning, num_steps=3, num_draws=2, between=2)
         return jax.vmap(coordinates.report)(draws[:, -1]), moves
 
     values, moves = move(q)
@@ -220,24 +226,40 @@ def test_walkers_double_where_islands_disagree():
     args = two_modes_posterior().args
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        sampled = quiet(two_modes, 16, num_draws=8, max_gradients=60_000, max_moves=8).run(KEY, *args)
+        sampled = quiet(two_modes, 16, num_draws=8, max_gradients=25_000, max_moves=8).run(KEY, *args)
     numbers = [(seen.num_walkers, seen.factor) for seen in sampled.rounds]
-    assert numbers[:2] == [(16, 1), (16, 2)] and max(numbers)[0] > 16
+    assert numbers[:2] == [(16, 1), (8, 2)] and max(numbers[1:])[0] > 8
     assert not sampled.converged
 
 
-def funnel():
-    """Neal's, of ten sites, from a wide prior: no common step enters its neck."""
-    x0 = numpyro.sample("x0", dist.Normal(0.0, 3.0))
-    prior = dist.Normal(0.0, 3.0).expand([9]).to_event(1)
-    x = numpyro.sample("x", prior)
-    numpyro.factor("funnel", dist.Normal(0.0, jnp.exp(x0 / 2.0)).log_prob(x).sum() - prior.log_prob(x))
+SEEN = jnp.asarray(0.5 * np.random.default_rng(0).normal(size=9))
+
+
+def hierarchical(y):
+    """Effects about zero that the data hardly tell from zero: the posterior is a funnel's neck."""
+    log_variance = numpyro.sample("log_variance", dist.Normal(0.0, 3.0))
+    effects = numpyro.sample("effects", dist.Normal(0.0, jnp.exp(log_variance / 2.0)).expand([9]).to_event(1))
+    numpyro.sample("y", dist.Normal(effects, 0.5).to_event(1), obs=y)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_funnel_is_not_called_converged(seed):
-    """Islands and rounds agree on x0 with a standard deviation of 2.3 for 3: what shows is that walkers are stuck."""
-    with pytest.warns(UserWarning, match="walkers are stuck in a part of the posterior"):
-        sampled = quiet(funnel, 512, max_gradients=2_000_000).run(jax.random.key(seed))
-    assert not sampled.converged and sampled.rounds[-1].stuck > 0.015
+def test_walkers_enter_the_neck_of_a_funnel():
+    """Mean, standard deviation and evidence by quadrature, over four keys that did not choose anything."""
+    grid = np.linspace(-25.0, 15.0, 8001)
+    variance = np.exp(grid) + 0.25
+    log_joint = -0.5 * (np.square(SEEN)[:, None] / variance + np.log(2.0 * np.pi * variance)).sum(0)
+    log_joint += -0.5 * (grid / 3.0) ** 2 - np.log(3.0 * np.sqrt(2.0 * np.pi))
+    weights = np.exp(log_joint - log_joint.max())
+    evidence = np.log(weights.sum() * (grid[1] - grid[0])) + log_joint.max()
+    weights /= weights.sum()
+    mean = (weights * grid).sum()
+    spread = np.sqrt((weights * (grid - mean) ** 2).sum())
+    sampler, found = quiet(hierarchical, 512), []
+    for seed in range(4):
+        run = sampler.run(jax.random.key(seed), SEEN)
+        draws = np.asarray(run.get_samples()["log_variance"], float)
+        assert run.converged and run.rounds[-1].stuck < 0.005
+        found.append([draws.mean(), draws.std(), float(run.log_evidence.value)])
+    found = np.array(found)
+    limits = 4.0 * found.std(0, ddof=1) / 2.0 + 0.01  # 4 standard errors of the mean of four runs
+    assert (abs(found.mean(0) - [mean, spread, evidence]) < limits).all() and (limits < [0.4, 0.4, 0.4]).all()

@@ -5,12 +5,11 @@ Walkers start as draws of the prior and are carried through $\pi_\beta \propto p
 are Hamiltonian trajectories in noise space (`walkers`), whose metric and step size all walkers share and carry from
 temperature to temperature. At $\beta = 1$ adaptation ends and every walker goes on as a chain.
 
-One run cannot show what all of its islands have in common. So a run is followed by another with twice the moves, some
-of which are ten times shorter, so that they enter parts of the posterior that are ten times narrower; and the result
-counts as converged if, for every site,
+One run cannot show what all of its islands have in common. So a run is followed by another with half the walkers and
+twice the moves of each, at the same price, and the result counts as converged if, for every site,
 
 * islands agree: nested R-hat below 1.01, and the walkers are stationary: R-hat between early and late draws too;
-* the effective sample size exceeds 400, and hardly any walker is stuck where the common step is too long;
+* the effective sample size exceeds 400, and hardly any walker is stuck where its steps are too long;
 * both runs agree in means and in the log evidence, within their errors.
 
 If walkers drift or runs disagree, the moves are doubled; if stationary islands disagree, modes are kept apart, and the
@@ -66,8 +65,8 @@ class PopulationHMC(ParticleSampler):
 
     Args:
         model: NumPyro model whose latent sites can all be drawn from their priors.
-        num_walkers: chains in all, at least 2 an island.
-        num_draws: draws of each chain, at least 2.
+        num_walkers: chains in all, at least 2 an island. From the second round on there are half as many.
+        num_draws: draws of each chain in the first round, at least 2; later rounds keep as many in all.
         num_islands: independent parts of the population, at least 2.
         num_steps: leapfrog steps of a move.
         ess_threshold: share of the walkers that a step of the temperature leaves effective, in (0, 0.999].
@@ -164,13 +163,18 @@ class PopulationHMC(ParticleSampler):
             last = this
             if seen.converged:
                 break
-            # walkers that are stationary and yet disagree are kept apart by modes; anything else asks for more moves
-            number, factor = (2 * number, factor) if seen.is_apart and len(self._looks) > 1 else (number, 2 * factor)
+            if len(self._looks) == 1:
+                number, factor = max(number // 2, 2), 2
+            elif seen.is_apart:  # stationary, and yet kept apart by modes; anything else asks for more moves
+                number *= 2
+            else:
+                factor *= 2
             spent = sum(look.num_gradients for look in self._looks), time.monotonic() - started
-            if not self._affords(spent, (2 * seen.num_gradients, 2 * seen.seconds)):
+            dearer = number * factor / (last.num_walkers * last.factor)
+            if not self._affords(spent, (dearer * seen.num_gradients, dearer * seen.seconds)):
                 break
         values = {name: value.reshape(-1, *value.shape[3:]) for name, value in last.values.items()}
-        indices = np.arange(self._shape[0] * number * self._num_draws)
+        indices = np.arange(len(next(iter(values.values()))))
         draws = Draws(values, indices, indices.reshape(self._shape[0], -1))
         return Outcome(draws, last.evidence, last.history, seen.problems)
 
@@ -182,12 +186,11 @@ class PopulationHMC(ParticleSampler):
     def _round(self, key: jax.Array, number: int, factor: int, args: tuple, kwargs: dict[str, Any]) -> Round:
         """From the prior to draws of the posterior, with `number` walkers on each island."""
         if number not in self._compiled:
-            functions = partial(self._start, number), self._climb, self._draw
+            functions = partial(self._start, number), self._climb, partial(self._draw, self._draws_each(number))
             self._compiled[number] = Compiled(self._model, *functions)
         start, climb, draw = self._compiled[number].bind(args, kwargs)
         key_start, key_climb, key_draw = jax.random.split(key, 3)
-        shortest = _NARROWER ** len(self._looks)
-        stage, history = start(key_start, jnp.asarray(shortest)), []
+        stage, history = start(key_start), []
         if not self._looks:
             look_at_start(np.asarray(stage.walkers.log_likelihood))
         multiple = jnp.asarray(factor, jnp.int32)
@@ -199,7 +202,8 @@ class PopulationHMC(ParticleSampler):
                 bar.set_postfix_str(f"ESS {happened.effective_size:.0f}, moves {happened.num_moves}", refresh=False)
                 bar.update(float(happened.temperature) - bar.n)
             bar.set_postfix_str(f"drawing, at {happened.num_moves} moves", refresh=True)
-            values, moves = jax.block_until_ready(draw(key_draw, stage, multiple))
+            between = max(factor * number // self._shape[1], 1)
+            values, moves = jax.block_until_ready(draw(key_draw, stage, jnp.asarray(between, jnp.int32)))
         islands = self._shape[0]
         values = {n: np.asarray(v).reshape(islands, number, *v.shape[1:]) for n, v in values.items()}
         per_walker = (
@@ -208,10 +212,14 @@ class PopulationHMC(ParticleSampler):
         evidence = widened(evidence_of(stage.log_evidence), history)
         return Round(values, evidence, history, moves, per_walker * islands * number, number, factor)
 
+    def _draws_each(self, number: int) -> int:
+        """Draws of a walker if there are `number` on an island, so that all have as many as asked for."""
+        return max(self._num_draws * self._shape[1] // number, 2)
+
     def _coordinates(self, args: tuple, kwargs: dict[str, Any]) -> NoiseVector:
         return NoiseVector(Record(self._model).at(args, kwargs))
 
-    def _start(self, number: int, key: jax.Array, shortest: jax.Array, args: tuple, kwargs: dict[str, Any]) -> _Stage:
+    def _start(self, number: int, key: jax.Array, args: tuple, kwargs: dict[str, Any]) -> _Stage:
         """Draws of the prior."""
         coordinates, model = self._coordinates(args, kwargs), in_noise(self._model)
 
@@ -221,8 +229,7 @@ class PopulationHMC(ParticleSampler):
 
         walkers = jax.vmap(one)(jax.random.split(key, self._shape[0] * number))
         zero = jnp.zeros((), walkers.q.dtype)
-        step_size = jnp.asarray(_FIRST_STEP, zero.dtype)
-        tuning = Tuning(estimate(walkers.q, walkers.gradient), step_size, shortest.astype(zero.dtype))
+        tuning = Tuning(estimate(walkers.q, walkers.gradient), jnp.asarray(_FIRST_STEP, zero.dtype))
         return _Stage(walkers, jnp.zeros(self._shape[0]), zero, tuning)
 
     def _climb(
@@ -256,11 +263,11 @@ class PopulationHMC(ParticleSampler):
         return _Stage(walkers, log_evidence, new, tuning), happened
 
     def _draw(
-        self, key: jax.Array, stage: _Stage, factor: jax.Array, args: tuple, kwargs: dict[str, Any]
+        self, num_draws: int, key: jax.Array, stage: _Stage, between: jax.Array, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[dict[str, jax.Array], Moves]:
         """Draws of every walker as a chain at temperature 1, constrained, (N, num_draws, ...)."""
         coordinates = self._coordinates(args, kwargs)
-        options = {"num_steps": self._num_steps, "num_draws": self._num_draws, "factor": factor}
+        options = {"num_steps": self._num_steps, "num_draws": num_draws, "between": between}
         q, moves = draws_of(key, coordinates, stage.walkers, stage.tuning, **options)
         values = jax.lax.map(jax.vmap(coordinates.report), jnp.moveaxis(q, 1, 0))
         return {name: jnp.moveaxis(value, 0, 1) for name, value in values.items()}, moves
@@ -271,8 +278,6 @@ class PopulationHMC(ParticleSampler):
             print(round)
 
 
-_NARROWER = 0.1
-"""By which the shortest step falls from round to round."""
 _FIRST_STEP = 0.3
 """Leapfrog step in units of the metric's root, to begin with."""
 

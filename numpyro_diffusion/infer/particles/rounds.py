@@ -76,7 +76,7 @@ class Look:
         distance: by how many standard errors means differ from the round before, in the worst coordinate; NaN for the
             first.
         diverging: share of the moves between draws that diverged.
-        stuck: share of the walkers that accept hardly any move of the common step.
+        stuck: share of the walkers that accept hardly any move.
         num_gradients: of all walkers together.
         seconds: wall time.
         problems: what keeps it from counting as converged.
@@ -218,7 +218,7 @@ def _of_moves(this: Round, names: list[str]) -> list[str]:
     share = _stuck(this)
     if share > _STUCK:
         problems.append(
-            f"{share:.1%} of the walkers are stuck in a part of the posterior that is narrower than the common step: "
+            f"{share:.1%} of the walkers are stuck in a part of the posterior that is narrower than their steps: "
             "others may not find it, all of them alike. Raise the budget, or write the model without the funnel"
         )
     return problems
@@ -231,5 +231,5 @@ def _diverging(this: Round) -> float:
 
 
 def _stuck(this: Round) -> float:
-    """The share of the walkers that accept hardly any move of the common step."""
+    """The share of the walkers that accept hardly any move."""
     return float(np.mean(np.asarray(this.moves.accept_prob) < _HARDLY))

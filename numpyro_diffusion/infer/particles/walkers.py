@@ -6,14 +6,23 @@ from where they are, and the step size $\epsilon$, which follows their mean acce
 
 $$\log \epsilon \leftarrow \log \epsilon + \kappa\,(a - a^*),$$
 
-and is drawn anew for every walker and move, uniformly on $(0.6, 1.2)\,\epsilon$, so that no trajectory length is in
-tune with a period of the target. A quarter of the moves take a step that is log-uniform on $(s, 1)\,\epsilon$: a part
-of the posterior that is narrower than the common step can be entered by no other move, and all walkers would miss it
-alike. One walker has an influence of order $1/N$ on metric and step. For the draws at the end nothing follows the
-walkers any more, and they are independent chains.
+and a walker's own step depends on where it is: with the gradient $g$ in the metric's coordinates,
+
+$$\epsilon(q) = \epsilon\, \Bigl(1 + \frac{|g|^2}{c D}\Bigr)^{-1/2} e^{\xi}, \qquad \xi \sim t_4 / 2.$$
+
+With $c = 10$, steps are alike but for $\xi$ where the target is as narrow as the metric says, $|g|^2 \approx D$; in a
+part that is much narrower, such as the neck of a funnel, they shrink in proportion to its width. A common step could
+not enter it at all, and every walker would miss it alike. The end $q'$ of a trajectory would have drawn the same step
+with another density, and the ratio of the two, $f(\xi') / f(\xi)$, belongs into the Metropolis test: the step is a
+variable that is drawn anew for every move. One walker has an influence of order $1/N$ on metric and step. For the draws
+at the end nothing follows the walkers any more, and they are independent chains.
 
 Moves at a temperature end when the walkers have forgotten where they started, in the *worst* coordinate: a mean over
 coordinates hides the slowest, which is often a scale.
+
+References:
+    Bou-Rabee, Carpenter, Marsden, GIST: Gibbs self-tuning for locally adaptive Hamiltonian Monte Carlo, 2024,
+    https://arxiv.org/abs/2404.15253.
 """
 
 from typing import NamedTuple
@@ -28,8 +37,10 @@ from numpyro_diffusion.infer.particles.mutate import correlations
 
 _TARGET_ACCEPTANCE = 0.8
 _GAIN = 0.5
-_JITTER = 0.6, 1.2
-_SHORT_SHARE = 0.25
+_STEEP = 10.0
+"""Mean square of a gradient, in the metric's coordinates, above which steps shrink."""
+_SPREAD, _FREEDOM = 0.5, 4.0
+"""Scale of the logarithm of a walker's step about the local one, and degrees of freedom."""
 _LARGE_ERROR = 1000.0
 """Error of the energy above which a move counts as diverging, as in Stan."""
 
@@ -48,14 +59,12 @@ class Tuning(NamedTuple):
 
     metric: Metric
     step_size: jax.Array
-    shortest: jax.Array  # smallest factor of the step, in (0, 1]
 
 
 class Move(NamedTuple):
     """What happened in one move."""
 
     accept_prob: jax.Array
-    is_full: jax.Array  # whether its step was of the common size
     diverging: jax.Array  # whether it ended where the density is not finite, or with a large error of the energy
 
 
@@ -65,7 +74,7 @@ class Moves(NamedTuple):
     num_moves: jax.Array
     correlation: jax.Array  # left between walkers and their starts in the worst coordinate
     worst: jax.Array  # index of that coordinate
-    accept_prob: jax.Array  # mean over moves of the common step, and over walkers, or of each, (N,)
+    accept_prob: jax.Array  # mean over moves, and over walkers or of each, (N,)
     num_diverging: jax.Array  # of all, see `Move`
 
 
@@ -91,11 +100,9 @@ def trajectory(
     """One move of one walker: where it is then, and what happened."""
     key_momentum, key_step, key_accept = jax.random.split(key, 3)
     momentum = jax.random.normal(key_momentum, walker.q.shape, walker.q.dtype)
-    key_kind, key_short, key_full = jax.random.split(key_step, 3)
-    full = jax.random.uniform(key_full, (), walker.q.dtype, *_JITTER)
-    short = tuning.shortest ** jax.random.uniform(key_short, (), walker.q.dtype)  # log-uniform
-    is_full = jax.random.uniform(key_kind) >= _SHORT_SHARE
-    step_size = tuning.step_size * jnp.where(is_full, full, short)
+    xi = _SPREAD * jax.random.t(key_step, _FREEDOM, (), walker.q.dtype)
+    log_step = _log_local(walker, tuning.metric) + xi
+    step_size = tuning.step_size * jnp.exp(log_step)
 
     def leapfrog(carry: tuple[Walker, jax.Array], _: None) -> tuple[tuple[Walker, jax.Array], None]:
         at, p = carry
@@ -106,8 +113,20 @@ def trajectory(
     (there, momentum_there), _ = jax.lax.scan(leapfrog, (walker, momentum), None, num_steps)
     log_ratio = there.log_density - walker.log_density
     log_ratio += 0.5 * (jnp.sum(momentum**2) - jnp.sum(momentum_there**2))
-    choice = metropolis(key_accept, log_ratio, there, walker, there.log_density, there.gradient)
-    return choice.point, Move(choice.accept_prob, is_full, choice.diverging | (log_ratio < -_LARGE_ERROR))
+    of_step = _log_spread(log_step - _log_local(there, tuning.metric)) - _log_spread(xi)
+    choice = metropolis(key_accept, log_ratio + of_step, there, walker, there.log_density, there.gradient)
+    return choice.point, Move(choice.accept_prob, choice.diverging | (log_ratio < -_LARGE_ERROR))
+
+
+def _log_local(walker: Walker, metric: Metric) -> jax.Array:
+    """Logarithm of the step where a walker is, in units of the common one."""
+    steepness = jnp.mean(metric.pull(walker.gradient) ** 2) / _STEEP
+    return -0.5 * jnp.log1p(jnp.where(jnp.isfinite(steepness), steepness, 0.0))
+
+
+def _log_spread(xi: jax.Array) -> jax.Array:
+    """Log-density of a step about the local one, up to a constant."""
+    return -0.5 * (_FREEDOM + 1.0) * jnp.log1p((xi / _SPREAD) ** 2 / _FREEDOM)
 
 
 def move_until_forgotten(
@@ -145,9 +164,7 @@ def move_until_forgotten(
     def one(carry: tuple, key: jax.Array) -> tuple:
         walkers, tuning = carry
         walkers, moves = _all(key, coordinates, walkers, temperature, tuning, num_steps)
-        full = jnp.sum(moves.is_full)
-        accept_prob = jnp.sum(moves.accept_prob * moves.is_full) / jnp.maximum(full, 1)
-        accept_prob = jnp.where(full > 0, accept_prob, _TARGET_ACCEPTANCE)
+        accept_prob = jnp.mean(moves.accept_prob)
         step_size = tuning.step_size * jnp.exp(_GAIN * (accept_prob - _TARGET_ACCEPTANCE))
         return (walkers, tuning._replace(step_size=step_size)), (accept_prob, moves.diverging.sum())
 
@@ -188,7 +205,7 @@ def draws_of(
     *,
     num_steps: int,
     num_draws: int,
-    factor: jax.Array,
+    between: jax.Array,
 ) -> tuple[jax.Array, Moves]:
     """Goes on with every walker as a chain at temperature 1, with nothing adapting.
 
@@ -199,7 +216,7 @@ def draws_of(
         tuning: how they move.
         num_steps: leapfrog steps of a move.
         num_draws: draws to keep of each.
-        factor: moves between them.
+        between: moves from one to the next.
 
     Returns:
         The draws, (N, num_draws, D), and what happened.
@@ -207,20 +224,20 @@ def draws_of(
 
     def draw(carry: tuple, key: jax.Array) -> tuple[tuple, jax.Array]:
         def once(i: jax.Array, carry: tuple) -> tuple:
-            walkers, *sums = carry
-            walkers, moves = _all(jax.random.fold_in(key, i), coordinates, walkers, jnp.ones(()), tuning, num_steps)
-            new = moves.accept_prob * moves.is_full, moves.is_full, moves.diverging
-            return walkers, *(old + more for old, more in zip(sums, new, strict=True))
+            walkers, accepted, diverging = carry
+            key_now = jax.random.fold_in(key, i)
+            walkers, moves = _all(key_now, coordinates, walkers, jnp.ones(()), tuning, num_steps)
+            return walkers, accepted + moves.accept_prob, diverging + moves.diverging
 
-        carry = jax.lax.fori_loop(0, factor, once, carry)
+        carry = jax.lax.fori_loop(0, between, once, carry)
         return carry, carry[0].q
 
     start, zero = walkers.q, jnp.zeros(len(walkers.q))
-    first = walkers, zero, jnp.zeros_like(zero, jnp.int32), jnp.zeros_like(zero, jnp.int32)
-    (walkers, accepted, full, diverging), q = jax.lax.scan(draw, first, jax.random.split(key, num_draws))
+    first = walkers, zero, jnp.zeros_like(zero, jnp.int32)
+    (walkers, accepted, diverging), q = jax.lax.scan(draw, first, jax.random.split(key, num_draws))
     left = jnp.abs(correlations(start, walkers.q))
-    accept_prob = jnp.where(full > 0, accepted / jnp.maximum(full, 1), _TARGET_ACCEPTANCE)
-    moves = Moves(num_draws * factor, left.max(), left.argmax(), accept_prob, diverging.sum())
+    accept_prob = accepted / (num_draws * between)
+    moves = Moves(num_draws * between, left.max(), left.argmax(), accept_prob, diverging.sum())
     return jnp.moveaxis(q, 0, 1), moves
 
 
