@@ -2,15 +2,16 @@ r"""Moving a population by a kernel until it has forgotten where it started.
 
 All particles move as one batch by a kernel that leaves their target invariant, so any number of moves is correct; more
 moves separate copies of one ancestor better. The moves end when the correlation between particles and their starting
-points, the mean over the dimensions of a site and the largest over sites,
+points in the worst coordinate,
 
-$$\max_\text{sites} \frac1D \sum_d \mathrm{corr}_i\bigl(z_{i d}^{(0)}, z_{i d}^{(m)}\bigr),$$
+$$\max_d\, \bigl|\mathrm{corr}_i\bigl(z_{i d}^{(0)}, z_{i d}^{(m)}\bigr)\bigr|,$$
 
-has fallen far enough, or after a given number. (In a mean over all dimensions, a scale that hardly moves would not be
-noticed beside a large field.) Meanwhile the kernel adapts to the whole population: PCN adapts the centre of its noise
-levels, beginning where the previous moves left it, and kernels of NumPyro's scheme adapt their step size and
-preconditioner (`adapt.pool_adaptation`). Each particle has an influence of order $1/N$ on these, so that the law of a
-finite population is approximate to that order.
+has fallen far enough, or after a given number. (A mean over coordinates hides the slowest, which is often a scale.) The
+largest of D correlations that are zero is about $\sqrt{2 \log D / N}$ for N particles; no less can be asked for.
+Meanwhile the kernel adapts to the whole population: PCN adapts the centre of its noise levels, and kernels of NumPyro's
+scheme adapt their step size and preconditioner (`adapt.pool_adaptation`). Levels and step sizes begin where the moves
+before left them. Each particle has an influence of order $1/N$ on these, so that the law of a finite population is
+approximate to that order.
 
 References:
     Kantas, Beskos, Jasra, Sequential Monte Carlo methods for high-dimensional inverse problems, 2014,
@@ -34,9 +35,10 @@ class Moves(NamedTuple):
     """What happened during the moves."""
 
     num_moves: jax.Array
-    correlation: jax.Array  # left between particles and their starting points, the largest over sites
+    correlation: jax.Array  # left between particles and their starting points, in the worst coordinate
     accept_prob: jax.Array  # mean over moves and particles, NaN if the kernel has none
     noise_level: jax.Array  # at which the kernel's adapted levels are centred at the end, NaN if it has none
+    log_growth: jax.Array  # of the kernel's step sizes since it was new, a mean of logarithms; NaN without any
     num_score_evals: jax.Array  # denoiser evaluations, per particle
     num_diverging: jax.Array  # of all particles and moves together: what the kernel rejected as not finite
 
@@ -48,6 +50,7 @@ def move(
     args: tuple,
     kwargs: dict[str, Any],
     noise_level: jax.Array,
+    log_growth: jax.Array,
     *,
     correlation: float,
     max_moves: int,
@@ -61,7 +64,9 @@ def move(
         args: the model's arguments.
         kwargs: its keyword arguments.
         noise_level: where the kernel's levels begin to adapt; NaN leaves that to the kernel.
-        correlation: largest correlation that may be left at the end, in (0, 1).
+        log_growth: logarithm of the factor by which step sizes have grown in the moves before; NaN leaves them to the
+            kernel.
+        correlation: largest correlation that may be left at the end in any coordinate, in (0, 1).
         max_moves: largest number of moves.
 
     Returns:
@@ -72,9 +77,11 @@ def move(
         values = getattr(state, kernel.sample_field)
         return {name: values[name] for name in z}
 
+    enough = jnp.maximum(correlation, least_correlation(z))
+
     def going(carry: tuple) -> jax.Array:
         _, so_far = carry
-        return (so_far.num_moves < max_moves) & (so_far.correlation > correlation)
+        return (so_far.num_moves < max_moves) & (so_far.correlation > enough)
 
     def once(carry: tuple) -> tuple:
         state, so_far = carry
@@ -84,15 +91,17 @@ def move(
             correlation=_most_correlated(z, point(state)),
             accept_prob=so_far.accept_prob + jnp.mean(getattr(state, "accept_prob", jnp.nan)),  # the sum, until the end
             noise_level=_centre(state),
+            log_growth=_log_step(state) - log_step,
             num_score_evals=so_far.num_score_evals + jnp.max(jnp.asarray(getattr(state, "num_score_evals", 0))),
             num_diverging=so_far.num_diverging + jnp.sum(jnp.asarray(getattr(state, "diverging", 0), jnp.int32)),
         )
 
     zero, one = jnp.zeros(()), jnp.ones(())
     count = jnp.zeros((), jnp.int32)
-    none = Moves(count, one, zero, zero, count, count)
-    state = _centred_at(noise_level, kernel.init(keys, max_moves, z, model_args=args, model_kwargs=kwargs))
-    state = pool_adaptation(state)
+    none = Moves(count, one, zero, zero, zero, count, count)
+    state = kernel.init(keys, max_moves, z, model_args=args, model_kwargs=kwargs)
+    log_step = _log_step(state)
+    state = pool_adaptation(_grown(log_growth, _centred_at(noise_level, state)))
     state, moves = jax.lax.while_loop(going, once, (state, none))
     return point(state), moves._replace(accept_prob=moves.accept_prob / moves.num_moves)
 
@@ -119,9 +128,46 @@ def _centred_at(noise_level: jax.Array, state: Any) -> Any:
     return jax.tree.map(centred, state, is_leaf=_has_levels)
 
 
+def _has_steps(node: Any) -> bool:
+    return hasattr(node, "adapt_state")
+
+
+def _log_step(state: Any) -> jax.Array:
+    """The mean logarithm of the step sizes that kernels of NumPyro's scheme adapt, over kernels; NaN without one."""
+    nodes = [node for node in jax.tree.leaves(state, is_leaf=_has_steps) if _has_steps(node)]
+    logs = [jnp.mean(jnp.log(node.adapt_state.step_size)) for node in nodes]
+    return jnp.mean(jnp.stack(logs)) if logs else jnp.full((), jnp.nan)
+
+
+def _grown(log_growth: jax.Array, state: Any) -> Any:
+    """The same state with other step sizes, unless the growth is NaN.
+
+    Dual averaging, which begins by trying ten times the step of a new kernel, then begins at the step itself.
+    """
+
+    def grown(node: Any) -> Any:
+        if not _has_steps(node):
+            return node
+        adapt, is_new = node.adapt_state, jnp.isnan(log_growth)
+        step_size = adapt.step_size * jnp.exp(jnp.where(is_new, 0.0, log_growth)).astype(adapt.step_size.dtype)
+        *averages, centre = adapt.ss_state
+        averaging = *averages, jnp.where(is_new, centre, jnp.log(step_size)).astype(centre.dtype)
+        own = {"step_size": step_size} if "step_size" in node._fields else {}
+        return node._replace(adapt_state=adapt._replace(step_size=step_size, ss_state=averaging), **own)
+
+    return jax.tree.map(grown, state, is_leaf=_has_steps)
+
+
+def least_correlation(z: Any) -> jax.Array:
+    """The largest of the correlations of all coordinates, as it is for independent particles, about."""
+    leaves = jax.tree.leaves(z)
+    size = sum(leaf[0].size for leaf in leaves)
+    return jnp.sqrt(2.0 * jnp.log(max(size, 2)) / len(leaves[0]))
+
+
 def _most_correlated(a: Points, b: Points) -> jax.Array:
-    """The largest over sites of the mean over dimensions of the correlation between two sets of points."""
-    return jnp.stack([jnp.mean(correlations(a[name], b[name])) for name in a]).max()
+    """The largest correlation over all coordinates of two sets of points."""
+    return jnp.stack([jnp.max(jnp.abs(correlations(a[name], b[name]))) for name in a]).max()
 
 
 def correlations(a: jax.Array, b: jax.Array) -> jax.Array:

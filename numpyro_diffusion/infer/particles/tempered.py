@@ -7,7 +7,8 @@ $$\pi_\beta(x, \theta) \propto p(x, \theta)\, L(x, \theta)^\beta, \qquad 0 = \be
 At each temperature they are reweighted by $L^{\beta' - \beta}$, as far as an effective sample size allows, resampled,
 and moved by a kernel that leaves $\pi_{\beta'}$ invariant until they have forgotten where they came from.
 `DiffusionPCN` is the kernel for diffusion priors: it needs only values of the likelihood, and one batch of all
-particles is one call of the network. At each temperature it goes on from the noise levels of the one before.
+particles is one call of the network. At each temperature a kernel goes on from the noise levels and step sizes of the
+one before.
 
 The mean weights multiply to an estimate of the evidence,
 
@@ -76,9 +77,10 @@ class Temperature(NamedTuple):
     temperature: jax.Array  # inverse, after the step
     effective_size: jax.Array  # effective sample size after reweighting, over all islands
     num_moves: jax.Array
-    correlation: jax.Array  # left between particles and their ancestors after the moves, the largest over sites
+    correlation: jax.Array  # left between particles and their ancestors after the moves, in the worst coordinate
     accept_prob: jax.Array  # mean over moves and particles, NaN if the kernel has none
     noise_level: jax.Array  # at which the kernel's adapted levels are centred at the end, NaN if it has none
+    log_growth: jax.Array  # of the kernel's step sizes since the first temperature's start; NaN if it adapts none
     num_score_evals: jax.Array  # denoiser evaluations of the moves, per particle
     num_diverging: jax.Array  # of all particles and moves: what the kernel rejected as not finite
     lag: jax.Array  # by how much the mean log-likelihood may fall short of its equilibrium after the moves, in nats
@@ -92,6 +94,7 @@ class Population(NamedTuple):
     log_evidence: jax.Array  # of each island so far, (islands,)
     temperature: jax.Array  # inverse
     noise_level: jax.Array  # at which the moves have left the kernel's levels, NaN at the start
+    log_growth: jax.Array  # by which they have changed the kernel's step sizes, NaN at the start
 
 
 class TemperedSMC(ParticleSampler):
@@ -106,8 +109,8 @@ class TemperedSMC(ParticleSampler):
         num_islands: independent parts of the population, whose estimates of the evidence give its error.
         ess_threshold: share of the particles that a step of the temperature leaves effective, in (0, 0.999]; near 1
             there are very many steps.
-        correlation: largest correlation with their ancestors that particles may have when the moves at a temperature
-            end, as a mean over the dimensions of a site, in (0, 1).
+        correlation: largest correlation with their ancestors that particles may have, in any coordinate, when the moves
+            at a temperature end, in (0, 1). Smaller ones than the noise of the estimate count as that.
         max_moves: largest number of moves at a temperature; a run warns if much correlation is left then.
         temperatures: inverse temperatures to visit, rising to 1, instead of those that the effective sample size asks
             for: with a kernel that does not adapt, the evidence is then exactly unbiased.
@@ -181,7 +184,8 @@ class TemperedSMC(ParticleSampler):
 
     def _problems(self, history: list[Temperature]) -> tuple[str, ...]:
         """A message if moves ended too early."""
-        short = [step for step in history if step.correlation > max(_MUCH, self._correlation)]
+        ended = [step for step in history if step.num_moves >= self._max_moves]
+        short = [step for step in ended if step.correlation > max(_MUCH, self._correlation)]
         if not short:
             return ()
         worst = max(short, key=lambda step: step.correlation)
@@ -245,7 +249,7 @@ class TemperedSMC(ParticleSampler):
         z = jax.vmap(one)(jax.random.split(key, self._shape[0] * self._shape[1]))
         log_likelihoods = self._log_likelihoods(z, args, kwargs)
         zero, nan = jnp.zeros(()), jnp.full((), jnp.nan, float)  # of the types that they keep
-        return Population(z, log_likelihoods, jnp.zeros(self._shape[0]), zero, nan)
+        return Population(z, log_likelihoods, jnp.zeros(self._shape[0]), zero, nan, nan)
 
     def _step(
         self, key: jax.Array, population: Population, given: jax.Array | None, args: tuple, kwargs: dict
@@ -259,13 +263,14 @@ class TemperedSMC(ParticleSampler):
         z = jax.tree.map(lambda leaf: leaf[ancestors], population.z)
         kernel, keys = self._kernel(args, kwargs), jax.random.split(key_move, len(ancestors))
         limits = {"correlation": self._correlation, "max_moves": self._max_moves}
-        z, moves = move(kernel, keys, z, args, {**kwargs, TEMPERATURE: new}, population.noise_level, **limits)
+        carried = population.noise_level, population.log_growth
+        z, moves = move(kernel, keys, z, args, {**kwargs, TEMPERATURE: new}, *carried, **limits)
         log_likelihoods = self._log_likelihoods(z, args, kwargs)
         lag = lag_of(values.reshape(-1)[ancestors], without_improper(log_likelihoods).reshape(-1))
         lag = jnp.where(moves.correlation > self._correlation, lag, 0.0)
         step = Temperature(new, effective_size(log_weights.reshape(-1)), **moves._asdict(), lag=lag)
         log_evidence = population.log_evidence + logsumexp(log_weights, axis=1) - jnp.log(self._shape[1])
-        return Population(z, log_likelihoods, log_evidence, new, moves.noise_level), step
+        return Population(z, log_likelihoods, log_evidence, new, moves.noise_level, moves.log_growth), step
 
     def _finish(self, key: jax.Array, population: Population, args: tuple, kwargs: dict) -> Draws:
         """All particles, constrained; drawn by island in proportion to its evidence."""

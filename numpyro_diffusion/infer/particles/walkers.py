@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from numpyro_diffusion.infer.kernel.choose import metropolis
 from numpyro_diffusion.infer.kernel.metric import Metric, estimate
 from numpyro_diffusion.infer.noise.vector import NoiseVector
-from numpyro_diffusion.infer.particles.mutate import correlations
+from numpyro_diffusion.infer.particles.mutate import correlations, least_correlation
 
 _TARGET_ACCEPTANCE = 0.8
 _GAIN = 0.5
@@ -157,9 +157,7 @@ def move_until_forgotten(
     Returns:
         The walkers, how they move at the end, and what happened.
     """
-    number = len(walkers.q)
-    noise = jnp.sqrt(2.0 * jnp.log(jnp.maximum(coordinates.size, 2)) / number)  # of the largest of D correlations of 0
-    enough = jnp.maximum(correlation, noise)
+    enough = jnp.maximum(correlation, least_correlation(walkers.q))
 
     def one(carry: tuple, key: jax.Array) -> tuple:
         walkers, tuning = carry
