@@ -42,6 +42,14 @@ def pooled(value: jax.Array) -> jax.Array:
     return _across_chains(lambda v: jax.lax.pmean(v, _CHAINS), value)
 
 
+def number_together() -> int:
+    """How many chains run together; one for a chain by itself."""
+    try:
+        return jax.lax.axis_size(_CHAINS)
+    except NameError:
+        return 1
+
+
 def _across_chains(collective: Callable[[jax.Array], jax.Array], value: jax.Array) -> jax.Array:
     try:
         return collective(value)

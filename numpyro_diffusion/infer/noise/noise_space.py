@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from numpyro.infer import NUTS
 from numpyro.infer.mcmc import MCMCKernel
 
+from numpyro_diffusion.infer.kernel.adapt import pool_chains
 from numpyro_diffusion.infer.kernel.choose import all_finite
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
 from numpyro_diffusion.infer.kernel.inner import KernelLike, bind, bound, build, keeps_arguments, started
@@ -51,6 +52,7 @@ class NoiseSpaceState(NamedTuple):
         potential_energy: negative joint log-density of noise and other sites, unconstrained.
         accept_prob: acceptance statistic of the last step.
         step_size: the inner kernel's step size.
+        num_steps: steps of the inner kernel's last trajectory, or points that it tried; 1 if it does not say.
         num_score_evals: denoiser evaluations of the last step, per point; a gradient counts as one solve.
         diverging: whether the inner kernel's trajectory diverged.
         rng_key: random key.
@@ -61,6 +63,7 @@ class NoiseSpaceState(NamedTuple):
     potential_energy: jax.Array
     accept_prob: jax.Array
     step_size: jax.Array
+    num_steps: jax.Array
     num_score_evals: jax.Array
     diverging: jax.Array
     rng_key: jax.Array
@@ -96,7 +99,7 @@ class NoiseSpace(DiffusionKernel):
         ['x']
     """
 
-    statistics = ("accept_prob", "step_size", "num_score_evals")
+    statistics = ("accept_prob", "step_size", "num_steps", "num_score_evals")
     holds_values = True
     status = Status("flow", True, "exact for the prior that the deterministic solver pushes forward, in its steps")
 
@@ -205,14 +208,15 @@ class NoiseSpace(DiffusionKernel):
 
     def _step(self, state: NoiseSpaceState, reading: Reading) -> NoiseSpaceState:
         inner_state = state.inner_state._replace(rng_key=state.rng_key)
-        return self._report(self._inner.sample(inner_state, reading.args, inside(reading.kwargs)), reading)
+        moved = self._inner.sample(inner_state, reading.args, inside(reading.kwargs))
+        return self._report(pool_chains(inner_state, moved, self._num_warmup), reading)
 
     def _report(self, inner_state: Any, reading: Reading) -> NoiseSpaceState:
         """Solves the flow for the current noise and gathers the statistics."""
         noise = getattr(inner_state, self._inner.sample_field)
         parts = self._in_noise.evaluate(reading, noise)
         sites = reading.sites_in_the_abstract()
-        solves = getattr(inner_state, "num_steps", 1) + 1
+        num_steps = jnp.asarray(getattr(inner_state, "num_steps", 1), jnp.int32)
         counts = [site.prior.flow_solver.evaluations() for site in sites.values()]
         evaluations = 0 if None in counts else sum(counts)  # those of an adaptive solver are not known
         return NoiseSpaceState(
@@ -221,7 +225,8 @@ class NoiseSpace(DiffusionKernel):
             potential_energy=jnp.asarray(getattr(inner_state, "potential_energy", jnp.nan)),
             accept_prob=jnp.asarray(getattr(inner_state, "accept_prob", jnp.nan)),
             step_size=jnp.asarray(getattr(getattr(inner_state, "adapt_state", None), "step_size", jnp.nan)),
-            num_score_evals=jnp.asarray(solves * evaluations, jnp.int32),
+            num_steps=num_steps,
+            num_score_evals=jnp.asarray((num_steps + 1) * evaluations, jnp.int32),
             diverging=jnp.asarray(getattr(inner_state, "diverging", False)),
             rng_key=inner_state.rng_key,
         )
