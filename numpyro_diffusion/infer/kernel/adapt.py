@@ -170,8 +170,8 @@ def pool_chains(before: Any, after: Any, num_warmup: int) -> Any:
     """Gives chains that run together one step size and one preconditioner, while they adapt.
 
     Args:
-        before: the state of one chain's kernel before a step of warm-up or sampling. Wherever it has an `adapt_state` of
-            NumPyro's scheme beside the count `i` of its steps and the point `z`, that is pooled.
+        before: the state of one chain's kernel before a step. Wherever it has an `adapt_state` of NumPyro's scheme,
+            beside the count `i` of its steps and the point `z`, that is pooled.
         after: the state after the step.
         num_warmup: number of steps that adapt.
 

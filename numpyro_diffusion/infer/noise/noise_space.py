@@ -9,23 +9,30 @@ It is exact for the prior that the deterministic solver pushes forward, whatever
 choice where the likelihood is differentiable in $x$; modes that are far apart in $z$ are as hard to find as they are
 for the inner kernel.
 
+Chains that run together (`chain_method="vectorized"`) adapt together in warm-up: one step size by their mean
+acceptance, and one mass matrix by the draws of all of them (`kernel.adapt.pool_chains`). With 16 chains or more, and
+one for every four dimensions, that matrix is dense up to 200 dimensions, unless `dense_mass` is given. Nothing adapts
+after warm-up, and a chain by itself adapts as in NumPyro.
+
 The state holds the original sites: the flow is solved once per draw, in the step, and not again by post-processing,
 `Predictive`, `log_likelihood` or ArviZ.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from numpyro.infer import NUTS
+from numpyro.infer import HMC, NUTS
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffusion.infer.kernel.adapt import pool_chains
 from numpyro_diffusion.infer.kernel.choose import all_finite
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
 from numpyro_diffusion.infer.kernel.inner import KernelLike, bind, bound, build, keeps_arguments, started
+from numpyro_diffusion.infer.kernel.metric import DENSE_UP_TO
 from numpyro_diffusion.infer.kernel.stand_in import inside
 from numpyro_diffusion.infer.kernel.start import Strategy, by_strategy, start, strategy_of, values_of
 from numpyro_diffusion.infer.model.checks import (
@@ -41,6 +48,10 @@ from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.noise.coordinates import InNoise
 from numpyro_diffusion.infer.noise.encode import noise_behind
 from numpyro_diffusion.reparam import noise_name
+
+_MANY = 16
+"""Chains that run together from which on their mass matrix is dense, if there is one for every four dimensions."""
+_PER_CHAIN = 4
 
 
 class NoiseSpaceState(NamedTuple):
@@ -78,7 +89,8 @@ class NoiseSpace(DiffusionKernel):
             on any model, which is moved to this one.
         init_strategy: where chains start, as in NumPyro: values of a diffusion site are encoded by the inverse flow.
             None leaves the start to the inner kernel.
-        **inner_options: passed on to a class.
+        **inner_options: passed on to a class. `dense_mass` is True for HMC and NUTS with many chains, see the module,
+            and otherwise False, as in NumPyro.
 
     Raises:
         TypeError: if `inner` does not make an `MCMCKernel`.
@@ -113,12 +125,20 @@ class NoiseSpace(DiffusionKernel):
     ) -> None:
         super().__init__(model, init_strategy)
         self._inner_given = inner, inner_options
-        self._inner = self._build_inner()
+        self._build_inner()
 
-    def _build_inner(self) -> MCMCKernel:
+    def _build_inner(self) -> None:
         inner, options = self._inner_given
         self._in_noise = InNoise(self._model)
-        return build("inner", inner, self._in_noise, **options)
+        self._as_given = self._inner = build("inner", inner, self._in_noise, **options)
+        free = _leaves_metric_open(inner, options)
+        self._dense = build("inner", inner, self._in_noise, **options, dense_mass=True) if free else None
+
+    def _hand_on(self, reading: Reading) -> None:
+        size = sum(map(math.prod, self._in_noise.shapes(reading).values()))
+        many = self._num_chains >= max(_MANY, size / _PER_CHAIN) and size <= DENSE_UP_TO
+        self._inner = self._dense if many and self._dense is not None else self._as_given
+        super()._hand_on(reading)
 
     @property
     def inner(self) -> MCMCKernel:
@@ -239,7 +259,7 @@ class NoiseSpace(DiffusionKernel):
     def wrap_model(self, wrapper: Callable[[Model], Model]) -> "NoiseSpace":
         """A copy of this kernel on a wrapped model, for composite kernels."""
         kernel = super().wrap_model(wrapper)
-        kernel._inner = kernel._build_inner()
+        kernel._build_inner()
         return kernel
 
     def get_constrain_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
@@ -253,6 +273,13 @@ class NoiseSpace(DiffusionKernel):
     def get_diagnostics_str(self, state: NoiseSpaceState) -> str:
         """The inner kernel's."""
         return self._inner.get_diagnostics_str(state.inner_state)
+
+
+def _leaves_metric_open(inner: KernelLike, options: dict[str, Any]) -> bool:
+    """Whether an inner kernel is NumPyro's HMC or NUTS with nothing said of its mass matrix."""
+    if isinstance(inner, partial):
+        inner, options = inner.func, {**inner.keywords, **options}
+    return inner in (HMC, NUTS) and not set(options) & {"dense_mass", "adapt_mass_matrix", "inverse_mass_matrix"}
 
 
 def _identity(z: dict) -> dict:

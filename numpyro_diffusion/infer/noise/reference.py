@@ -1,14 +1,14 @@
 r"""The base of kernels whose proposals keep N(0, I), so that they test the rest of the density alone.
 
 Any target is $\pi(z) \propto N(z; 0, I)\, L(z)$ with $L = \pi / N$, in unconstrained coordinates $z$. In noise space
-N(0, I) *is* the prior of the diffusion sites, and $L$ the likelihood. What a move does to $N$ cancels in its acceptance,
-so what is left does not grow with the dimension: with few data a move costs the same in a thousand dimensions as in ten,
-where moves that do not keep N(0, I) become shorter.
+N(0, I) *is* the prior of the diffusion sites, and $L$ the likelihood. What a move does to $N$ cancels in its
+acceptance, so that what is left does not grow with the dimension: with few data a move costs the same in a thousand
+dimensions as in ten, where moves that do not keep N(0, I) become shorter.
 
 Other latent sites move in the same way, in their unconstrained coordinates. That is exact, and good if they vary on a
-scale of one. If they do not, alternate with a kernel that adapts to scales: a function that makes `Cycle([EllipticalSlice,
-NUTS], ...)` moves all sites by both; NumPyro's `Gibbs([(CrankNicolson(model), ["x_noise"]), (NUTS(model), ["scale"])])`
-leaves the noise to one and the rest to the other.
+scale of one. If they do not, alternate with a kernel that adapts to scales. A function that makes
+`Cycle([EllipticalSlice, NUTS], ...)` moves all sites by both. NumPyro's `Gibbs([(CrankNicolson(model), ["x_noise"]),
+(NUTS(model), ["scale"])])` leaves the noise to one kernel and the other sites to the other.
 
 References:
     Cotter, Roberts, Stuart, White, MCMC methods for functions, 2013, https://arxiv.org/abs/1202.0709.
