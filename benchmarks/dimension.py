@@ -2,11 +2,11 @@
 
     python benchmarks/dimension.py --json OUT
 
-The prior is a Gaussian field on [0, 1] by d coefficients, f(s) = sum_k x_k sin(pi k s) with x_k ~ N(0, 2 / (pi k)^2),
-the Brownian bridge as d grows, and four values of it are seen with noise of standard deviation .2. Printed are the mean
-acceptance (of elliptical slices one over the points tried) and the effective draws, the fewest of the four values', per
-evaluation of the model with its gradient, or without it where the method needs none. Last comes how much each differs
-over the dimensions, largest over smallest.
+The prior is a Gaussian field on [0, 1] by d coefficients, f(s) = sum_k x_k sqrt(2) sin(pi k s) / (pi k) with
+x ~ N(0, I), the Brownian bridge as d grows, and four values of it are seen with noise of standard deviation .2. Printed
+are the mean acceptance (of elliptical slices one over the points tried) and the effective draws, the fewest of the four
+values', per evaluation of the model with its gradient, or without it where the method needs none. Last comes how much
+each differs over the dimensions, largest over smallest.
 """
 
 import argparse
@@ -48,7 +48,6 @@ def field(y: jax.Array, prior: DiffusionPrior, values_of: jax.Array) -> None:
 
 def run(make: Callable[..., MCMCKernel], size: int, chains: int, num_samples: int) -> dict[str, float]:
     order = np.pi * np.arange(1, size + 1)
-    # the coefficients are of one scale, and the functions have their weights: a schedule has one range of noise levels
     values_of = jnp.asarray(np.sqrt(2.0) / order * np.sin(np.outer(PLACES, order)), jnp.float32)
     prior = DiffusionPrior(Gaussian(jnp.zeros(size), 1.0, VE(0.01, 40.0)), flow_solver=DPMSolverPP(6))
     mcmc = MCMC(

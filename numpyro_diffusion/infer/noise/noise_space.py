@@ -50,8 +50,9 @@ from numpyro_diffusion.infer.noise.encode import noise_behind
 from numpyro_diffusion.reparam import noise_name
 
 _MANY = 16
-"""Chains that run together from which on their mass matrix is dense, if there is one for every four dimensions."""
+"""Chains that run together from which on their mass matrix is dense."""
 _PER_CHAIN = 4
+"""Dimensions of it, at most, for each of them."""
 
 
 class NoiseSpaceState(NamedTuple):
@@ -135,9 +136,11 @@ class NoiseSpace(DiffusionKernel):
         self._dense = build("inner", inner, self._in_noise, **options, dense_mass=True) if free else None
 
     def _hand_on(self, reading: Reading) -> None:
-        size = sum(map(math.prod, self._in_noise.shapes(reading).values()))
-        many = self._num_chains >= max(_MANY, size / _PER_CHAIN) and size <= DENSE_UP_TO
-        self._inner = self._dense if many and self._dense is not None else self._as_given
+        self._inner = self._as_given
+        if self._dense is not None and self._num_chains >= _MANY:
+            size = sum(map(math.prod, self._in_noise.shapes(reading).values()))
+            if size <= min(DENSE_UP_TO, _PER_CHAIN * self._num_chains):
+                self._inner = self._dense
         super()._hand_on(reading)
 
     @property
