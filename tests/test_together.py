@@ -125,6 +125,7 @@ def test_many_chains_are_good_by_themselves(correlated):
     assert np.mean(correlated.get_extra_fields()["num_steps"]) < 8  # a diagonal one takes 24 steps
 
 
+@pytest.mark.slow
 def test_saturated_trees_are_told_by_default():
     """A diagonal mass matrix and trees of at most three steps, on a posterior that is narrow in one direction."""
     few = run(NoiseSpace(narrow, max_tree_depth=2), 1.0, PRIOR, num_warmup=60, num_samples=25, chains=4)
