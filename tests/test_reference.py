@@ -35,9 +35,10 @@ INNER = {
 }
 
 
-@pytest.fixture(
-    scope="module", params=["elliptical_slice", "crank_nicolson", pytest.param("without_gradient", marks=SLOW)]
-)
+OTHERS = [pytest.param(name, marks=SLOW) for name in ("elliptical_slice", "without_gradient")]
+
+
+@pytest.fixture(scope="module", params=["crank_nicolson", *OTHERS])
 def fields(request):
     """Runs on fields of 8 and of 4096 entries, with nothing adapting."""
 
