@@ -16,6 +16,8 @@ chains of $n$ draws with means $m_c$ and squares $S_c$ are those of $C n$ draws,
 
 $$m = \frac1C \sum_c m_c, \qquad S = \sum_c S_c + n \sum_c (m_c - m)(m_c - m)^\top.$$
 
+The mean acceptance hides a chain that accepts nothing where the target is narrower than elsewhere.
+
 References:
     Hoffman and Gelman, The No-U-Turn sampler, 2014 (dual averaging), https://arxiv.org/abs/1111.4246.
     Chan, Golub, LeVeque, Algorithms for computing the sample variance, 1983 (moments of joined samples),
