@@ -20,6 +20,7 @@ from numpyro_diffusion.denoise import Gaussian, GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import (
     MALA,
+    CrankNicolson,
     Cycle,
     DiffusionGibbs,
     DiffusionPCN,
@@ -70,6 +71,10 @@ def cycle(model):
     return Cycle([LEAP, WALK], model=model)
 
 
+def beside(model):
+    return Gibbs([(CrankNicolson(model), ["x_noise"]), (TREE(model), ["noise"])])
+
+
 def mixture(model):
     return Mixture([LEAP, WALK], [0.3, 0.7], model=model)
 
@@ -87,6 +92,7 @@ QUICK = {
         normal_data(POSITIVE, y=TABLE, noise_space=True),
     ),
     "elliptical_slice": (EllipticalSlice, PAIR),
+    "crank_nicolson": (CrankNicolson, PAIR),
     "mala": (WALK, JOINT),
     "hmc_partial": (partial(SWING, momentum_refresh=0.3), ON_LEARNED),
     "independence_priors": (Independence, PAIR),
@@ -123,6 +129,9 @@ LONGER = {
         partial(NoiseSpace, inner=EllipticalSlice),
         normal_data(ROUGH, noise_space=True),
     ),
+    "crank_nicolson_without_gradient": (partial(CrankNicolson, gradient=False, step_size=0.2), PAIR),
+    "noise_space_crank_nicolson": (partial(NoiseSpace, inner=CrankNicolson), normal_data(ROUGH, noise_space=True)),
+    "noise_space_crank_nicolson_beside_nuts": (partial(NoiseSpace, inner=beside), normal_data(ROUGH, noise_space=True)),
     "noise_space_nuts": (partial(NoiseSpace, inner=TREE), normal_data(ROUGH, noise_space=True)),
     "noise_space_mala": (partial(NoiseSpace, inner=cycle), normal_data(ROUGH, noise_space=True)),
     "gibbs_positive": (DiffusionGibbs, normal_data(POSITIVE)),
@@ -217,6 +226,7 @@ WALLS = {
     "independence": (partial(Independence, num_proposals=2), None),
     "diffusive_gibbs": (partial(DiffusiveGibbs, noise_levels=(1.0,), step_size=1.0, target_accept_prob=None), None),
     "elliptical_slice": (EllipticalSlice, None),
+    "crank_nicolson": (CrankNicolson, None),
     "mala": (partial(MALA, step_size=0.2, adapt_mass_matrix=False), None),
 }
 

@@ -22,6 +22,7 @@ from numpyro_diffusion.infer import (
     MALA,
     ULA,
     AnnealedLangevin,
+    CrankNicolson,
     Cycle,
     DiffusionGibbs,
     DiffusionPCN,
@@ -38,6 +39,7 @@ from numpyro_diffusion.infer import (
     SplitGibbs,
     Vectorize,
 )
+from numpyro_diffusion.infer.noise.reference import ReferenceKernel
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import DPMSolverPP
 
@@ -83,6 +85,7 @@ KERNELS = {
     "diffusive_gibbs": (DiffusiveGibbs, with_noise),
     "independence": (partial(Independence, num_proposals=2), with_noise),
     "elliptical_slice": (EllipticalSlice, without_diffusion),
+    "crank_nicolson": (CrankNicolson, without_diffusion),
     "cycle": (lambda model: Cycle([DiffusionPCN, MALA], model=model), alone),
     "mixture": (lambda model: Mixture([DiffusionPCN, MALA], [0.5, 0.5], model=model), alone),
     "vectorize": (lambda model: Vectorize(BarkerMH(model)), with_noise),
@@ -119,7 +122,7 @@ def test_pickle_thin_arviz_predict_and_go_on(make, model):
     assert all(value.shape[:2] == (2, 4) for value in jax.tree.leaves(fields))
     if not isinstance(kernel, Vectorize):
         assert not bool(fields["diverging"].any())
-    if not isinstance(kernel, Vectorize | EllipticalSlice):
+    if not isinstance(kernel, Vectorize | ReferenceKernel):
         assert (fields["num_score_evals"] > 0).all()
     data = to_arviz(mcmc)
     assert data["posterior"]["x"].shape == (2, 4, 2)

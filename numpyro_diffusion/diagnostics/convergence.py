@@ -56,8 +56,8 @@ def verdict(run: MCMC | Any) -> Verdict:
 
     Args:
         run: a run of `numpyro.infer.MCMC` with any kernel, or a particle sampler that has run. Extra fields that `MCMC`
-            has collected are read: `diverging` always, `num_steps` for saturated trees (of `NoiseSpace`:
-            `inner_state.num_steps`), `noise_level` with `accept_prob` for noise levels at which nothing is accepted.
+            has collected are read: `diverging` always, `num_steps` for saturated trees (`NoiseSpace` has it always, of
+            NUTS ask for it), `noise_level` with `accept_prob` for noise levels at which nothing is accepted.
 
     Returns:
         A `Verdict`.
@@ -141,15 +141,16 @@ def _of_fields(mcmc: MCMC) -> list[str]:
             "finite"
         )
     inner = getattr(kernel, "inner", kernel)
-    depth = getattr(inner, "_max_tree_depth", None)
+    depth = getattr(inner, "_max_tree_depth", None) if getattr(inner, "_algo", "NUTS") == "NUTS" else None
     steps = next((value for name, value in fields.items() if name.split(".")[-1] == "num_steps"), None)
     if steps is not None and depth is not None:
         limit = 2 ** (depth[1] if isinstance(depth, tuple) else depth) - 1
         share = float(np.mean(np.asarray(steps) >= limit))
         if share > _SATURATED:
             problems.append(
-                f"{share:.0%} of the trees are saturated at {limit} steps. Take PopulationHMC(model), whose metric is "
-                "that of many chains, or raise max_tree_depth"
+                f"{share:.0%} of the trees are saturated at {limit} steps. Run some 64 chains of NoiseSpace(model) at "
+                'once, chain_method="vectorized", which share one mass matrix, take PopulationHMC(model), or raise '
+                "max_tree_depth"
             )
     if "noise_level" in fields and "accept_prob" in fields:
         level, accepted = (np.asarray(fields[name]).reshape(-1) for name in ("noise_level", "accept_prob"))

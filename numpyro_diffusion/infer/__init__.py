@@ -5,7 +5,7 @@ from numpyro_diffusion.infer.combine import Cycle, DiffusionGibbs, Mixture, Vect
 from numpyro_diffusion.infer.gradient import MALA, ULA, DiffusiveGibbs, ScoreHMC, Tweedie
 from numpyro_diffusion.infer.kernel import DiffusionKernel
 from numpyro_diffusion.infer.model import Density, LineIntegral, LogPrior, Score, Status, drop_prior, with_density
-from numpyro_diffusion.infer.noise import EllipticalSlice, NoiseSpace
+from numpyro_diffusion.infer.noise import CrankNicolson, EllipticalSlice, NoiseSpace
 from numpyro_diffusion.infer.particles import PopulationHMC, TemperedSMC, TwistedSMC
 from numpyro_diffusion.infer.reverse import DiffusionPCN, GuidedPCN, Independence, ParticleGibbs, SplitGibbs
 
@@ -13,6 +13,7 @@ __all__ = [
     "MALA",
     "ULA",
     "AnnealedLangevin",
+    "CrankNicolson",
     "Cycle",
     "Density",
     "DiffusionGibbs",

@@ -10,8 +10,18 @@ longer leave its target invariant (particles in a narrow region would learn to s
 particles one step size and one preconditioner, those of the population, on which a single particle has an influence of
 order $1/N$.
 
+Chains of `MCMC` that run together may adapt together too, `pool_chains`: dual averaging follows their mean acceptance,
+and at the end of a window the preconditioner is estimated from the draws of all of them, since Welford's moments of $C$
+chains of $n$ draws with means $m_c$ and squares $S_c$ are those of $C n$ draws,
+
+$$m = \frac1C \sum_c m_c, \qquad S = \sum_c S_c + n \sum_c (m_c - m)(m_c - m)^\top.$$
+
+The mean acceptance hides a chain that accepts nothing where the target is narrower than elsewhere.
+
 References:
     Hoffman and Gelman, The No-U-Turn sampler, 2014 (dual averaging), https://arxiv.org/abs/1111.4246.
+    Chan, Golub, LeVeque, Algorithms for computing the sample variance, 1983 (moments of joined samples),
+    https://doi.org/10.1080/00031305.1983.10483115.
 """
 
 from dataclasses import dataclass
@@ -20,10 +30,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from numpyro.infer.hmc_util import warmup_adapter, welford_covariance
+from numpyro.infer.hmc_util import HMCAdaptState, warmup_adapter, welford_covariance
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.infer.kernel.contract import shared
+from numpyro_diffusion.infer.kernel.contract import number_together, pooled, shared
 
 
 class Root(NamedTuple):
@@ -153,7 +163,68 @@ def _pooled(adapt_state: Any, z: dict[str, jax.Array]) -> Any:
     else:
         population = moments(matrix, z)
     estimate = welford_covariance()[2](population, regularize=True)
-    names = ("inverse_mass_matrix", "mass_matrix_sqrt", "mass_matrix_sqrt_inv")
     spread_out = lambda new, old: jnp.broadcast_to(new, old.shape).astype(old.dtype)  # noqa: E731
-    old = tuple(getattr(adapt_state, name) for name in names)
-    return pooled._replace(**dict(zip(names, jax.tree.map(spread_out, tuple(estimate), old), strict=True)))
+    old = tuple(getattr(adapt_state, name) for name in _MATRICES)
+    return pooled._replace(**dict(zip(_MATRICES, jax.tree.map(spread_out, tuple(estimate), old), strict=True)))
+
+
+def pool_chains(before: Any, after: Any, num_warmup: int) -> Any:
+    """Gives chains that run together one step size and one preconditioner, while they adapt.
+
+    Args:
+        before: the state of one chain's kernel before a step. Wherever it has an `adapt_state` of NumPyro's scheme,
+            beside the count `i` of its steps and the point `z`, that is pooled.
+        after: the state after the step.
+        num_warmup: number of steps that adapt.
+
+    Returns:
+        The second state, pooled; as it is after warm-up, and for a chain by itself.
+    """
+    if number_together() == 1:
+        return after
+
+    def pool(old: Any, new: Any) -> Any:
+        if not _adapts(old):
+            return new
+        together = lambda: _of_chains(old.adapt_state, new.adapt_state, new.z)  # noqa: E731
+        adapt_state = jax.lax.cond(shared(old.i) < num_warmup, together, lambda: new.adapt_state)
+        own = {"step_size": adapt_state.step_size} if "step_size" in new._fields else {}
+        return new._replace(adapt_state=adapt_state, **own)
+
+    return jax.tree.map(pool, before, after, is_leaf=_adapts)
+
+
+def _adapts(node: Any) -> bool:
+    return isinstance(getattr(node, "adapt_state", None), HMCAdaptState)
+
+
+def _of_chains(old: HMCAdaptState, new: HMCAdaptState, z: dict[str, jax.Array]) -> HMCAdaptState:
+    """The adaptation of all chains after a step of each, which led this one to unconstrained values `z`."""
+    first = shared(new.step_size)
+    step_size = first * jnp.exp(pooled(jnp.log(new.step_size / first)))  # exactly `first` where all are equal
+    mean = lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else pooled(leaf)  # noqa: E731
+    new = new._replace(step_size=step_size, ss_state=jax.tree.map(mean, new.ss_state))
+    if old.mm_state is None:
+        return new
+    is_moments = lambda node: isinstance(node, tuple)  # noqa: E731
+    _, update, estimate = welford_covariance()
+    counts = [moments[2] for moments in jax.tree.leaves([old.mm_state, new.mm_state], is_leaf=is_moments)]
+    # a window ends where NumPyro has made an estimate of its draws and begun to count anew
+    window_ends = (shared(counts[0]) > 0) & (shared(counts[-1]) == 0)
+
+    def joined(moments: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
+        mean, squares, count = moments
+        off, chains = mean - pooled(mean), number_together()
+        between = off**2 if squares.ndim == 1 else jnp.outer(off, off)
+        return pooled(mean), chains * pooled(squares + count * between), chains * shared(count)
+
+    def of_all() -> tuple:
+        moments = jax.tree.map(joined, update(z, old.mm_state), is_leaf=is_moments)
+        return estimate(moments, regularize=True)
+
+    own = new.inverse_mass_matrix, new.mass_matrix_sqrt, new.mass_matrix_sqrt_inv
+    matrices = jax.lax.cond(window_ends, of_all, lambda: own)
+    return new._replace(**dict(zip(_MATRICES, matrices, strict=True)))
+
+
+_MATRICES = "inverse_mass_matrix", "mass_matrix_sqrt", "mass_matrix_sqrt_inv"

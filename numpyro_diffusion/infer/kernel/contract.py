@@ -42,6 +42,14 @@ def pooled(value: jax.Array) -> jax.Array:
     return _across_chains(lambda v: jax.lax.pmean(v, _CHAINS), value)
 
 
+def number_together() -> int:
+    """How many chains run together; one for a chain by itself."""
+    try:
+        return jax.lax.axis_size(_CHAINS)
+    except NameError:
+        return 1
+
+
 def _across_chains(collective: Callable[[jax.Array], jax.Array], value: jax.Array) -> jax.Array:
     try:
         return collective(value)
@@ -108,7 +116,7 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
         self._compiled_start = Compiled(self._model, self._start_all)
         self._record = self._lent = None
         self._num_warmup = 0
-        self._vectorized = False
+        self._vectorized, self._num_chains = False, 1
 
     @abc.abstractmethod
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> NamedTuple:
@@ -164,6 +172,7 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
         if mode != (self._num_warmup, self._vectorized):
             self._num_warmup, self._vectorized = mode
             self._compiled_start = Compiled(self._model, self._start_all)
+        self._num_chains = len(rng_key) if self._vectorized else 1
         self._record = self._lent  # anew for every run: variables that the model reads may have changed
         reading = self.read(model_args, model_kwargs)
         check_supports(type(self).__name__, reading.structure)

@@ -1,6 +1,7 @@
 """Kernels on the noise behind the diffusion sites."""
 
+from numpyro_diffusion.infer.noise.crank_nicolson import CrankNicolson
 from numpyro_diffusion.infer.noise.elliptical_slice import EllipticalSlice
 from numpyro_diffusion.infer.noise.noise_space import NoiseSpace
 
-__all__ = ["EllipticalSlice", "NoiseSpace"]
+__all__ = ["CrankNicolson", "EllipticalSlice", "NoiseSpace"]

@@ -6,18 +6,13 @@ $\nu \sim N(0, I)$ the ellipse
 $$z'(\theta) = z \cos\theta + \nu \sin\theta$$
 
 keeps N(0, I) invariant for every $\theta$. A slice level $u\, L(z)$ is drawn, and $\theta$ from a bracket around 0 that
-shrinks towards it until $L(z'(\theta))$ lies above the level. There is no step size, no gradient and no rejection. What
-changes in $L$ along the ellipse does not grow with the dimension: with few data a move costs the same in a thousand
-dimensions as in ten, where moves that do not keep N(0, I) become shorter.
+shrinks towards it until $L(z'(\theta))$ lies above the level. There is no step size, no gradient and no rejection.
 
-In noise space N(0, I) *is* the prior and L the likelihood: `NoiseSpace(model, EllipticalSlice)`. Other latent sites
-move on the same ellipse in their unconstrained coordinates, which is exact too, and good if they vary on a scale of
-one. If they do not, alternate with a kernel that adapts: a function that makes `Cycle([EllipticalSlice, NUTS], ...)`.
+In noise space N(0, I) *is* the prior and L the likelihood: `NoiseSpace(model, EllipticalSlice)`. For other latent sites
+see `reference`.
 
 References:
     Murray, Adams, MacKay, Elliptical slice sampling, 2010, https://arxiv.org/abs/1001.0175.
-    Cotter, Roberts, Stuart, White, MCMC methods for functions, 2013 (moves that keep a Gaussian law),
-    https://arxiv.org/abs/1202.0709.
 """
 
 from typing import NamedTuple
@@ -27,11 +22,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from numpyro_diffusion.infer.kernel.choose import is_density, select, without_improper
-from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
-from numpyro_diffusion.infer.kernel.start import start
-from numpyro_diffusion.infer.model.checks import check_continuous, check_fixed
-from numpyro_diffusion.infer.model.density import Status
 from numpyro_diffusion.infer.model.record import Reading
+from numpyro_diffusion.infer.noise.reference import ReferenceKernel
 
 _MAX_STEPS = 100
 """Shrinkages of a bracket; a hundred of them leave an angle of 1e-15, on average, and the point stays where it is."""
@@ -57,7 +49,7 @@ class EllipticalSliceState(NamedTuple):
     rng_key: jax.Array
 
 
-class EllipticalSlice(DiffusionKernel):
+class EllipticalSlice(ReferenceKernel):
     """Elliptical slice sampling about N(0, I) in unconstrained coordinates: for noise space, or models near that law.
 
     Args:
@@ -84,40 +76,10 @@ class EllipticalSlice(DiffusionKernel):
     """
 
     statistics = ("accept_prob", "potential_energy", "num_steps")
-    status = Status("density", True, "leaves the model's law invariant")
-    takes_point = True
-
-    def _check_model(self, reading: Reading) -> None:
-        structure = reading.structure
-        if structure.diffusion:
-            raise ValueError(
-                f"EllipticalSlice moves about N(0, I), the law of noise; the model has diffusion sites "
-                f"{structure.diffusion}. Use NoiseSpace(model, EllipticalSlice)"
-            )
-        if not structure.latent:
-            raise ValueError("EllipticalSlice needs a latent site; the model has none")
-        check_fixed("EllipticalSlice", structure)
-        check_continuous("EllipticalSlice", structure)
-
-    def _check_start(self, state: EllipticalSliceState) -> None:
-        bad = int(jnp.sum(~jnp.isfinite(state.potential_energy)))
-        if bad:
-            raise ValueError(
-                f"the log-density is not finite at the start of {bad} of {state.potential_energy.size} chains. Pass "
-                "init_params where it is finite"
-            )
-
-    def _log_density(self, reading: Reading, z: dict[str, jax.Array]) -> jax.Array:
-        parts = reading.evaluate(z)
-        return parts.log_rest + sum(parts.log_jacobian.values(), start=jnp.zeros(()))
 
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> EllipticalSliceState:
         key, key_start = jax.random.split(key)
-
-        def valid(z: dict[str, jax.Array]) -> jax.Array:
-            return jnp.isfinite(self._log_density(reading, z))
-
-        z = start(key_start, reading, init_params, self._init_strategy, valid)
+        z = self._first(key_start, init_params, reading)
         log_density = self._log_density(reading, z)
         none, one = jnp.zeros((), jnp.int32), jnp.ones_like(log_density)
         return EllipticalSliceState(z, -log_density, one, none, jnp.array(False), key)
@@ -126,11 +88,6 @@ class EllipticalSlice(DiffusionKernel):
         key, key_ellipse, key_level, key_angle, key_shrink = jax.random.split(state.rng_key, 5)
         q, unflatten = ravel_pytree(state.z)
         other = jax.random.normal(key_ellipse, q.shape, q.dtype)
-
-        def log_likelihood(q: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """The log-density and what it is beside N(0, I)."""
-            log_density = self._log_density(reading, unflatten(q)).astype(q.dtype)
-            return log_density, log_density + 0.5 * jnp.sum(q**2)
 
         here = -state.potential_energy.astype(q.dtype)
         level = here + 0.5 * jnp.sum(q**2) + jnp.log(1.0 - jax.random.uniform(key_level, (), q.dtype))
@@ -145,7 +102,7 @@ class EllipticalSlice(DiffusionKernel):
         def shrink(carry: tuple) -> tuple:
             angle, low, high, _, _, _, tried, bad = carry
             new = q * jnp.cos(angle) + other * jnp.sin(angle)
-            log_density, likelihood = log_likelihood(new)
+            likelihood, log_density = self._log_likelihood(reading, unflatten, new)
             found = without_improper(likelihood) > level
             low, high = jnp.where(angle < 0.0, angle, low), jnp.where(angle < 0.0, high, angle)
             key = jax.random.fold_in(key_shrink, tried)

@@ -9,22 +9,30 @@ It is exact for the prior that the deterministic solver pushes forward, whatever
 choice where the likelihood is differentiable in $x$; modes that are far apart in $z$ are as hard to find as they are
 for the inner kernel.
 
+Chains that run together (`chain_method="vectorized"`) adapt together in warm-up: one step size by their mean
+acceptance, and one mass matrix by the draws of all of them (`kernel.adapt.pool_chains`). With 16 chains or more, and
+one for every four dimensions, that matrix is dense up to 200 dimensions, unless `dense_mass` is given. Nothing adapts
+after warm-up, and a chain by itself adapts as in NumPyro.
+
 The state holds the original sites: the flow is solved once per draw, in the step, and not again by post-processing,
 `Predictive`, `log_likelihood` or ArviZ.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from numpyro.infer import NUTS
+from numpyro.infer import HMC, NUTS
 from numpyro.infer.mcmc import MCMCKernel
 
+from numpyro_diffusion.infer.kernel.adapt import pool_chains
 from numpyro_diffusion.infer.kernel.choose import all_finite
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
 from numpyro_diffusion.infer.kernel.inner import KernelLike, bind, bound, build, keeps_arguments, started
+from numpyro_diffusion.infer.kernel.metric import DENSE_UP_TO
 from numpyro_diffusion.infer.kernel.stand_in import inside
 from numpyro_diffusion.infer.kernel.start import Strategy, by_strategy, start, strategy_of, values_of
 from numpyro_diffusion.infer.model.checks import (
@@ -41,6 +49,11 @@ from numpyro_diffusion.infer.noise.coordinates import InNoise
 from numpyro_diffusion.infer.noise.encode import noise_behind
 from numpyro_diffusion.reparam import noise_name
 
+_MANY = 16
+"""Chains that run together from which on their mass matrix is dense."""
+_PER_CHAIN = 4
+"""Dimensions of it, at most, for each of them."""
+
 
 class NoiseSpaceState(NamedTuple):
     """State of `NoiseSpace`; statistics that the inner kernel does not have are NaN.
@@ -51,6 +64,7 @@ class NoiseSpaceState(NamedTuple):
         potential_energy: negative joint log-density of noise and other sites, unconstrained.
         accept_prob: acceptance statistic of the last step.
         step_size: the inner kernel's step size.
+        num_steps: steps of the inner kernel's last trajectory, or points that it tried; 1 if it does not say.
         num_score_evals: denoiser evaluations of the last step, per point; a gradient counts as one solve.
         diverging: whether the inner kernel's trajectory diverged.
         rng_key: random key.
@@ -61,6 +75,7 @@ class NoiseSpaceState(NamedTuple):
     potential_energy: jax.Array
     accept_prob: jax.Array
     step_size: jax.Array
+    num_steps: jax.Array
     num_score_evals: jax.Array
     diverging: jax.Array
     rng_key: jax.Array
@@ -75,7 +90,8 @@ class NoiseSpace(DiffusionKernel):
             on any model, which is moved to this one.
         init_strategy: where chains start, as in NumPyro: values of a diffusion site are encoded by the inverse flow.
             None leaves the start to the inner kernel.
-        **inner_options: passed on to a class.
+        **inner_options: passed on to a class. `dense_mass` is True for HMC and NUTS with many chains, see the module,
+            and otherwise False, as in NumPyro.
 
     Raises:
         TypeError: if `inner` does not make an `MCMCKernel`.
@@ -96,7 +112,7 @@ class NoiseSpace(DiffusionKernel):
         ['x']
     """
 
-    statistics = ("accept_prob", "step_size", "num_score_evals")
+    statistics = ("accept_prob", "step_size", "num_steps", "num_score_evals")
     holds_values = True
     status = Status("flow", True, "exact for the prior that the deterministic solver pushes forward, in its steps")
 
@@ -110,12 +126,22 @@ class NoiseSpace(DiffusionKernel):
     ) -> None:
         super().__init__(model, init_strategy)
         self._inner_given = inner, inner_options
-        self._inner = self._build_inner()
+        self._build_inner()
 
-    def _build_inner(self) -> MCMCKernel:
+    def _build_inner(self) -> None:
         inner, options = self._inner_given
         self._in_noise = InNoise(self._model)
-        return build("inner", inner, self._in_noise, **options)
+        self._as_given = self._inner = build("inner", inner, self._in_noise, **options)
+        free = _leaves_metric_open(inner, options)
+        self._dense = build("inner", inner, self._in_noise, **options, dense_mass=True) if free else None
+
+    def _hand_on(self, reading: Reading) -> None:
+        self._inner = self._as_given
+        if self._dense is not None and self._num_chains >= _MANY:
+            size = sum(map(math.prod, self._in_noise.shapes(reading).values()))
+            if size <= min(DENSE_UP_TO, _PER_CHAIN * self._num_chains):
+                self._inner = self._dense
+        super()._hand_on(reading)
 
     @property
     def inner(self) -> MCMCKernel:
@@ -205,14 +231,15 @@ class NoiseSpace(DiffusionKernel):
 
     def _step(self, state: NoiseSpaceState, reading: Reading) -> NoiseSpaceState:
         inner_state = state.inner_state._replace(rng_key=state.rng_key)
-        return self._report(self._inner.sample(inner_state, reading.args, inside(reading.kwargs)), reading)
+        moved = self._inner.sample(inner_state, reading.args, inside(reading.kwargs))
+        return self._report(pool_chains(inner_state, moved, self._num_warmup), reading)
 
     def _report(self, inner_state: Any, reading: Reading) -> NoiseSpaceState:
         """Solves the flow for the current noise and gathers the statistics."""
         noise = getattr(inner_state, self._inner.sample_field)
         parts = self._in_noise.evaluate(reading, noise)
         sites = reading.sites_in_the_abstract()
-        solves = getattr(inner_state, "num_steps", 1) + 1
+        num_steps = jnp.asarray(getattr(inner_state, "num_steps", 1), jnp.int32)
         counts = [site.prior.flow_solver.evaluations() for site in sites.values()]
         evaluations = 0 if None in counts else sum(counts)  # those of an adaptive solver are not known
         return NoiseSpaceState(
@@ -221,7 +248,8 @@ class NoiseSpace(DiffusionKernel):
             potential_energy=jnp.asarray(getattr(inner_state, "potential_energy", jnp.nan)),
             accept_prob=jnp.asarray(getattr(inner_state, "accept_prob", jnp.nan)),
             step_size=jnp.asarray(getattr(getattr(inner_state, "adapt_state", None), "step_size", jnp.nan)),
-            num_score_evals=jnp.asarray(solves * evaluations, jnp.int32),
+            num_steps=num_steps,
+            num_score_evals=jnp.asarray((num_steps + 1) * evaluations, jnp.int32),
             diverging=jnp.asarray(getattr(inner_state, "diverging", False)),
             rng_key=inner_state.rng_key,
         )
@@ -234,7 +262,7 @@ class NoiseSpace(DiffusionKernel):
     def wrap_model(self, wrapper: Callable[[Model], Model]) -> "NoiseSpace":
         """A copy of this kernel on a wrapped model, for composite kernels."""
         kernel = super().wrap_model(wrapper)
-        kernel._inner = kernel._build_inner()
+        kernel._build_inner()
         return kernel
 
     def get_constrain_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[dict], dict]:
@@ -248,6 +276,13 @@ class NoiseSpace(DiffusionKernel):
     def get_diagnostics_str(self, state: NoiseSpaceState) -> str:
         """The inner kernel's."""
         return self._inner.get_diagnostics_str(state.inner_state)
+
+
+def _leaves_metric_open(inner: KernelLike, options: dict[str, Any]) -> bool:
+    """Whether an inner kernel is NumPyro's HMC or NUTS with nothing said of its mass matrix."""
+    if isinstance(inner, partial):
+        inner, options = inner.func, {**inner.keywords, **options}
+    return inner in (HMC, NUTS) and not set(options) & {"dense_mass", "adapt_mass_matrix", "inverse_mass_matrix"}
 
 
 def _identity(z: dict) -> dict:

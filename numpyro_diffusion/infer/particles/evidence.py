@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from numpyro_diffusion import _checks
 from numpyro_diffusion.infer.kernel.choose import systematic
 from numpyro_diffusion.infer.model.handlers import Model
+from numpyro_diffusion.infer.model.record import Reading, Record
 
 
 class Evidence(NamedTuple):
@@ -182,6 +183,34 @@ class ParticleSampler(abc.ABC):
         values, pooled, by_island = self._ran.draws
         chosen = by_island if group_by_chain else pooled
         return {name: value[chosen] for name, value in values.items()}
+
+    def init_params(self, num_chains: int = 1) -> dict[str, jax.Array]:
+        """Draws of the posterior as starts of chains, of every kernel: `mcmc.run(key, init_params=smc.init_params(4))`.
+
+        Args:
+            num_chains: as `MCMC` has; at most the number of draws, over which the starts are spread evenly.
+
+        Returns:
+            Unconstrained values of the continuous latent sites, as NumPyro takes them: arrays (num_chains, ...), and
+            (...) for a single chain.
+
+        Raises:
+            ValueError: if there are fewer draws than chains.
+        """
+        samples, reading = self.get_samples(), self._reading()
+        structure = reading.structure
+        names = [name for name in structure.latent if name not in structure.discrete]
+        size = len(samples[names[0]])
+        _checks.at_least(1, num_chains=num_chains)
+        if num_chains > size:
+            raise ValueError(f"num_chains must be at most {size}, the number of draws; got {num_chains}")
+        chosen = (jnp.arange(num_chains) * size + size // 2) // num_chains
+        z = jax.vmap(reading.unconstrain)({name: jnp.asarray(samples[name])[chosen] for name in names})
+        return {name: value[0] for name, value in z.items()} if num_chains == 1 else z
+
+    def _reading(self) -> Reading:
+        args, kwargs = self.arguments
+        return Record(self._model).at(args, kwargs)
 
     @property
     def model(self) -> Model:
