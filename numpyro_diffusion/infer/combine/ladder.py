@@ -4,14 +4,15 @@ Points at the inverse temperatures $\beta_0 < \dots < \beta_{K - 1} = 1$ change 
 
 $$a_k = \min\left(1, \Bigl(\frac{L(x_k)}{L(x_{k + 1})}\Bigr)^{\beta_{k + 1} - \beta_k}\right),$$
 
-in even steps between the pairs (0, 1), (2, 3), ..., in odd ones between (1, 2), (3, 4), ...: a point that has been
-handed up in one step is offered to the next rung in the next one. The order is fixed, not drawn. Drawn pairs make
-points wander up and down at random, and a way through $K$ rungs takes a time of order $K^2$; here of order $K$.
+in every step first between the pairs (0, 1), (2, 3), ..., then between (1, 2), (3, 4), .... A point that has been
+handed up in one pass is offered to the next rung in the next one. The order is fixed, not drawn. Drawn pairs make points
+wander up and down at random, and a way through $K$ rungs takes a time of order $K^2$; here of order $K$. A pass costs
+nothing beside a move, since it needs no likelihood that is not known.
 
 The mean rejections $r_k = 1 - E\,a_k$ add up to the *communication barrier* $\Lambda \approx \sum_k r_k$, which hardly
 depends on the rungs if there are enough of them. Most points make the way where all $r_k$ are equal, at equal
 distances in $\Lambda(\beta) = \sum_{\beta_k < \beta} r_k$ (`equal_rejection`). A point then goes up and down once in
-$K (2 + 2 \sum_k r_k / (1 - r_k))$ steps, so that about $2 \Lambda$ rungs are a good number.
+$K (2 + 2 \sum_k r_k / (1 - r_k))$ passes, so that about $2 \Lambda$ rungs are a good number.
 
 The evidence is $\log Z = \sum_k \log E_{\beta_k}[L^{\beta_{k + 1} - \beta_k}]$, by means over draws (stepping stones).
 
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_diffusion.infer.kernel.choose import Choice, metropolis, without_improper
+from numpyro_diffusion.infer.kernel.choose import metropolis, without_improper
 from numpyro_diffusion.infer.kernel.contract import pooled
 
 Point = dict[str, jax.Array]
@@ -40,7 +41,7 @@ class Ladder(NamedTuple):
 
     temperatures: jax.Array  # inverse, rising to 1, (K,)
     swap_rates: jax.Array  # mean acceptance of swaps, since warm-up or since the rungs last moved, (K - 1,)
-    num_swaps: jax.Array  # how many each is the mean of, (K - 1,)
+    num_swaps: jax.Array  # how many each is the mean of
     from_lowest: jax.Array  # whether the point at a rung has been at the lowest since it was last at 1, (K,)
     round_trips: jax.Array  # points that have come from the lowest rung to 1
     log_sums: jax.Array  # of L^(difference of temperatures) over draws, (K - 1,)
@@ -51,7 +52,7 @@ class Ladder(NamedTuple):
         """One on which nothing has happened."""
         pairs, none = jnp.zeros(len(temperatures) - 1), jnp.zeros((), jnp.int32)
         at_rungs = jnp.zeros(len(temperatures), bool)
-        return cls(temperatures, pairs, jnp.zeros_like(pairs, int), at_rungs, none, pairs - jnp.inf, none * jnp.nan)
+        return cls(temperatures, pairs, none, at_rungs, none, pairs - jnp.inf, none * jnp.nan)
 
     def step(
         self, key: jax.Array, log_likelihood: jax.Array, i: jax.Array, num_warmup: int, adapts: bool
@@ -69,15 +70,14 @@ class Ladder(NamedTuple):
             The ladder after it, the index of the point that each rung has now, (K,), and whether a likelihood of a pair
             was NaN or infinite; it was not swapped.
         """
-        swaps, tried, diverging = swap(key, self.temperatures, log_likelihood, i)
-        order = jnp.arange(len(log_likelihood)) + jnp.diff(jnp.pad(swaps.accepted.astype(int), 1))
+        order, accept_prob, diverging = swap(key, self.temperatures, log_likelihood)
         from_lowest = self.from_lowest[order].at[0].set(True)
         sampling = i >= num_warmup
         log_weights = jnp.diff(self.temperatures) * without_improper(log_likelihood[:-1])
         log_sums = jnp.where(sampling, jnp.logaddexp(self.log_sums, log_weights), -jnp.inf)
         count = jnp.log(jnp.maximum(i + 1 - num_warmup, 1))
-        num_swaps = self.num_swaps + tried
-        rates = self.swap_rates + tried * (swaps.accept_prob - self.swap_rates) / jnp.maximum(num_swaps, 1)
+        num_swaps = self.num_swaps + 1
+        rates = self.swap_rates + (accept_prob - self.swap_rates) / num_swaps
         temperatures, ends = self.temperatures, ends_of_rounds(num_warmup) if adapts else []
         if len(ends):
             better = equal_rejection(temperatures, pooled(rates))
@@ -161,26 +161,29 @@ class ParallelTemperingState(NamedTuple):
         )
 
 
-def swap(
-    key: jax.Array, temperatures: jax.Array, log_likelihood: jax.Array, step: jax.Array
-) -> tuple[Choice, jax.Array, jax.Array]:
-    """Accepts or rejects swaps between neighbours, the even pairs in even steps.
+def swap(key: jax.Array, temperatures: jax.Array, log_likelihood: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Swaps points between neighbours, first the even pairs, then the odd ones.
 
     Args:
         key: random key.
         temperatures: inverse, rising, (K,).
         log_likelihood: of the points at these, (K,).
-        step: number of the step.
 
     Returns:
-        The choice at each pair, (K - 1,), which of them were tried, (K - 1,), and whether one of these was invalid.
+        The index of the point that each temperature has now, (K,), the acceptance probability of each pair, (K - 1,),
+        and whether a likelihood was NaN or infinite; it was not swapped.
     """
-    lower, upper = log_likelihood[:-1], log_likelihood[1:]
-    log_ratio = jnp.diff(temperatures) * (lower - upper)
-    keys, yes, no = jax.random.split(key, len(log_ratio)), jnp.array(True), jnp.array(False)
-    choice = jax.vmap(lambda key, ratio, new: metropolis(key, ratio, yes, no, new))(keys, log_ratio, lower)
-    tried = jnp.arange(len(log_ratio)) % 2 == step % 2
-    return choice._replace(accepted=tried & choice.accepted), tried, jnp.any(tried & choice.diverging)
+    pairs, yes, no = jnp.arange(len(temperatures) - 1), jnp.array(True), jnp.array(False)
+    order, accept_prob, diverging = jnp.arange(len(temperatures)), jnp.zeros(len(pairs)), no
+    for parity, key_parity in enumerate(jax.random.split(key)):
+        lower, upper = log_likelihood[order][:-1], log_likelihood[order][1:]
+        log_ratio, keys = jnp.diff(temperatures) * (lower - upper), jax.random.split(key_parity, len(pairs))
+        choice = jax.vmap(lambda key, ratio, new: metropolis(key, ratio, yes, no, new))(keys, log_ratio, lower)
+        tried = pairs % 2 == parity
+        order = order[jnp.arange(len(order)) + jnp.diff(jnp.pad((tried & choice.accepted).astype(int), 1))]
+        accept_prob = jnp.where(tried, choice.accept_prob, accept_prob)
+        diverging |= jnp.any(tried & choice.diverging)
+    return order, accept_prob, diverging
 
 
 def first_spread(log_likelihood: jax.Array) -> jax.Array:
