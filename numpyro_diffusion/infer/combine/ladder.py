@@ -5,9 +5,9 @@ Points at the inverse temperatures $\beta_0 < \dots < \beta_{K - 1} = 1$ change 
 $$a_k = \min\left(1, \Bigl(\frac{L(x_k)}{L(x_{k + 1})}\Bigr)^{\beta_{k + 1} - \beta_k}\right),$$
 
 in every step first between the pairs (0, 1), (2, 3), ..., then between (1, 2), (3, 4), .... A point that has been
-handed up in one pass is offered to the next rung in the next one. The order is fixed, not drawn. Drawn pairs make points
-wander up and down at random, and a way through $K$ rungs takes a time of order $K^2$; here of order $K$. A pass costs
-nothing beside a move, since it needs no likelihood that is not known.
+handed up in one pass is offered to the next rung in the next one. The order is fixed, not drawn. Drawn pairs make
+points wander up and down at random, and a way through $K$ rungs takes a time of order $K^2$; here of order $K$. A pass
+costs nothing beside a move, since it needs no likelihood that is not known.
 
 The mean rejections $r_k = 1 - E\,a_k$ add up to the *communication barrier* $\Lambda \approx \sum_k r_k$, which hardly
 depends on the rungs if there are enough of them. Most points make the way where all $r_k$ are equal, at equal
@@ -155,7 +155,7 @@ class ParallelTemperingState(NamedTuple):
             round_trips=ladder.round_trips,
             log_evidence=ladder.log_evidence,
             accept_prob=jnp.asarray(getattr(kernel_states, "accept_prob", missing), missing.dtype),
-            num_score_evals=num_score_evals,
+            num_score_evals=jnp.asarray(num_score_evals, jnp.int32),
             diverging=jnp.any(jnp.asarray(getattr(kernel_states, "diverging", False))) | diverging,
             rng_key=key,
         )
