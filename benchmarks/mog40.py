@@ -4,7 +4,7 @@
 
 Forty Gaussians of equal weight and standard deviation 1.31, in two dimensions with the usual means
 (`data/mog40.json`), and in 50 with means drawn once, uniformly from (-40, 40). The model is a prior and a factor, the
-target over the prior. The prior is N(0, 25^2) in every dimension, or, in the rows of `climbed`, a mixture about the
+target over the prior. The prior is uniform on (-45, 45) in every dimension, or, in the rows of `climbed`, a mixture about the
 maxima that climbs from a thousand draws of that one have found: Gaussians of 1.5 times the inverse Hessian, of equal
 weights. Each method makes 10,000 draws.
 
@@ -33,11 +33,11 @@ from numpyro.infer import MCMC, NUTS, init_to_sample
 from numpyro_diffusion.infer import MALA, ParallelTempering
 
 MODES = json.loads((Path(__file__).parent / "data" / "mog40.json").read_text())
-WIDTH = 25.0
+EDGE = 45.0
 NUM_DRAWS = 10_000
 CLIMBS = 1000
 SETTINGS = {  # temperatures, warm-up, thinning
-    (2, "ParallelTempering"): (5, 200, 7),
+    (2, "ParallelTempering"): (4, 200, 9),
     (50, "ParallelTempering"): (28, 200, 1),
     (50, "climbed"): (4, 200, 8),
 }
@@ -61,7 +61,7 @@ def log_target(x: jax.Array, means: jax.Array) -> jax.Array:
 
 
 def broad(means: jax.Array) -> dist.Distribution:
-    return dist.Normal(0.0, WIDTH).expand([means.shape[1]]).to_event(1)
+    return dist.Uniform(-EDGE, EDGE).expand([means.shape[1]]).to_event(1)
 
 
 def model(means: jax.Array, prior: dist.Distribution) -> None:

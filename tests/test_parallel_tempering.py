@@ -14,6 +14,7 @@ from numpyro.handlers import reparam
 from numpyro.infer import MCMC, NUTS, BarkerMH, Gibbs
 
 from numpyro_diffusion import NoiseReparam
+from numpyro_diffusion.diagnostics import verdict
 from numpyro_diffusion.infer import MALA, Cycle, DiffusionPCN, NoiseSpace, ParallelTempering
 from numpyro_diffusion.infer.combine.ladder import ends_of_rounds, equal_rejection, first_ladder
 
@@ -44,6 +45,13 @@ def test_modes_and_their_weights(tempered):
     assert_moments(jnp.abs(x), MEAN, VARIANCE)
     trips = np.asarray(tempered.last_state.round_trips)
     assert (trips > 100).all() and (trips < 1500).all()
+
+
+def test_few_round_trips_are_told(tempered):
+    assert "from the prior to the posterior" not in str(verdict(tempered))
+    few = run(ParallelTempering(folded, MALA, num_temperatures=5), 6.0, num_warmup=300, num_samples=10)
+    told = next(each for each in verdict(few).problems if "from the prior to the posterior" in each)
+    assert told.startswith(f"only {int(few.last_state.round_trips.sum())} points")
 
 
 def test_evidence(tempered):
