@@ -5,7 +5,7 @@ they are uniform and independent, so that one test serves every law, and draws n
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -151,12 +151,14 @@ class Law:
         args: its arguments.
         draw: (generator, count) -> exact draws by site, in NumPyro's unconstrained coordinates.
         ranks: draws by site, on their supports -> Rosenblatt ranks, shape (count, number of them).
+        place: (generator, state) -> the state with what a kernel keeps besides its point at exact draws too.
     """
 
     model: Callable
     args: tuple
     draw: Callable
     ranks: Callable
+    place: Callable = lambda rng, state: state  # noqa: E731
 
 
 def assert_ranks(ranks):
@@ -293,6 +295,19 @@ def plain_posterior(y=3.0):
     grid = np.linspace(-4.0, 7.0, 40_001)
     log_density = -0.5 * (grid**2 + (y - grid) ** 2)
     return on_a_grid(plain, (y,), grid, log_density, lambda x: x[:, 0], lambda x: x[:, None])
+
+
+def tempered_posterior():
+    """Of `plain` at y = 3, with points at all temperatures: N(3 b, 1) / (1 + b) in mean and variance."""
+    law = plain_posterior()
+
+    def place(rng, state):
+        b = np.asarray(state.ladder.temperatures, np.float64)[..., None]
+        drawn = 3.0 * b / (1.0 + b) + rng.normal(size=b.shape) / np.sqrt(1.0 + b)
+        drawn[:, -1] = np.asarray(state.z["x"])
+        return state._replace(points={"x": jnp.asarray(drawn, jnp.float32)})
+
+    return replace(law, place=place)
 
 
 def half_line_posterior(nan_below, prior=None):

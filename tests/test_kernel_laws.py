@@ -31,6 +31,7 @@ from numpyro_diffusion.infer import (
     LineIntegral,
     Mixture,
     NoiseSpace,
+    ParallelTempering,
     ParticleGibbs,
     ScoreHMC,
     Tweedie,
@@ -82,7 +83,7 @@ def mixture(model):
 WIDE = dist.StudentT(5.0, 2.0, 1.5)
 PAIR, COUNT = laws.pair_posterior(), laws.count_posterior()
 ON_MIXTURE, ON_LEARNED, ROUGHLY = (mixture_posterior(p) for p in (EXACT, LEARNED, mixture_prior(sampler=SAMPLER)))
-JOINT = normal_data(standard())
+JOINT, TEMPERED = normal_data(standard()), laws.tempered_posterior()
 QUICK = {
     "pcn": (JUMP, ON_MIXTURE),
     "pcn_positive": (DiffusionPCN, normal_data(POSITIVE, noise=1.0)),
@@ -96,6 +97,7 @@ QUICK = {
     "mala": (WALK, JOINT),
     "hmc_partial": (partial(SWING, momentum_refresh=0.3), ON_LEARNED),
     "independence_priors": (Independence, PAIR),
+    "parallel_tempering": (partial(ParallelTempering, kernel=LEAP, temperatures=(0.0, 0.1, 0.4, 1.0)), TEMPERED),
     "diffusive_gibbs_in_one_mode": (partial(DiffusiveGibbs, **{**MANY, "noise_levels": (1.0,), "num_steps": 1}), PAIR),
 }
 LONGER = {
@@ -118,6 +120,7 @@ LONGER = {
         laws.plain_posterior(),
     ),
     "diffusive_gibbs": (partial(DiffusiveGibbs, **MANY), laws.two_modes_posterior()),
+    "parallel_tempering_above_0": (partial(ParallelTempering, kernel=WALK, temperatures=(0.05, 0.3, 1.0)), TEMPERED),
     "cycle": (cycle, PAIR),
     "mixture_in_gibbs": (partial(blocks, mixture), PAIR),
     "pcn_only_adapted": (partial(DiffusionPCN, global_fraction=0.0), normal_data(SCORE_ONLY, noise=1.0)),
@@ -187,7 +190,8 @@ def moved(kernel, law, chains, walk):
     """The chains' values on their supports before and after, and whether they have diverged."""
     keys, start = jax.random.split(jax.random.key(0), chains), law.draw(np.random.default_rng(1), chains)
     start = {name: jnp.asarray(value, jnp.float32) for name, value in start.items()}
-    return walk(kernel.init(keys, 0, start, law.args, {}), law.args)
+    state = law.place(np.random.default_rng(2), kernel.init(keys, 0, start, law.args, {}))
+    return walk(state, law.args)
 
 
 def walker(kernel, steps):
@@ -228,6 +232,7 @@ WALLS = {
     "elliptical_slice": (EllipticalSlice, None),
     "crank_nicolson": (CrankNicolson, None),
     "mala": (partial(MALA, step_size=0.2, adapt_mass_matrix=False), None),
+    "parallel_tempering": (partial(ParallelTempering, kernel=WALK, temperatures=(0.0, 0.5, 1.0)), None),
 }
 
 

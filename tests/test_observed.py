@@ -14,8 +14,8 @@ from numpyro_diffusion.denoise import GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.guidance import Likelihood, Observation, linear
 from numpyro_diffusion.infer.model import observation
+from numpyro_diffusion.infer.model.handlers import TEMPERATURE, temper
 from numpyro_diffusion.infer.model.record import Record
-from numpyro_diffusion.infer.particles.tempering import TEMPERATURE, temper
 from numpyro_diffusion.noise import VE
 
 A, Y = jnp.array([[1.0, 0.5], [0.0, 2.0], [1.0, 1.0]]), jnp.array([1.0, -0.5, 0.3])

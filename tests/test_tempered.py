@@ -13,7 +13,8 @@ from numpyro.infer.util import potential_energy
 
 from numpyro_diffusion.infer import MALA, DiffusiveGibbs, ScoreHMC, Vectorize
 from numpyro_diffusion.infer.kernel.adapt import pool_adaptation
-from numpyro_diffusion.infer.particles.tempering import TEMPERATURE, draw_prior, log_likelihood, temper
+from numpyro_diffusion.infer.model.handlers import TEMPERATURE, draw_prior, temper
+from numpyro_diffusion.infer.particles.tempering import log_likelihood
 
 SLOW = pytest.mark.slow
 Y = jnp.array([0.3, -0.8])

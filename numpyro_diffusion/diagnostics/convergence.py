@@ -25,6 +25,7 @@ _DISAGREEMENT = 0.3
 _LONGER = "Run longer, or take PopulationHMC(model)"
 _SATURATED = 0.05
 _NEVER = 0.01
+_FEW_TRIPS = 100
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def verdict(run: MCMC | Any) -> Verdict:
     Args:
         run: a run of `numpyro.infer.MCMC` with any kernel, or a particle sampler that has run. Extra fields that `MCMC`
             has collected are read: `diverging` always, `num_steps` for saturated trees (`NoiseSpace` has it always, of
-            NUTS ask for it), `noise_level` with `accept_prob` for noise levels at which nothing is accepted.
+            NUTS ask for it), `noise_level` with `accept_prob` for noise levels at which nothing is accepted,
+            `round_trips` of `ParallelTempering`.
 
     Returns:
         A `Verdict`.
@@ -139,6 +141,13 @@ def _of_fields(mcmc: MCMC) -> list[str]:
         problems.append(
             f"{count} transitions diverged. Raise target_accept_prob, or look for a funnel or a likelihood that is not "
             "finite"
+        )
+    trips = mcmc.get_extra_fields(group_by_chain=True).get("round_trips")
+    if trips is not None and (total := int(np.sum(np.asarray(trips)[:, -1]))) < _FEW_TRIPS:
+        problems.append(
+            f"only {total} points have come from the prior to the posterior, of at least {_FEW_TRIPS}: modes may be "
+            "missing, and weights of modes are noise. Raise num_temperatures if swap_rates are far below 1/2, run "
+            "longer, or write the model with a prior that is nearer to the posterior"
         )
     inner = getattr(kernel, "inner", kernel)
     depth = getattr(inner, "_max_tree_depth", None) if getattr(inner, "_algo", "NUTS") == "NUTS" else None

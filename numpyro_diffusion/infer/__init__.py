@@ -1,7 +1,7 @@
 """Kernels for `numpyro.infer.MCMC`, and particle samplers: diffusion priors inside ordinary models."""
 
 from numpyro_diffusion.infer.anneal import AnnealedLangevin, GuidedReverse, at_clean_point
-from numpyro_diffusion.infer.combine import Cycle, DiffusionGibbs, Mixture, Vectorize
+from numpyro_diffusion.infer.combine import Cycle, DiffusionGibbs, Mixture, ParallelTempering, Vectorize
 from numpyro_diffusion.infer.gradient import MALA, ULA, DiffusiveGibbs, ScoreHMC, Tweedie
 from numpyro_diffusion.infer.kernel import DiffusionKernel
 from numpyro_diffusion.infer.model import Density, LineIntegral, LogPrior, Score, Status, drop_prior, with_density
@@ -27,6 +27,7 @@ __all__ = [
     "LogPrior",
     "Mixture",
     "NoiseSpace",
+    "ParallelTempering",
     "ParticleGibbs",
     "PopulationHMC",
     "GuidedReverse",

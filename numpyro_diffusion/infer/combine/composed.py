@@ -21,7 +21,7 @@ from numpyro.infer.hmc import HMC
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel, hand_on, shared
-from numpyro_diffusion.infer.kernel.inner import arguments, begin, bind, keeps_arguments, on_stand_in
+from numpyro_diffusion.infer.kernel.inner import arguments, begin, bind, keeps_arguments, on_stand_in, takes_point
 from numpyro_diffusion.infer.kernel.start import start
 from numpyro_diffusion.infer.model.checks import check_fixed
 from numpyro_diffusion.infer.model.density import Status
@@ -237,7 +237,7 @@ def _built(kernel: Any, model: Model | None, name: str) -> MCMCKernel:
     kind = type(kernel).__name__
     if not isinstance(kernel, MCMCKernel):
         raise TypeError(f"what {name} is given must make an MCMCKernel from a model; got {kind}")
-    if not getattr(kernel, "takes_point", isinstance(kernel, HMC)):
+    if not takes_point(kernel):
         raise ValueError(
             f"{kind} cannot be handed a point by {name}: it does not keep its point in its state's "
             f"{kernel.sample_field!r}, or does not refresh. Nest the other way round, with {name} as its x_kernel, its "

@@ -79,6 +79,11 @@ def keeps_arguments(kernel: MCMCKernel) -> bool:
     return keeps or any(map(keeps_arguments, held))
 
 
+def takes_point(kernel: MCMCKernel) -> bool:
+    """Whether a kernel continues from a point that is put into its state, after `refresh`."""
+    return getattr(kernel, "takes_point", isinstance(kernel, HMC))
+
+
 def on_stand_in(kernel: MCMCKernel, model: Model) -> MCMCKernel:
     """A kernel of NumPyro's on a stand-in of a model in the same coordinates; kernels of this library as they are."""
     return kernel if hasattr(kernel, "held") else kernel.wrap_model(lambda _: Unconstrained(model))

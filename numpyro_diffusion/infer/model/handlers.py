@@ -9,18 +9,31 @@ A kernel that moves $x$ by prior-reversible proposals needs only the second fact
 a model: the sites keep their values, supports and plates, and their `log_prob` is never called.
 
 With a constrained support, the Jacobian of the support belongs to the prior as well: `record` keeps it separate.
+
+Any model, with diffusion sites or without, is the product of the priors of its latent sites and of its observations and
+factors, the likelihood. `temper` raises the second to a power,
+
+$$p(x, \theta)\, L(x, \theta)^\beta, \qquad \beta \in [0, 1],$$
+
+where $\beta$ is one of the keyword arguments, so that it can change without a compilation and any kernel can move at
+any temperature. `draw_prior` draws the first.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpyro.distributions as dist
+from numpyro.handlers import seed, trace
 from numpyro.primitives import Messenger
 
 from numpyro_diffusion.distributions import DiffusionPrior
 
 Model = Callable[..., Any]
 _DROPPED = "_diffusion_prior_dropped"
+TEMPERATURE = "_temperature"
+"""Keyword argument that holds the inverse temperature."""
+_UNDER_WAY = "_under_way"
 
 
 class drop_prior(Messenger):  # noqa: N801
@@ -65,3 +78,71 @@ def is_diffusion_site(site: Mapping[str, Any]) -> bool:
 def as_written(site: Mapping[str, Any]) -> dist.Distribution:
     """The distribution of a site as the user wrote it, without the mask of `drop_prior`."""
     return site["fn"].base_dist if _DROPPED in site["infer"] else site["fn"]
+
+
+class _scale_observed(Messenger):  # noqa: N801
+    """Scales the log-density of everything that is conditioned on.
+
+    A site that appears while a latent one passes through the handlers does not belong to the model: it is the Jacobian
+    of NumPyro's unconstrained coordinates, a part of the prior.
+    """
+
+    def __init__(self, fn: Model, temperature: jax.Array) -> None:
+        self.temperature = temperature
+        self._inside_latent = 0
+        super().__init__(fn)
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "sample":
+            return
+        if not msg["is_observed"]:
+            msg["infer"] = {**msg["infer"], _UNDER_WAY: True}
+            self._inside_latent += 1
+        elif not self._inside_latent:
+            msg["scale"] = self.temperature if msg["scale"] is None else self.temperature * msg["scale"]
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        self._inside_latent -= _UNDER_WAY in msg.get("infer", {})
+
+
+class _remember_site(Messenger):  # noqa: N801
+    """Remembers the last latent site."""
+
+    name: str | None = None
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "sample" and not msg["is_observed"]:
+            self.name = msg["name"]
+
+
+class temper:  # noqa: N801
+    """A model whose keyword arguments may hold an inverse temperature for its likelihood.
+
+    Args:
+        model: NumPyro model.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        temperature = kwargs.pop(TEMPERATURE, None)
+        model = self._model if temperature is None else _scale_observed(self._model, temperature)
+        return model(*args, **kwargs)
+
+
+def draw_prior(model: Model, key: jax.Array, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """One draw of all latent sites from their priors, constrained.
+
+    Raises:
+        ValueError: if a latent site cannot be drawn.
+    """
+    remembering = _remember_site(model)
+    try:
+        sites = trace(seed(remembering, key)).get_trace(*args, **kwargs)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"tempering starts at draws of the prior, and the prior of site {remembering.name!r} cannot be drawn. Give "
+            "the site a proper distribution, and put the rest of its density into numpyro.factor"
+        ) from error
+    return {name: s["value"] for name, s in sites.items() if s["type"] == "sample" and not s["is_observed"]}

@@ -40,13 +40,13 @@ from numpyro_diffusion.infer.kernel.compiled import Compiled
 from numpyro_diffusion.infer.kernel.metric import estimate
 from numpyro_diffusion.infer.model.checks import check_continuous, check_fixed, check_names, check_walkable
 from numpyro_diffusion.infer.model.density import Status
-from numpyro_diffusion.infer.model.handlers import Model
+from numpyro_diffusion.infer.model.handlers import Model, draw_prior
 from numpyro_diffusion.infer.model.record import Reading, Record
 from numpyro_diffusion.infer.noise.vector import NoiseVector, in_noise
 from numpyro_diffusion.infer.particles.evidence import Draws, Outcome, ParticleSampler, evidence_of, resample_islands
 from numpyro_diffusion.infer.particles.rounds import CURE, Look, Round, Temperature, look
 from numpyro_diffusion.infer.particles.tempered import lag_of, look_at_start, widened
-from numpyro_diffusion.infer.particles.tempering import check_climb, draw_prior
+from numpyro_diffusion.infer.particles.tempering import check_climb
 from numpyro_diffusion.infer.particles.walkers import Moves, Tuning, Walker, draws_of, move_until_forgotten, walker_at
 from numpyro_diffusion.reparam import noise_name
 

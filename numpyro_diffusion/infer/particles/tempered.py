@@ -55,7 +55,7 @@ from numpyro_diffusion.infer.gradient.langevin import MALA
 from numpyro_diffusion.infer.kernel.choose import effective_size, next_temperature, without_improper
 from numpyro_diffusion.infer.kernel.compiled import Compiled
 from numpyro_diffusion.infer.model.checks import check_fixed
-from numpyro_diffusion.infer.model.handlers import Model
+from numpyro_diffusion.infer.model.handlers import TEMPERATURE, Model, draw_prior, temper
 from numpyro_diffusion.infer.model.record import Record
 from numpyro_diffusion.infer.particles.evidence import (
     Draws,
@@ -67,7 +67,7 @@ from numpyro_diffusion.infer.particles.evidence import (
     resample_islands,
 )
 from numpyro_diffusion.infer.particles.mutate import correlations, move
-from numpyro_diffusion.infer.particles.tempering import TEMPERATURE, check_climb, draw_prior, log_likelihood, temper
+from numpyro_diffusion.infer.particles.tempering import check_climb, log_likelihood
 from numpyro_diffusion.infer.reverse.pcn import DiffusionPCN
 
 
