@@ -14,6 +14,7 @@ from scipy.stats import norm
 from numpyro_diffusion.denoise import Gaussian, GaussianMixture
 from numpyro_diffusion.noise import VE, VP, Cosine, Karras, Rectified, SubVP, UniformLogSNR
 from numpyro_diffusion.solve import (
+    Adams,
     Ancestral,
     DPMSolverPP,
     EulerMaruyama,
@@ -55,6 +56,7 @@ SOLVERS = {
     "EulerMaruyama": EulerMaruyama(9),
     "ExponentialEuler eta 0.5": ExponentialEuler(9, eta=0.5),
     "Heun": Heun(9),
+    "Adams": Adams(9),
     "Heun log-SNR": Heun(9, grid=UniformLogSNR()),
     "StochasticHeun": StochasticHeun(9),
     "StochasticHeun churn 0.3": StochasticHeun(9, churn=0.3),
@@ -108,7 +110,12 @@ def walk(solver, denoiser, x):
 
 NUM_TIMES = (33, 129)
 FLOWS = {"Gaussian": (gaussian, flow_of_gaussian, 2), "mixture": (mixture, flow_of_mixture, 1)}
-ORDERS = {"Heun": (Heun, 0.1), "DPMSolverPP": (DPMSolverPP, 0.2), "DDIM": (partial(Ancestral, eta=0.0), 0.1)}
+ORDERS = {
+    "Heun": (Heun, 0.1),
+    "Adams": (Adams, 0.2),
+    "DPMSolverPP": (DPMSolverPP, 0.2),
+    "DDIM": (partial(Ancestral, eta=0.0), 0.1),
+}
 
 
 @pytest.mark.parametrize("make, tolerance", ORDERS.values(), ids=ORDERS)
@@ -287,7 +294,8 @@ def test_evaluations_are_counted_right(solver):
             return super().__call__(x_t, t)
 
     denoiser = Counting(MEAN, VARIANCES, LADDER)
-    jax.eval_shape(lambda x, key: solver.step(denoiser, x, (), 0.5, 0.4, key), jnp.zeros(2), jax.random.key(0))
+    memory = solver.init(denoiser, jnp.zeros(2))
+    jax.eval_shape(lambda x, key: solver.step(denoiser, x, memory, 0.5, 0.4, key), jnp.zeros(2), jax.random.key(0))
     assert len(calls) == solver.evaluations_per_step
     assert solver.evaluations() == (solver.num_times - 1) * solver.evaluations_per_step + 1
     assert solver.evaluations(solver.num_times - 1) == 1
