@@ -58,18 +58,19 @@ def test_the_denoiser_of_the_law_given_a_point(schedule, x64):
 
 
 def test_two_looks_below_the_lowest_level(x64):
-    """Both at the lowest level, .01: the score there stands for the one at .01 / sqrt(2), which moves x0 by 1e-9."""
+    """Both at the lowest level, .01: the score there stands for the one at .01 / sqrt(2)."""
     schedule = SCHEDULES[0]
     given = Given(GaussianMixture(WEIGHTS, MEANS, VARIANCES, schedule), SEEN, 0.0)
     x_s = SEEN + 0.01 * np.array([0.7, -1.3])
-    truth = GaussianMixture(*conditional(SEEN, 0.01), schedule)
-    got, expected = views(given, x_s, 0.0), views(truth, x_s, 0.0)
-    np.testing.assert_allclose(got[0], expected[0], atol=2e-7)  # the posterior mean itself would be off by 1e-4
-    np.testing.assert_allclose(got[1], expected[1], atol=2e-5)
-    assert abs(got[0] - SEEN).max() > 1e-3
-    highest = Given(given.base, SEEN, 1.0)(np.array([90.0, -70.0]), 1.0)  # never above the highest: 80 / sqrt(2)
-    truth = GaussianMixture(*conditional(SEEN, 80.0), schedule)(np.array([90.0, -70.0]), 1.0)
-    np.testing.assert_allclose(highest.x0, truth.x0, rtol=1e-9)
+    weights, means, variances = conditional(SEEN, 0.01)
+    share = (weights @ (variances / (variances + 0.01**2)), weights @ means)  # far from the other mode
+    expected = share[1] + share[0] * (x_s - share[1])
+    x0, eps, _ = views(given, x_s, 0.0)
+    np.testing.assert_allclose(x0, expected, atol=3e-6)  # the base's own posterior mean at .01 is off by 1e-4
+    np.testing.assert_allclose(eps, (x_s - expected) / 0.01, atol=3e-4)
+    highest = views(Given(given.base, SEEN, 1.0), np.array([90.0, -70.0]), 1.0)  # never above: 80 / sqrt(2)
+    truth = views(GaussianMixture(*conditional(SEEN, 80.0), schedule), np.array([90.0, -70.0]), 1.0)
+    np.testing.assert_allclose(highest[0], truth[0], rtol=1e-9)
 
 
 def test_the_noise_keeps_its_digits():
@@ -110,12 +111,12 @@ def quantiles(weights, means, variances):
     return np.array([brentq(lambda x: cdf(x) - q, -9, 9, xtol=1e-12) for q in Q])
 
 
-@pytest.mark.parametrize("evaluations, variance, distance", [(16, 0.03, 0.035), (32, 0.006, 0.012), (64, 0.002, 0.003)])
+@pytest.mark.parametrize("evaluations, variance, distance", [(32, 0.005, 0.008), (64, 0.0005, 0.0005)])
 def test_the_flow_draws_the_law_given_a_point(evaluations, variance, distance, x64):
     """Two narrow modes, seen from between them at four levels: in one dimension the flow keeps quantiles.
 
     Bounds on the relative error of the variance and on the Wasserstein distance in standard deviations are those of the
-    method. The reverse process by `DPMSolverPP(eta=1)` is off by up to 16 % and .2 in 16 evaluations.
+    method. The reverse process by `DPMSolverPP(eta=1)` is off by some per cent in 32.
     """
     denoiser, solver = GaussianMixture(*LINE, VE(2e-4, 80.0)), Adams(evaluations - 2)
     assert evaluations_given(solver) == evaluations
@@ -130,9 +131,9 @@ def test_the_flow_draws_the_law_given_a_point(evaluations, variance, distance, x
 
 @pytest.mark.parametrize("level", [0.01, 0.3, 3.0])
 def test_a_gaussian_of_a_steep_spectrum(level, x64):
-    """The map is linear in noise and in the point: its slopes give Bayes' covariance and slope, from the lowest level on.
+    """The map is linear in noise and in the point: its slopes give Bayes' covariance and slope, at any level.
 
-    Variances .01, 1 and 9 in rotated axes, 24 times: within .5 % of the covariance, 1 % at the lowest level.
+    Variances .01, 1 and 9 in rotated axes, 24 times: within .2 %, which is the error at the lowest level.
     """
     rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
     prior = rotation * np.array([0.01, 1.0, 9.0]) @ rotation.T
@@ -142,13 +143,12 @@ def test_a_gaussian_of_a_steep_spectrum(level, x64):
     slope = prior @ np.linalg.inv(prior + level**2 * np.eye(3))
     root = np.linalg.inv(np.linalg.cholesky(level**2 * slope))
     by_point, by_noise = (np.asarray(s) for s in slopes)
-    tolerance = 0.01 if level == 0.01 else 0.005
-    np.testing.assert_allclose(root @ by_noise @ by_noise.T @ root.T, np.eye(3), atol=tolerance)
-    np.testing.assert_allclose(by_point, slope, atol=tolerance)
+    np.testing.assert_allclose(root @ by_noise @ by_noise.T @ root.T, np.eye(3), atol=0.002)
+    np.testing.assert_allclose(by_point, slope, atol=0.002)
 
 
 def test_solvers_of_either_law():
-    """One of the reverse process walks down from the point itself, by all its times; one of the marginals is refused."""
+    """One of the reverse process walks down from the point, by all of its times; one of the marginals is refused."""
     denoiser, key, x_t, t = Gaussian([0.0], 1.0, VE(0.01, 40.0)), jax.random.key(1), jnp.ones(1), 0.6
     solver = DPMSolverPP(6, eta=1.0)
     levels = np.geomspace(float(denoiser.schedule.noise_level(t)), 0.01, 6)

@@ -112,7 +112,7 @@ NUM_TIMES = (33, 129)
 FLOWS = {"Gaussian": (gaussian, flow_of_gaussian, 2), "mixture": (mixture, flow_of_mixture, 1)}
 ORDERS = {
     "Heun": (Heun, 0.1),
-    "Adams": (Adams, 0.2),
+    "Adams": (Adams, 0.8),
     "DPMSolverPP": (DPMSolverPP, 0.2),
     "DDIM": (partial(Ancestral, eta=0.0), 0.1),
 }
@@ -123,6 +123,8 @@ ORDERS = {
 def test_order_of_convergence_of_the_flow(law, truth, dimension, make, tolerance, x64):
     """The fitted order is the stated one, within a tolerance; the DPM solver's first step, of order one, costs it some.
 
+    Adams still gains more than its order at these numbers of steps.
+
     What is walked by hand is what `solve` walks.
     """
     quantiles = norm.ppf([0.05, 0.2, 0.4, 0.6, 0.8, 0.95])
@@ -131,7 +133,7 @@ def test_order_of_convergence_of_the_flow(law, truth, dimension, make, tolerance
     errors = [np.abs(walk(make(int(n)), law(), x) - truth(x)).max() for n in num_times]
     assert make(33).law == "flow"
     assert abs(order(np.array(num_times) - 1, errors) - stated) < tolerance, errors
-    assert errors[-1] < (2e-3 if make is DPMSolverPP else 3e-4 if stated == 2 else 5e-2)
+    assert errors[-1] < (2e-3 if make is DPMSolverPP else {1: 5e-2, 2: 3e-4, 3: 1e-5}[stated])
     if dimension == 1:
         np.testing.assert_allclose(run(make(33), law(), x), walk(make(33), law(), x), rtol=1e-9)
 

@@ -18,7 +18,7 @@ from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import DiffusionGibbs, SplitGibbs, Status
 from numpyro_diffusion.infer.model.record import Record
 from numpyro_diffusion.noise import VE, VP, Karras, UniformLogSNR, UniformTime, grid_from
-from numpyro_diffusion.solve import Adams, DPMSolverPP, EulerMaruyama, Heun, StochasticHeun, draw_given
+from numpyro_diffusion.solve import Adams, DPMSolverPP, EulerMaruyama, Heun, draw_given
 
 SLOW = pytest.mark.slow
 CHAINS, RHO, NOISE = 64, 0.6, 0.8

@@ -1,21 +1,21 @@
 r"""The probability flow by a predictor and a corrector, of order three with one evaluation a step.
 
-In the clock $\tau = -\log \lambda$ and with $u = x_t / \alpha_t$ the flow is $\mathrm{d}u / \mathrm{d}\tau = \hat x_0 - u$,
-so
+In the clock $\tau = -\log \lambda$ and with $u = x_t / \alpha_t$ the flow is
+$\mathrm{d}u / \mathrm{d}\tau = \hat x_0 - u$, so
 
 $$u(b) = e^{-(b - a)} u(a) + \int_a^b e^{-(b - \tau)} \hat x_0(\tau)\, \mathrm{d}\tau.$$
 
-The method of Adams puts a polynomial through known values of $\hat x_0$ in the place of the integrand, and integrates it
-exactly. The *predictor* takes the parabola through the last three and reaches a new point; the *corrector* goes over the
-same step again with the parabola through the new value and the last two, which costs nothing: the new value is needed for
-the next step anyway. Where little data are known at the start, the polynomial is of lower degree.
+A method of Adams puts a polynomial through known values in the place of $\hat x_0$ and integrates it exactly. The
+*predictor* takes the parabola through the last three values and reaches a new point. The *corrector* goes over the same
+step again, with the parabola through the new value and the last two. This costs nothing, since the next step needs the
+new value anyway. At the start, where fewer values are known, the polynomials are of lower degree.
 
-Where the clean point is almost known, $\hat x_0$ is constant and the step exact, whatever the law; where it is not,
-$\hat x_0$ changes within a few units of the clock about the law's own scale. So the error hardly depends on that scale,
-and a law of many scales is as well solved as one: the variance of a Gaussian is right to .3 % in 24 times. `Heun` is exact
-for isotropic Gaussians, and worse the narrower a direction is.
+Where the clean point is almost known, $\hat x_0$ is constant and the step exact; elsewhere it changes within a few units
+of the clock about the law's own scale. So the error hardly depends on that scale, and a law of many scales is
+solved as well as one: variances of a Gaussian are right to .2 % in 24 times from level 20 to .01. `Heun` is exact for
+isotropic Gaussians, and worse the narrower a direction is.
 
-This is SA-Solver without noise, and UniPC up to the choice of its function $B(h)$.
+This is SA-Solver without noise, and UniPC but for the choice of its function $B(h)$.
 
 References:
     Zhao et al., UniPC: a unified predictor-corrector framework for fast sampling of diffusion models, 2023,

@@ -1,16 +1,18 @@
 r"""Draws of the clean point given a noisy one: by the flow of that law, or by the reverse process.
 
 `denoise.Given` is the denoiser of $p(x \mid x_t)$, so its probability flow maps noise to a draw: a smooth function of
-$(x_t, z)$, $z \sim N(0, I)$, with the error of a deterministic solver, which is much below that of a stochastic one. With $u = x_t / \alpha_t$ at level $L$, the second look $y = x + \ell \varepsilon$ starts at a level
-$\ell$ of a few $L$ only: $x$ given $x_t$ has a spread of about $L$, or less. Write $\bar x$ and $C$ for its mean and
-covariance. For a Gaussian the flow from infinite noise comes down to
+$(x_t, z)$, $z \sim N(0, I)$, with the error of a deterministic solver, which is much below that of a stochastic one.
 
-$$y = \bar x + (\ell^2 + C)^{1/2} z \approx \ell z + E[x \mid x_t, y' = \bar x + 2 \ell z], \qquad
-y' \text{ at level } 2 \ell,$$
+With $u = x_t / \alpha_t$ at level $L$, the second look $y = x + \ell \varepsilon$ starts at $\ell = 5 L$, since $x$
+given $x_t$ has a spread of about $L$ or less. Write $\bar x$ and $C$ for its mean and covariance. For a Gaussian the
+flow from infinite noise comes down to
 
-where the last two agree up to a term in $(C / \ell^2)^3$: two evaluations for a start that knows the covariance. The flow ends at the lowest level, and the rest of the way, to
-no noise at all, is half a step: in the coordinates at rest (`flow`) the velocity falls to zero linearly there. (The
-posterior mean, a whole step, would be too narrow by the share $(\lambda_{\min} / L)^2$.)
+$$y = \bar x + (\ell^2 + C)^{1/2} z \approx \ell z + E[x \mid x_t, y' = \bar x + 2 \ell z \text{ at level } 2 \ell],$$
+
+and the two agree up to a term in $(C / \ell^2)^3$: two evaluations for a start that knows the covariance. At the lowest
+level $\lambda$ the rest of the way, to no noise at all, is half a step, for the noise falls to zero linearly there:
+$x = y - \lambda \hat\varepsilon / 2$ for a law that is wide on that scale, in general the same in the coordinates at
+rest (`flow`). The posterior mean, a whole step, would be too narrow by $(\lambda / L)^2$ of the variance.
 
 `benchmarks/reverse_law.py` compares this with the reverse process.
 

@@ -18,12 +18,12 @@ $$a = \min\left(1, \frac{\sum_{i \ge 1} L_i}{\sum_{i \ge 0, i \ne j} L_i}\right)
 
 keeps the posterior too (Metropolised Gibbs over the $M + 1$ points; $M = 1$ is the test above).
 
-**What is approximate.** Only the draw of the clean point *given* the noisy one, by a solver in finitely many steps. With
-the right prior but the wrong conditional law the move is not reversible, and then the test is wrong. The default follows
-the flow of that law (`solve.draw_given`): its variance is within 1 % on the mixtures of `benchmarks/reverse_law.py`.
-`DPMSolverPP(eta=1)` walks the reverse process and is off by about two per cent in 64 steps; other solvers of that process
-are far from it (`docs/concepts/exactness.md`). Solvers of the marginals alone are refused, and those of first order cause
-a warning.
+**What is approximate.** Only the draw of the clean point *given* the noisy one, by a solver in finitely many steps.
+With the right prior but the wrong conditional law, the move is not reversible and the test wrong. The default follows the
+flow of that law (`solve.draw_given`): its variance is within .5 % on the mixtures of `benchmarks/reverse_law.py`.
+`DPMSolverPP(eta=1)` walks the reverse process and is off by about two per cent in 64 steps; other solvers of that
+process are far from it (`docs/concepts/exactness.md`). Solvers of the marginals alone are refused, and those of first
+order cause a warning.
 
 References:
     Cotter, Roberts, Stuart, White, MCMC methods for functions, 2013, https://arxiv.org/abs/1202.0709.
@@ -90,8 +90,9 @@ class DiffusionPCN(DiffusionKernel):
     r"""Moves all diffusion sites of a model by noising, denoising and a test on the likelihood.
 
     Exact up to the discretisation of the law of $x$ given $x_t$; needs neither a density nor gradients. A share
-    `global_fraction` of the steps draws the noise level log-uniformly from the whole ladder; the others draw it around a
-    centre that warm-up adapts to `target_accept_prob` and then leaves alone. All sites, and all points in plates, move together at one level.
+    `global_fraction` of the steps draws its noise level log-uniformly from the whole ladder; the others draw it around
+    a centre that warm-up adapts to `target_accept_prob` and then leaves alone. All sites, and all points in plates,
+    move together at one level.
 
     Args:
         model: NumPyro model whose latent sites are all diffusion sites; `DiffusionGibbs` takes the others.
@@ -139,7 +140,7 @@ class DiffusionPCN(DiffusionKernel):
         num_proposals: int = 1,
         global_fraction: float = 0.5,
         target_accept_prob: float = 0.4,
-        solver: Solver | None = Adams(24),  # noqa: B008
+        solver: Solver | None = Adams(30),  # noqa: B008
         init_strategy: Strategy | None = None,
     ) -> None:
         super().__init__(model, init_strategy)
