@@ -108,7 +108,7 @@ def pushed(solver, denoiser, x_t, t, z):
 
 def quantiles(weights, means, variances):
     cdf = lambda x: weights @ norm.cdf((x - means[:, 0]) / np.sqrt(variances))  # noqa: E731
-    return np.array([brentq(lambda x: cdf(x) - q, -9, 9, xtol=1e-12) for q in Q])
+    return np.array([brentq(lambda x, q: cdf(x) - q, -9, 9, (q,), xtol=1e-12) for q in Q])
 
 
 @pytest.mark.parametrize("evaluations, variance, distance", [(32, 0.005, 0.008), (64, 0.0005, 0.0005)])

@@ -290,7 +290,7 @@ BAD_ARGUMENTS = {
     "not_above": ({"rho": 0.5, "couplings": [1.0, 0.5]}, ValueError, "strictly decreasing; got 0.5 and then 0.5"),
     "both": ({"rho": 0.5, "couplings": [1.0], "rho_start": 2.0}, ValueError, "give one of them"),
     "num_inner": ({"rho": 0.5, "num_inner": 0}, ValueError, "num_inner must be at least 1; got 0"),
-    "solver": ({"rho": 0.5, "solver": Heun()}, TypeError, "solver must be a stochastic solver"),
+    "solver": ({"rho": 0.5, "solver": Heun}, TypeError, "solver must be a solver such as"),
     "rest_kernel": ({"rho": 0.5, "rest_kernel": lambda model: model}, TypeError, "rest_kernel must make an MCMCKernel"),
 }
 

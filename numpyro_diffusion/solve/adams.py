@@ -10,8 +10,8 @@ A method of Adams puts a polynomial through known values in the place of $\hat x
 step again, with the parabola through the new value and the last two. This costs nothing, since the next step needs the
 new value anyway. At the start, where fewer values are known, the polynomials are of lower degree.
 
-Where the clean point is almost known, $\hat x_0$ is constant and the step exact; elsewhere it changes within a few units
-of the clock about the law's own scale. So the error hardly depends on that scale, and a law of many scales is
+Where the clean point is almost known, $\hat x_0$ is constant and the step exact; elsewhere it changes within a few
+units of the clock about the law's own scale. So the error hardly depends on that scale, and a law of many scales is
 solved as well as one: variances of a Gaussian are right to .2 % in 24 times from level 20 to .01. `Heun` is exact for
 isotropic Gaussians, and worse the narrower a direction is.
 

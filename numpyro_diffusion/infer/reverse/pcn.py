@@ -19,8 +19,8 @@ $$a = \min\left(1, \frac{\sum_{i \ge 1} L_i}{\sum_{i \ge 0, i \ne j} L_i}\right)
 keeps the posterior too (Metropolised Gibbs over the $M + 1$ points; $M = 1$ is the test above).
 
 **What is approximate.** Only the draw of the clean point *given* the noisy one, by a solver in finitely many steps.
-With the right prior but the wrong conditional law, the move is not reversible and the test wrong. The default follows the
-flow of that law (`solve.draw_given`): its variance is within .5 % on the mixtures of `benchmarks/reverse_law.py`.
+With the right prior but the wrong conditional law, the move is not reversible and the test wrong. The default follows
+the flow of that law (`solve.draw_given`): its variance is within .5 % on the mixtures of `benchmarks/reverse_law.py`.
 `DPMSolverPP(eta=1)` walks the reverse process and is off by about two per cent in 64 steps; other solvers of that
 process are far from it (`docs/concepts/exactness.md`). Solvers of the marginals alone are refused, and those of first
 order cause a warning.
@@ -217,7 +217,7 @@ class DiffusionPCN(DiffusionKernel):
             mean_accept_prob=running_mean(state.mean_accept_prob, accept_prob, state.i, self._num_warmup),
             noise_level=levels[first].astype(accept_prob.dtype),
             log_level=jnp.clip(log_level, jnp.log(levels[-1]), jnp.log(levels[0])).astype(accept_prob.dtype),
-            num_score_evals=jnp.asarray(self._num_walks * _evaluations(solver, first), jnp.int32),
+            num_score_evals=jnp.asarray(_evaluations(solver, first, self._num_walks), jnp.int32),
             diverging=choice.diverging,
             rng_key=key,
         )
@@ -272,8 +272,9 @@ def _times(solver: Solver, denoiser: Denoiser) -> jax.Array:
     return UniformLogSNR()(denoiser.schedule, _NUM_LEVELS)
 
 
-def _evaluations(solver: Solver, first: jax.Array) -> ArrayLike:
-    return solver.evaluations(first) if solver.stochastic else evaluations_given(solver)
+def _evaluations(solver: Solver, first: jax.Array, count: int) -> ArrayLike:
+    """Denoiser evaluations for `count` candidates, which share the mean of a flow's law."""
+    return count * solver.evaluations(first) if solver.stochastic else count * (evaluations_given(solver) - 1) + 1
 
 
 def _candidates(
