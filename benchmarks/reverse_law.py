@@ -3,13 +3,13 @@
     python benchmarks/reverse_law.py --json OUT
 
 First, the law is N(0, 1), the noisy point stands at 1, and each solver walks it down from the time of its own grid
-that is nearest to a noise level, with the exact denoiser. Printed are the variance over the truth, the error of the mean, and
-the denoiser evaluations of the walk.
+that is nearest to a noise level, with the exact denoiser. Printed are the variance over the truth, the error of the
+mean, and the denoiser evaluations of the walk.
 
 Second, `solve.draw_given` at equal evaluations on a Gaussian, two narrow modes in one dimension and 25 modes in two:
 `Adams` follows the flow of x given x_t, `DPMSolverPP(eta=1)` walks the reverse process from x_t. Levels are in units
-of the law's scale. Printed, over eight noisy points, are the sliced W1 of 2,000 draws over that of 2,000 exact ones (both
-to 20,000 exact draws), and the variance over that of the same number of exact draws.
+of the law's scale. Printed, over eight noisy points, are the sliced W1 of 2,000 draws over that of 2,000 exact ones
+(both to 20,000 exact draws), and the variance over that of the exact draws.
 
 Third, `DiffusionPCN` on two modes: 100,000 chains start at exact draws of the posterior, make five moves at log-uniform
 levels, and the Kolmogorov-Smirnov distance of where they end to the posterior is printed; exact draws have .0027.
