@@ -19,7 +19,7 @@ from numpyro_diffusion.denoise import Gaussian
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import MALA, DiffusionGibbs, DiffusionPCN, NoiseSpace
 from numpyro_diffusion.noise import VP
-from numpyro_diffusion.solve import Ancestral, DPMSolverPP, Heun
+from numpyro_diffusion.solve import AdaptiveFlow, DPMSolverPP, Heun
 
 SLOW = pytest.mark.slow
 CHAINS = 8
@@ -176,8 +176,13 @@ def few_steps(y):
 
 
 REFUSED = {
-    "different_samplers": (DiffusionPCN, different_samplers, r"different samplers; give one .* DiffusionPCN\(solver"),
-    "few_steps": (DiffusionPCN, few_steps, "num_times >= 6; got 5"),
+    "different_samplers": (
+        partial(DiffusionPCN, solver=None),
+        different_samplers,
+        r"different samplers; give one .* DiffusionPCN\(solver",
+    ),
+    "few_steps": (partial(DiffusionPCN, solver=None), few_steps, "num_times >= 6; got 5"),
+    "adaptive": (partial(DiffusionPCN, solver=AdaptiveFlow()), known_noise, "a solver with a fixed number of steps"),
     "no_site": (DiffusionPCN, no_prior, "it has no DiffusionPrior site"),
     "no_site_noise_space": (NoiseSpace, no_prior, "it has no DiffusionPrior site"),
     "no_site_gibbs": (DiffusionGibbs, no_prior, "it has no DiffusionPrior site"),
@@ -209,8 +214,7 @@ BAD_ARGUMENTS = {
         ValueError,
         r"global_fraction must lie in \[0",
     ),
-    "solver": (lambda: DiffusionPCN(known_noise, solver=Heun()), TypeError, "stochastic solver"),
-    "ddim": (lambda: DiffusionPCN(known_noise, solver=Ancestral(eta=0.0)), TypeError, "stochastic solver"),
+    "solver": (lambda: DiffusionPCN(known_noise, solver=Heun), TypeError, "must be a solver such as solve.Adams"),
     "model": (lambda: NoiseSpace(3), TypeError, "must be a NumPyro model"),
     "inner": (lambda: NoiseSpace(known_noise, inner=lambda model: model), TypeError, "must make an MCMCKernel"),
 }

@@ -141,7 +141,7 @@ REFUSED = {
     "pcn_others": (DiffusionPCN, with_scale, r"latent sites \['scale'\]. Use DiffusionGibbs\(model\)"),
     "guided_others": (GuidedPCN, with_scale, r"DiffusionGibbs\(model, x_kernel=GuidedPCN\)"),
     "name": (NoiseSpace, with_x_noise, r"needs the site names \['x_noise'\] for itself"),
-    "law": (partial(DiffusionPCN, solver=StochasticHeun(8)), observed, "law='marginals'. Use solve.DPMSolverPP"),
+    "law": (partial(DiffusionPCN, solver=StochasticHeun(8)), observed, "law='marginals'. Use solve.Adams"),
 }
 
 

@@ -14,6 +14,7 @@ from scipy.stats import norm
 from numpyro_diffusion.denoise import Gaussian, GaussianMixture
 from numpyro_diffusion.noise import VE, VP, Cosine, Karras, Rectified, SubVP, UniformLogSNR
 from numpyro_diffusion.solve import (
+    Adams,
     Ancestral,
     DPMSolverPP,
     EulerMaruyama,
@@ -55,6 +56,7 @@ SOLVERS = {
     "EulerMaruyama": EulerMaruyama(9),
     "ExponentialEuler eta 0.5": ExponentialEuler(9, eta=0.5),
     "Heun": Heun(9),
+    "Adams": Adams(9),
     "Heun log-SNR": Heun(9, grid=UniformLogSNR()),
     "StochasticHeun": StochasticHeun(9),
     "StochasticHeun churn 0.3": StochasticHeun(9, churn=0.3),
@@ -108,13 +110,20 @@ def walk(solver, denoiser, x):
 
 NUM_TIMES = (33, 129)
 FLOWS = {"Gaussian": (gaussian, flow_of_gaussian, 2), "mixture": (mixture, flow_of_mixture, 1)}
-ORDERS = {"Heun": (Heun, 0.1), "DPMSolverPP": (DPMSolverPP, 0.2), "DDIM": (partial(Ancestral, eta=0.0), 0.1)}
+ORDERS = {
+    "Heun": (Heun, 0.1),
+    "Adams": (Adams, 0.8),
+    "DPMSolverPP": (DPMSolverPP, 0.2),
+    "DDIM": (partial(Ancestral, eta=0.0), 0.1),
+}
 
 
 @pytest.mark.parametrize("make, tolerance", ORDERS.values(), ids=ORDERS)
 @pytest.mark.parametrize("law, truth, dimension", FLOWS.values(), ids=FLOWS)
 def test_order_of_convergence_of_the_flow(law, truth, dimension, make, tolerance, x64):
     """The fitted order is the stated one, within a tolerance; the DPM solver's first step, of order one, costs it some.
+
+    Adams still gains more than its order at these numbers of steps.
 
     What is walked by hand is what `solve` walks.
     """
@@ -124,7 +133,7 @@ def test_order_of_convergence_of_the_flow(law, truth, dimension, make, tolerance
     errors = [np.abs(walk(make(int(n)), law(), x) - truth(x)).max() for n in num_times]
     assert make(33).law == "flow"
     assert abs(order(np.array(num_times) - 1, errors) - stated) < tolerance, errors
-    assert errors[-1] < (2e-3 if make is DPMSolverPP else 3e-4 if stated == 2 else 5e-2)
+    assert errors[-1] < (2e-3 if make is DPMSolverPP else {1: 5e-2, 2: 3e-4, 3: 1e-5}[stated])
     if dimension == 1:
         np.testing.assert_allclose(run(make(33), law(), x), walk(make(33), law(), x), rtol=1e-9)
 
@@ -287,7 +296,8 @@ def test_evaluations_are_counted_right(solver):
             return super().__call__(x_t, t)
 
     denoiser = Counting(MEAN, VARIANCES, LADDER)
-    jax.eval_shape(lambda x, key: solver.step(denoiser, x, (), 0.5, 0.4, key), jnp.zeros(2), jax.random.key(0))
+    memory = solver.init(denoiser, jnp.zeros(2))
+    jax.eval_shape(lambda x, key: solver.step(denoiser, x, memory, 0.5, 0.4, key), jnp.zeros(2), jax.random.key(0))
     assert len(calls) == solver.evaluations_per_step
     assert solver.evaluations() == (solver.num_times - 1) * solver.evaluations_per_step + 1
     assert solver.evaluations(solver.num_times - 1) == 1

@@ -6,7 +6,7 @@ from numpyro_diffusion.denoise.covariance import Covariance, covariance
 from numpyro_diffusion.denoise.from_function import FromDensity, FromFunction
 from numpyro_diffusion.denoise.network import NetworkDenoiser
 from numpyro_diffusion.denoise.prediction import Denoiser, Prediction, density_kind, require_denoiser
-from numpyro_diffusion.denoise.wrapped import Around, Conditioned, Repeated, Rescheduled, inside, reschedule
+from numpyro_diffusion.denoise.wrapped import Around, Conditioned, Given, Repeated, Rescheduled, inside, reschedule
 
 __all__ = [
     "Around",
@@ -17,6 +17,7 @@ __all__ = [
     "FromFunction",
     "Gaussian",
     "GaussianMixture",
+    "Given",
     "MixtureOf",
     "NetworkDenoiser",
     "Prediction",

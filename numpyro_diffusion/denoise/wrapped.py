@@ -1,4 +1,4 @@
-r"""Denoisers made from another one: a condition held, many independent points, another schedule.
+r"""Denoisers made from another one: a condition held, many independent points, a noisy look, another schedule.
 
 **A condition held.** A network $\hat x_0(x_t, t, c)$ that was trained with conditions stands for a family of laws
 $p(x \mid c)$. With $c$ held it is the denoiser of one of them, $E[x \mid x_t, c]$, and solvers, densities and kernels
@@ -8,6 +8,17 @@ another quantity of a model, and gradients in that quantity are needed.
 **Independent points.** A plate of $n$ points $x_i \sim p$ is one point of $\prod_i p(x_i)$, whose posterior mean is
 that of each. Solvers and guidance, which move one point, then move the whole plate, and an observation may see all of
 it.
+
+**A noisy look at the point.** The law of $x$ given $x_t$ is a prior like any other, and its denoiser needs no training.
+Two looks at $x$ are one look at a lower level: with $u = x_t / \alpha_t$ at level $L$ and $y = x_s / \alpha_s$ at level
+$\ell$,
+
+$$E[x \mid x_t, x_s] = \hat x_0(m; c), \qquad c^{-2} = L^{-2} + \ell^{-2}, \qquad m = c^2 (u / L^2 + y / \ell^2),$$
+
+$$\hat\varepsilon = \frac{\ell\, (y - u)}{L^2 + \ell^2} + \frac{c}{\ell}\, \hat\varepsilon(m; c),$$
+
+neither of which cancels. So a deterministic solver draws $x$ given $x_t$ as a smooth map of fresh noise: see
+`solve.draw_given`.
 
 **Another schedule**: train with one, sample with another. What is known of $x$ at time $t$ depends on the noise level
 $\lambda = \sigma_t / \alpha_t$ alone. A point noised under the schedule $(\alpha', \sigma')$ is, up to a factor, one
@@ -23,10 +34,13 @@ References:
     Karras et al., Elucidating the design space of diffusion-based generative models, 2022, appendix B,
     https://arxiv.org/abs/2206.00364.
     Kingma et al., Variational diffusion models, 2021, section 5.1, https://arxiv.org/abs/2107.00630.
+    Holderrieth et al., GLASS flows: transition sampling for alignment of flow and diffusion models, 2025 (two looks in
+    one), https://arxiv.org/abs/2509.25170.
 """
 
 import dataclasses
 import inspect
+import math
 from dataclasses import dataclass, field
 
 import jax
@@ -113,6 +127,90 @@ def _takes_condition(denoiser: Denoiser) -> bool:
     except TypeError:
         return False
     return not isinstance(denoiser, Rescheduled) or _takes_condition(denoiser.base)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Given(Around):
+    r"""The exact denoiser of $p(x \mid x_t)$, from that of $p(x)$.
+
+    Its schedule is that of the base. Two looks together are never above its highest level, but may be below its lowest,
+    by a factor of at most $\sqrt 2$ if both are within it. The base is then asked at its lowest level, and its score
+    there stands for that at $c$.
+
+    Args:
+        base: the denoiser of $p(x)$.
+        x_t: the noisy point that is known, of `event_shape`.
+        t: its time, a scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_diffusion.denoise import Gaussian, Given
+        >>> from numpyro_diffusion.noise import VE
+        >>> law = Gaussian([0.0], 1.0, VE(0.01, 100.0))
+        >>> given = Given(law, jnp.array([1.0]), 0.5)  # the noise level is 1, so x is N(0.5, 0.5)
+        >>> round(float(given(jnp.array([20.0]), 1.0).x0[0]), 3)  # a second look by noise of 100 hardly matters
+        0.501
+    """
+
+    base: Denoiser
+    x_t: jax.Array
+    t: ArrayLike
+
+    @property
+    def location(self) -> jax.Array:
+        """The mean, of `event_shape`, that the law would have if the base's were Gaussian."""
+        known = (self.scale / self.schedule.noise_level(self.t)) ** 2
+        return self.base.location + known * (self._seen - self.base.location)
+
+    @property
+    def scale(self) -> jax.Array:
+        """The standard deviation that the law would have if the base's were Gaussian."""
+        level = self.schedule.noise_level(self.t)
+        return self.base.scale * level / jnp.hypot(self.base.scale, level)
+
+    @property
+    def density_kind(self) -> DensityKind | None:
+        return density_kind(self.base)
+
+    def __call__(self, x_s: jax.Array, s: ArrayLike) -> Prediction:
+        """Predicts the clean point from a second noisy one, whose time `s` may be below or above `t`."""
+        gap, share, m, at = self._looks(x_s, s)
+        level, prediction = self.schedule.noise_level(s), self.base(m, at)
+        both, asked = self._level_of_both(share, level)
+        short = (asked - both) * (asked + both) / asked  # zero unless the base does not know so low a level
+        x0 = prediction.x0 + short * prediction.eps
+        eps = (1.0 - share) / level * gap + both**2 / (asked * level) * prediction.eps
+        dtype = jnp.result_type(prediction.x0)
+        return Prediction(x0.astype(dtype), eps.astype(dtype), x_s, s, self.schedule)
+
+    def log_density(self, x_s: jax.Array, s: ArrayLike) -> jax.Array:
+        """The diffused log-density, where the base has one; with what a constant of the base leaves of it."""
+        gap, _, m, at = self._looks(x_s, s)
+        schedule, size = self.schedule, jnp.size(x_s)
+        spread = jnp.hypot(schedule.noise_level(self.t), schedule.noise_level(s))
+        of_gap = -0.5 * jnp.sum((gap / spread) ** 2) - size * jnp.log(spread * math.sqrt(2.0 * math.pi))
+        units = schedule.alpha(at) / schedule.alpha(self.t) / schedule.alpha(s)
+        at_both, at_one = self.base.log_density(m, at), self.base.log_density(self.x_t, self.t)
+        return at_both + of_gap - at_one + size * jnp.log(units)
+
+    @property
+    def _seen(self) -> jax.Array:
+        return self.x_t / self.schedule.alpha(self.t)
+
+    def _looks(self, x_s: jax.Array, s: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """The gap from first look to second; the weight of the second; both as one point for the base, and its time."""
+        schedule = self.schedule
+        gap, level = x_s / schedule.alpha(s) - self._seen, schedule.noise_level(s)
+        share = 1.0 / (1.0 + (level / schedule.noise_level(self.t)) ** 2)
+        _, asked = self._level_of_both(share, level)
+        at = jnp.clip(schedule.inverse_noise_level(asked), schedule.t_min, schedule.t_max)
+        return gap, share, (schedule.alpha(at) * (self._seen + share * gap)).astype(x_s.dtype), at
+
+    def _level_of_both(self, share: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The level of both looks together, and the one at which the base is asked."""
+        both = level * jnp.sqrt(share)
+        return both, jnp.maximum(both, self.schedule.noise_level(self.schedule.t_min))
 
 
 @jax.tree_util.register_dataclass

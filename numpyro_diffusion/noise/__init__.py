@@ -1,7 +1,7 @@
 """The noising process and the times at which it is looked at."""
 
 from numpyro_diffusion.noise.adapted import schedule_for
-from numpyro_diffusion.noise.grid import Karras, TimeGrid, UniformLogSNR, UniformTime
+from numpyro_diffusion.noise.grid import Karras, TimeGrid, UniformLogSNR, UniformTime, grid_from
 from numpyro_diffusion.noise.schedule import (
     VE,
     VP,
@@ -30,6 +30,7 @@ __all__ = [
     "UniformLogSNR",
     "UniformTime",
     "check_decreasing",
+    "grid_from",
     "perturb",
     "schedule_for",
     "value_and_slope",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.noise.schedule import Schedule
@@ -70,3 +71,29 @@ class Karras(TimeGrid):
 
 def _pin_ends(schedule: Schedule, times: jax.Array) -> jax.Array:
     return times.at[0].set(schedule.t_max).at[-1].set(schedule.t_min)
+
+
+def grid_from(grid: TimeGrid, schedule: Schedule, start: ArrayLike, num_times: int) -> jax.Array:
+    """The times that a grid places from exactly `start`, which may be traced, down to the cleanest."""
+    return grid(_From(schedule, start), num_times)
+
+
+@dataclass(frozen=True)
+class _From(Schedule):
+    """The part of a schedule below a time."""
+
+    base: Schedule
+    t_max: ArrayLike
+
+    @property
+    def t_min(self) -> float:
+        return self.base.t_min
+
+    def alpha(self, t: ArrayLike) -> jax.Array:
+        return self.base.alpha(t)
+
+    def sigma(self, t: ArrayLike) -> jax.Array:
+        return self.base.sigma(t)
+
+    def inverse_log_snr(self, log_snr: ArrayLike) -> jax.Array:
+        return self.base.inverse_log_snr(log_snr)

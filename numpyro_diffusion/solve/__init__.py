@@ -1,13 +1,16 @@
 """Solvers: from noise to data, with noise along the way or without."""
 
+from numpyro_diffusion.solve.adams import Adams
 from numpyro_diffusion.solve.adaptive import AdaptiveFlow
 from numpyro_diffusion.solve.base import Solver, sample, solve, terminal_moments, terminal_point
 from numpyro_diffusion.solve.corrector import PredictorCorrector
 from numpyro_diffusion.solve.flow import Heun
 from numpyro_diffusion.solve.gaussian import Ancestral, DPMSolverPP, EulerMaruyama, ExponentialEuler, GaussianSolver
+from numpyro_diffusion.solve.given import draw_given, evaluations_given, flow_given
 from numpyro_diffusion.solve.stochastic import StochasticHeun
 
 __all__ = [
+    "Adams",
     "AdaptiveFlow",
     "Ancestral",
     "DPMSolverPP",
@@ -18,6 +21,9 @@ __all__ = [
     "PredictorCorrector",
     "Solver",
     "StochasticHeun",
+    "draw_given",
+    "evaluations_given",
+    "flow_given",
     "sample",
     "solve",
     "terminal_moments",

@@ -150,6 +150,14 @@ def solve(
         The clean point, in the precision of `x_t`.
     """
     times = solver.times(denoiser) if times is None else times
+    x_t = walk(solver, denoiser, x_t, key, start, times)
+    return denoiser(x_t, times[-1]).x0.astype(x_t.dtype)
+
+
+def walk(
+    solver: Solver, denoiser: Denoiser, x_t: jax.Array, key: jax.Array | None, start: ArrayLike, times: jax.Array
+) -> jax.Array:
+    """The noisy point at the last of the times, walked to from the `start`-th: `solve` but for the posterior mean."""
     num_steps = len(times) - 1
 
     def step(k: ArrayLike, carry: tuple[jax.Array, Memory]) -> tuple[jax.Array, Memory]:
@@ -164,7 +172,7 @@ def solve(
         (x_t, _), _ = jax.lax.scan(body, carry, jnp.arange(num_steps))
     else:
         x_t, _ = jax.lax.fori_loop(start, num_steps, step, carry)
-    return denoiser(x_t, times[-1]).x0.astype(x_t.dtype)
+    return x_t
 
 
 def sample(

@@ -118,21 +118,24 @@ def check_walkable(kernel: str, sites: Mapping[str, PriorSite]) -> None:
 
 
 def check_reverse(kernel: str, solver: Solver) -> None:
-    """Raises `ValueError` unless a solver's walk tends to the reverse process; warns if it does so at first order.
+    """Raises `ValueError` unless a solver can draw the clean point given a noisy one; warns if that is of first order.
 
-    A kernel that noises a point and denoises it needs the law of the clean point given the noisy one. In a solver of
-    first order that law is off by far more than the law of its draws: `Ancestral(num_times=64)` gives a variance of .45
-    for .5.
+    A kernel that noises a point and denoises it needs that law, by its flow or by the reverse process. In a solver of
+    first order it is off by far more than the law of its draws: `Ancestral(num_times=64)` gives a variance of .45 for
+    .5.
     """
-    if solver.law != "reverse":
+    if solver.law == "marginals":
         raise ValueError(
-            f"{kernel} needs a solver of the reverse process; {solver} has law={solver.law!r}. Use "
-            "solve.DPMSolverPP(eta=1.0)"
+            f"{kernel} needs the law of the clean point given the noisy one; {solver} has law={solver.law!r}. Use "
+            "solve.Adams() or solve.DPMSolverPP(eta=1.0)"
         )
+    if solver.evaluations() is None:
+        raise ValueError(f"{kernel} needs a solver with a fixed number of steps, such as solve.Adams(); got {solver}")
     if solver.order < 2:
         warnings.warn(
             f"{kernel} relies on the law of the clean point given the noisy one, which {solver} has to first order in "
-            "its steps: variances may be off by ten per cent. Use solve.DPMSolverPP(eta=1.0), or many more steps",
+            "its steps: variances may be off by ten per cent. Use solve.Adams() or solve.DPMSolverPP(eta=1.0), or many "
+            "more steps",
             stacklevel=4,
         )
 

@@ -1,11 +1,10 @@
-r"""Ladders of noise levels: strictly decreasing, within a prior's schedule, and started at an exact level.
+r"""Ladders of noise levels: strictly decreasing, and within a prior's schedule.
 
 A level is $\lambda = \sigma_t / \alpha_t$, the standard deviation of the noise in units of the denoiser's space, and
 has one time on each schedule.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from jax.typing import ArrayLike
 
 from numpyro_diffusion.infer.model.sites import PriorSite
 from numpyro_diffusion.noise import Schedule
-from numpyro_diffusion.solve import Solver
 
 
 def decreasing(name: str, levels: Sequence[float]) -> tuple[float, ...]:
@@ -61,29 +59,3 @@ def time_of(levels: ArrayLike, schedule: Schedule) -> jax.Array:
     """The times of noise levels on a schedule, of the same shape."""
     times = schedule.inverse_noise_level(jnp.asarray(levels, jnp.result_type(float)))
     return jnp.clip(times, schedule.t_min, schedule.t_max)
-
-
-def grid_from(solver: Solver, schedule: Schedule, start: ArrayLike, num_times: int) -> jax.Array:
-    """The times that a solver's grid places from exactly `start`, which may be traced, down to the cleanest."""
-    return solver.grid(_From(schedule, start), num_times)
-
-
-@dataclass(frozen=True)
-class _From(Schedule):
-    """The part of a schedule below a time."""
-
-    base: Schedule
-    t_max: ArrayLike
-
-    @property
-    def t_min(self) -> float:
-        return self.base.t_min
-
-    def alpha(self, t: ArrayLike) -> jax.Array:
-        return self.base.alpha(t)
-
-    def sigma(self, t: ArrayLike) -> jax.Array:
-        return self.base.sigma(t)
-
-    def inverse_log_snr(self, log_snr: ArrayLike) -> jax.Array:
-        return self.base.inverse_log_snr(log_snr)

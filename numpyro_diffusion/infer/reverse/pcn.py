@@ -18,11 +18,12 @@ $$a = \min\left(1, \frac{\sum_{i \ge 1} L_i}{\sum_{i \ge 0, i \ne j} L_i}\right)
 
 keeps the posterior too (Metropolised Gibbs over the $M + 1$ points; $M = 1$ is the test above).
 
-**What is approximate.** Only the reverse process: it is solved in finitely many steps. The move needs the law of the
-clean point *given* the noisy one, not only the prior: a solver with the right prior but the wrong conditional law is
-not reversible, and then the test is wrong. `DPMSolverPP(eta=1)`, the default of a prior, has the variances of that law
-to about two per cent in 64 steps; others are far from it (`docs/concepts/exactness.md`). So solvers of another `law`
-are refused, and those of first order cause a warning.
+**What is approximate.** Only the draw of the clean point *given* the noisy one, by a solver in finitely many steps.
+With the right prior but the wrong conditional law, the move is not reversible and the test wrong. The default follows
+the flow of that law (`solve.draw_given`): its variance is within .5 % on the mixtures of `benchmarks/reverse_law.py`.
+`DPMSolverPP(eta=1)` walks the reverse process and is off by about two per cent in 64 steps; other solvers of that
+process are far from it (`docs/concepts/exactness.md`). Solvers of the marginals alone are refused, and those of first
+order cause a warning.
 
 References:
     Cotter, Roberts, Stuart, White, MCMC methods for functions, 2013, https://arxiv.org/abs/1202.0709.
@@ -46,10 +47,13 @@ from numpyro_diffusion.infer.model.density import Status
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.model.sites import PriorSite
-from numpyro_diffusion.solve import Solver, solve
+from numpyro_diffusion.noise import UniformLogSNR
+from numpyro_diffusion.solve import Adams, Solver, draw_given, evaluations_given, solve
 
 _MIN_STEPS = 4
-"""Number of the solver's steps in the smallest move."""
+"""Number of steps in the smallest move of a solver of the reverse process."""
+_NUM_LEVELS = 64
+"""Number of levels in the ladder of moves by a flow, which takes the same steps from each."""
 _LEVEL_WIDTH = 0.7
 """Spread of the adapted levels about their centre, in natural logarithms: a factor of two either way."""
 
@@ -85,24 +89,26 @@ class PCNState(NamedTuple):
 class DiffusionPCN(DiffusionKernel):
     r"""Moves all diffusion sites of a model by noising, denoising and a test on the likelihood.
 
-    Exact up to the discretisation of the reverse process; needs neither a density nor gradients. The noise level of
-    each step is a level of the sampler's own grid, so that a small move costs few steps. A share `global_fraction` of
-    the steps draws it log-uniformly from the whole ladder; the others draw it around a centre that warm-up adapts to
-    `target_accept_prob` and then leaves alone. All sites, and all points in plates, move together at one level.
+    Exact up to the discretisation of the law of $x$ given $x_t$; needs neither a density nor gradients. A share
+    `global_fraction` of the steps draws its noise level log-uniformly from the whole ladder; the others draw it around
+    a centre that warm-up adapts to `target_accept_prob` and then leaves alone. All sites, and all points in plates,
+    move together at one level.
 
     Args:
         model: NumPyro model whose latent sites are all diffusion sites; `DiffusionGibbs` takes the others.
         num_proposals: candidates per step, denoised in one batch.
         global_fraction: share of steps with a log-uniform level, in [0, 1]; 1 means no adaptation.
         target_accept_prob: acceptance to which the centre of the levels adapts, in (0, 1).
-        solver: a solver of the reverse process, such as `DPMSolverPP(eta=1)`; None takes the priors' own `sampler`.
+        solver: draws the clean point given the noisy one. A deterministic solver follows the flow of that law, by all
+            of its steps at any level; one of the reverse process, such as `DPMSolverPP(eta=1)`, walks down from a level
+            of its own grid, so that a small move costs few steps. None takes the priors' own `sampler`.
         init_strategy: where chains start, as in NumPyro; None draws the priors.
 
     Raises:
         ValueError: for a number out of its range; when run, for a model without a latent `DiffusionPrior` site, with
-            other latent sites, or whose likelihood is zero at 100 draws of the prior, and for a solver of another law
-            than the reverse process.
-        TypeError: for a model that is not callable or a solver that is not stochastic.
+            other latent sites, or whose likelihood is zero at 100 draws of the prior, and for a solver that keeps the
+            marginals only or has steps of its own choice.
+        TypeError: for a model that is not callable or what is not a solver.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -123,7 +129,7 @@ class DiffusionPCN(DiffusionKernel):
     status = Status(
         "reverse process",
         False,
-        "exact in the limit of a finely solved reverse process; in few steps the prior is kept to the solver's order",
+        "exact in the limit of a finely solved law of x given x_t; in few steps the prior is kept to the order",
     )
     takes_point = True
 
@@ -134,14 +140,14 @@ class DiffusionPCN(DiffusionKernel):
         num_proposals: int = 1,
         global_fraction: float = 0.5,
         target_accept_prob: float = 0.4,
-        solver: Solver | None = None,
+        solver: Solver | None = Adams(30),  # noqa: B008
         init_strategy: Strategy | None = None,
     ) -> None:
         super().__init__(model, init_strategy)
         _checks.at_least(1, num_proposals=num_proposals)
         _checks.fraction(global_fraction=global_fraction, target_accept_prob=target_accept_prob)
-        if not (solver is None or (isinstance(solver, Solver) and solver.stochastic)):
-            raise TypeError(f"solver must be a stochastic solver such as solve.DPMSolverPP(eta=1.0); got {solver!r}")
+        if not (solver is None or isinstance(solver, Solver)):
+            raise TypeError(f"solver must be a solver such as solve.Adams(); got {solver!r}")
         self._num_proposals = num_proposals
         self._global_fraction = global_fraction
         self._target_accept_prob = target_accept_prob
@@ -169,7 +175,7 @@ class DiffusionPCN(DiffusionKernel):
         if len(solvers) > 1:
             raise ValueError(f"diffusion sites have different samplers; give one for all by {kernel}(solver=...)")
         solver = solvers.pop()
-        if solver.num_times < _MIN_STEPS + 2:
+        if solver.stochastic and solver.num_times < _MIN_STEPS + 2:
             raise ValueError(f"{kernel} needs a solver with num_times >= {_MIN_STEPS + 2}; got {solver.num_times}")
         return solver
 
@@ -211,7 +217,7 @@ class DiffusionPCN(DiffusionKernel):
             mean_accept_prob=running_mean(state.mean_accept_prob, accept_prob, state.i, self._num_warmup),
             noise_level=levels[first].astype(accept_prob.dtype),
             log_level=jnp.clip(log_level, jnp.log(levels[-1]), jnp.log(levels[0])).astype(accept_prob.dtype),
-            num_score_evals=jnp.asarray(self._num_walks * solver.evaluations(first), jnp.int32),
+            num_score_evals=jnp.asarray(_evaluations(solver, first, self._num_walks), jnp.int32),
             diverging=choice.diverging,
             rng_key=key,
         )
@@ -256,8 +262,19 @@ class DiffusionPCN(DiffusionKernel):
 def _ladder(solver: Solver, sites: dict[str, PriorSite]) -> jax.Array:
     """Noise levels from which a move may start, decreasing, in the units of the first site's data."""
     denoiser = next(iter(sites.values())).denoiser
-    last = max(1, solver.num_times - _MIN_STEPS)
-    return denoiser.schedule.noise_level(solver.times(denoiser)[:last])
+    return denoiser.schedule.noise_level(_times(solver, denoiser))
+
+
+def _times(solver: Solver, denoiser: Denoiser) -> jax.Array:
+    """The times of the ladder: those of a solver that walks down from there, or any for one that follows a flow."""
+    if solver.stochastic:
+        return solver.times(denoiser)[: solver.num_times - _MIN_STEPS]
+    return UniformLogSNR()(denoiser.schedule, _NUM_LEVELS)
+
+
+def _evaluations(solver: Solver, first: jax.Array, count: int) -> ArrayLike:
+    """Denoiser evaluations for `count` candidates, which share the mean of a flow's law."""
+    return count * solver.evaluations(first) if solver.stochastic else count * (evaluations_given(solver) - 1) + 1
 
 
 def _candidates(
@@ -272,10 +289,12 @@ def _candidates(
         keys = jax.random.split(key_solve, (*site.batch_shape, count))
 
         def denoise(denoiser: Denoiser, u: jax.Array, noise: jax.Array, keys: jax.Array) -> jax.Array:
-            t = solver.times(denoiser)[first]
+            t = _times(solver, denoiser)[first]
             schedule = denoiser.schedule
             x_t = (schedule.alpha(t) * u + schedule.sigma(t) * noise).astype(u.dtype)
-            return jax.vmap(lambda key: solve(solver, denoiser, x_t, key, first))(keys)
+            if solver.stochastic:
+                return jax.vmap(lambda key: solve(solver, denoiser, x_t, key, first))(keys)
+            return jax.vmap(lambda key: draw_given(solver, denoiser, x_t, t, key))(keys)
 
         clean = jnp.moveaxis(site.over_points(denoise, u, noise, keys), len(site.batch_shape), 0)
         moved[name] = jax.vmap(site.from_denoiser)(clean.astype(u.dtype))

@@ -22,10 +22,11 @@ prior side is reported; `likelihood_side` is an extra field.
 
 What matters in the solver is the law of the clean point *given* the noisy one, not the law of its draws. On a standard
 normal prior at $\rho = 1/2$ with 16 steps the variance of that law is off by 40 % for `StochasticHeun` (2 evaluations a
-step), which is refused, by 4 % for `EulerMaruyama` and by 0.1 % for the default, `DPMSolverPP` with noise, which is of
-second order here as well. Other sites belong to the likelihood side. So do not make this the x-kernel of
-`DiffusionGibbs`, where they would depend on the prior side and the two conditionals would have no common law; give it
-the whole model.
+step), which is refused, by 4 % for `EulerMaruyama` and by 0.1 % for `DPMSolverPP` with noise and for the default, the
+flow of that law (`solve.draw_given`), which is better on laws that are not Gaussian.
+
+Other sites belong to the likelihood side. So do not make this the x-kernel of `DiffusionGibbs`, where they would depend
+on the prior side and the two conditionals would have no common law; give it the whole model.
 
 With `couplings`, every draw passes through decreasing couplings before that at $\rho$ itself: decoupled annealing
 (DAPS, whose inner Langevin steps are NUTS here and whose flow is the reverse process). A draw then forgets the last one
@@ -67,12 +68,11 @@ from numpyro_diffusion.infer.model.checks import (
 )
 from numpyro_diffusion.infer.model.density import Status
 from numpyro_diffusion.infer.model.handlers import Model
-from numpyro_diffusion.infer.model.levels import check_within, decreasing, grid_from, time_of
+from numpyro_diffusion.infer.model.levels import check_within, decreasing, time_of
 from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.model.sites import PriorSite
 from numpyro_diffusion.infer.reverse.split_model import Coupled, offset_name, with_coupling
-from numpyro_diffusion.noise import Karras
-from numpyro_diffusion.solve import DPMSolverPP, Solver, solve
+from numpyro_diffusion.solve import Adams, Solver, draw_given, evaluations_given
 
 
 class SplitGibbsState(NamedTuple):
@@ -114,7 +114,8 @@ class SplitGibbs(DiffusionKernel):
             half; None takes the largest scale among the priors, if that exceeds `rho`.
         couplings: decreasing couplings above `rho` that every draw passes through first (DAPS); warm-up then has no
             annealing of its own.
-        solver: a solver of the reverse process; its `num_times` times all lie at level `rho` and below.
+        solver: draws the prior side: a deterministic solver by the flow of its law, one of the reverse process by a
+            walk down from level `rho`; each draw takes all of its `num_times` times.
         num_inner: draws of the rest-kernel for each denoising.
         rest_kernel: the kernel of the likelihood side: a class, a factory or a kernel that can be a block of NumPyro's
             `Gibbs`.
@@ -122,10 +123,10 @@ class SplitGibbs(DiffusionKernel):
 
     Raises:
         ValueError: for a number out of its range, couplings that do not decrease to `rho`, or both `rho_start` and
-            `couplings`; when run, for a coupling outside of a prior's schedule, a solver of another law than the
-            reverse process, a model without a latent `DiffusionPrior` site, or priors that depend on other latent
+            `couplings`; when run, for a coupling outside of a prior's schedule, a solver that keeps the marginals
+            only, a model without a latent `DiffusionPrior` site, or priors that depend on other latent
             sites.
-        TypeError: for a model that is not callable, a solver that is not stochastic, or a `rest_kernel` that does not
+        TypeError: for a model that is not callable, what is not a solver, or a `rest_kernel` that does not
             make an `MCMCKernel`.
 
     Example:
@@ -158,7 +159,7 @@ class SplitGibbs(DiffusionKernel):
         rho: float,
         rho_start: float | None = None,
         couplings: Sequence[float] | None = None,
-        solver: Solver = DPMSolverPP(24, eta=1.0, grid=Karras()),  # noqa: B008
+        solver: Solver = Adams(30),  # noqa: B008
         num_inner: int = 2,
         rest_kernel: KernelLike = NUTS,
         init_strategy: Strategy | None = None,
@@ -172,8 +173,8 @@ class SplitGibbs(DiffusionKernel):
                 raise ValueError(f"rho_start must not lie below rho={rho}; got {rho_start}")
             if couplings is not None:
                 raise ValueError("couplings anneal every draw and rho_start warm-up alone; give one of them")
-        if not (isinstance(solver, Solver) and solver.stochastic):
-            raise TypeError(f"solver must be a stochastic solver such as solve.EulerMaruyama(); got {solver!r}")
+        if not isinstance(solver, Solver):
+            raise TypeError(f"solver must be a solver such as solve.Adams(); got {solver!r}")
         self._couplings = (rho,) if couplings is None else decreasing("couplings, then rho,", (*couplings, rho))
         self._rho_start = rho_start
         self._anneals_warmup = couplings is None
@@ -291,7 +292,7 @@ class SplitGibbs(DiffusionKernel):
             rest_state=rest_state,
             accept_prob=accept_prob.mean(),
             noise_level=couplings[-1],
-            num_score_evals=jnp.asarray(len(self._couplings) * self._solver.evaluations(), jnp.int32),
+            num_score_evals=jnp.asarray(len(self._couplings) * evaluations_given(self._solver), jnp.int32),
             diverging=(rest_bad | bad).any(),
             rng_key=key,
         )
@@ -315,9 +316,9 @@ class SplitGibbs(DiffusionKernel):
 
             def denoise(denoiser: Denoiser, centre: jax.Array, key: jax.Array) -> jax.Array:
                 schedule = denoiser.schedule
-                times = grid_from(self._solver, schedule, time_of(rho, schedule), self._solver.num_times)
-                x_t = (schedule.alpha(times[0]) * centre).astype(centre.dtype)
-                return solve(self._solver, denoiser, x_t, key, times=times)
+                t = time_of(rho, schedule)
+                x_t = (schedule.alpha(t) * centre).astype(centre.dtype)
+                return draw_given(self._solver, denoiser, x_t, t, key)
 
             keys = jax.random.split(key_site, site.batch_shape)
             denoised[name] = site.from_denoiser(site.over_points(denoise, side[name], keys))
