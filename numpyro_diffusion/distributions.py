@@ -57,7 +57,7 @@ class DiffusionPrior(dist.Distribution):
         cond_batch_dims: how many leading dimensions of `cond` are batch dimensions. None asks the network for its
             `cond_shape`; if it does not say, `cond` is one condition.
         transform: a bijection from the denoiser's space to the support, for constrained sites.
-        sampler: a stochastic solver for `sample` and for the kernels that noise and denoise.
+        sampler: a stochastic solver for `sample`, and for the kernels whose `solver` is None.
         flow_solver: a deterministic solver for `flow`.
         density: where `log_prob` comes from. "denoiser" is the denoiser's own log-density at the smallest noise level;
             that of an energy is known up to a constant, which depends on the condition. "flow" is the density of the

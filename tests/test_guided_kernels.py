@@ -134,7 +134,11 @@ def annealed(model):
     return AnnealedLangevin(model, guidance="mmps", num_levels=48, steps_per_level=8)
 
 
-@pytest.mark.parametrize("make", [*GUIDED.values(), annealed], ids=[*GUIDED, "annealed"])
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(make, id=name, marks=[SLOW] * (name != "guided_pcn")) for name, make in GUIDED.items()]
+    + [pytest.param(annealed, id="annealed", marks=SLOW)],
+)
 def test_what_a_mask_hides_is_not_seen(make):
     """Two pixels of three, the third a NaN: the posterior of these, the prior of the third."""
     x = run(make(masked), DATA).get_samples(group_by_chain=True)["x"]

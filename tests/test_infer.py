@@ -26,18 +26,8 @@ CHAINS = 8
 STANDARD, SCORE_ONLY = standard(), standard(density="none")
 
 
-@SLOW
-@pytest.mark.parametrize("make", [DiffusionPCN, NoiseSpace])
-def test_known_noise(make):
-    """With y = 3 the posterior mean is 1.5; a kernel that loses the prior returns 3."""
-    mcmc = run(make(known_noise), Y)
-    assert set(mcmc.get_samples()) == {"x"}
-    assert_moments(mcmc.get_samples(group_by_chain=True)["x"], Y / 2, 0.5)
-
-
 GIBBS = {
     "pcn": DiffusionGibbs,
-    "pcn_4_proposals": partial(DiffusionGibbs, x_kernel=partial(DiffusionPCN, num_proposals=4)),
     "noise_space": partial(DiffusionGibbs, x_kernel=NoiseSpace),
     "joint_noise_space": NoiseSpace,
 }
@@ -101,23 +91,6 @@ def test_two_sites():
         assert_moments(samples["a"][..., 0], 1.0, 2.0 / 3.0)
         assert_moments(samples["b"][..., 0], 2.0, 2.0 / 3.0)
         assert_moments((samples["a"] + samples["b"])[..., 0], 3.0, 2.0 / 3.0)
-
-
-@SLOW
-@pytest.mark.parametrize("make", [NoiseSpace, DiffusionGibbs])
-def test_plates(make):
-    """Several points in a plate, with a shared site for Gibbs."""
-    data = jnp.array([[3.0, -1.0], [0.0, 2.0], [1.0, 1.0]])
-
-    def model(y):
-        shift = numpyro.sample("shift", dist.Normal(0.0, 0.001)) if make is DiffusionGibbs else 0.0
-        with numpyro.plate("points", 3):
-            x = numpyro.sample("x", STANDARD)
-            numpyro.sample("y", dist.Normal(x + shift, 1.0).to_event(1), obs=y)
-
-    x = run(make(model), data, num_warmup=300, num_samples=1200).get_samples(group_by_chain=True)["x"]
-    assert x.shape == (CHAINS, 1200, 3, 2)
-    assert_moments(x, data / 2, 0.5)
 
 
 @SLOW

@@ -87,11 +87,6 @@ JOINT, TEMPERED = normal_data(standard()), laws.tempered_posterior()
 QUICK = {
     "pcn": (JUMP, ON_MIXTURE),
     "pcn_positive": (DiffusionPCN, normal_data(POSITIVE, noise=1.0)),
-    "particle_gibbs": (partial(ParticleGibbs, num_particles=4), ROUGHLY),
-    "noise_space_plate": (
-        partial(NoiseSpace, inner=partial(LEAP, step_size=0.3)),
-        normal_data(POSITIVE, y=TABLE, noise_space=True),
-    ),
     "elliptical_slice": (EllipticalSlice, PAIR),
     "crank_nicolson": (CrankNicolson, PAIR),
     "mala": (WALK, JOINT),
@@ -101,6 +96,11 @@ QUICK = {
     "diffusive_gibbs_in_one_mode": (partial(DiffusiveGibbs, **{**MANY, "noise_levels": (1.0,), "num_steps": 1}), PAIR),
 }
 LONGER = {
+    "particle_gibbs": (partial(ParticleGibbs, num_particles=4), ROUGHLY),
+    "noise_space_plate": (
+        partial(NoiseSpace, inner=partial(LEAP, step_size=0.3)),
+        normal_data(POSITIVE, y=TABLE, noise_space=True),
+    ),
     "pcn_3_proposals": (partial(JUMP, num_proposals=3), ON_MIXTURE),
     "pcn_local_far_modes": (partial(JUMP, global_fraction=0.5), laws.two_modes_posterior(FAR)),
     "guided_pcn_3_proposals": (partial(GuidedPCN, global_fraction=1.0, num_proposals=3), ROUGHLY),
@@ -122,9 +122,7 @@ LONGER = {
     "diffusive_gibbs": (partial(DiffusiveGibbs, **MANY), laws.two_modes_posterior()),
     "parallel_tempering_above_0": (partial(ParallelTempering, kernel=WALK, temperatures=(0.05, 0.3, 1.0)), TEMPERED),
     "cycle": (cycle, PAIR),
-    "mixture_in_gibbs": (partial(blocks, mixture), PAIR),
     "pcn_only_adapted": (partial(DiffusionPCN, global_fraction=0.0), normal_data(SCORE_ONLY, noise=1.0)),
-    "pcn_4_proposals": (partial(DiffusionPCN, num_proposals=4), normal_data(SCORE_ONLY, noise=1.0)),
     "pcn_exp": (DiffusionPCN, normal_data(standard(transform=EXP, sampler=SCORE_ONLY.sampler), noise=1.0)),
     "guided_pcn": (partial(GuidedPCN, global_fraction=1.0), ROUGHLY),
     "particle_gibbs_2": (partial(ParticleGibbs, num_particles=2), ROUGHLY),
@@ -138,7 +136,6 @@ LONGER = {
     "noise_space_nuts": (partial(NoiseSpace, inner=TREE), normal_data(ROUGH, noise_space=True)),
     "noise_space_mala": (partial(NoiseSpace, inner=cycle), normal_data(ROUGH, noise_space=True)),
     "gibbs_positive": (DiffusionGibbs, normal_data(POSITIVE)),
-    "gibbs_4_proposals": (partial(DiffusionGibbs, x_kernel=partial(JUMP, num_proposals=4)), normal_data(SCORE_ONLY)),
     "gibbs_mixture": (partial(DiffusionGibbs, x_kernel=nuts_and_jump, rest_kernel=TREE), normal_data(standard())),
     "mala_flow": (partial(WALK, density="flow"), normal_data(standard(density_solver=Heun(24)), noise=1.0)),
     "mala_gauss_legendre": (

@@ -51,12 +51,8 @@ SCORE_ONLY = partial(known_noise, prior=standard(density="none"))
 LINE = LineIntegral()
 PARTIAL = {"num_steps": 3, "momentum_refresh": 0.3}
 ON_UNKNOWN_NOISE = {
-    "mala": MALA(unknown_noise),
     "mala_dense": MALA(unknown_noise, dense_mass=True),
-    "mala_without_diffusion": MALA(without_diffusion),
-    "hmc": ScoreHMC(unknown_noise),
     "hmc_partial": ScoreHMC(unknown_noise, **PARTIAL),
-    "hmc_without_diffusion": ScoreHMC(without_diffusion),
 }
 
 

@@ -155,7 +155,16 @@ def test_the_import_is_light():
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", [name for name, path in MODULES.items() if ">>>" in path.read_text()])
+DEAR = "infer.particles", "infer.combine", "infer.reverse", "infer.gradient", "nn.unet", "train.fit", "diagnostics"
+"""Modules whose examples take seconds to compile."""
+EXAMPLES = [
+    pytest.param(name, marks=[pytest.mark.slow] * name.startswith(tuple(f"{PACKAGE.name}.{part}" for part in DEAR)))
+    for name, path in MODULES.items()
+    if ">>>" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_of_docstrings(name):
     failed, attempted = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert attempted > 0 and failed == 0

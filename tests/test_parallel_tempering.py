@@ -78,6 +78,7 @@ def test_a_ladder_that_is_not_to_adapt():
     np.testing.assert_array_equal(mcmc.last_state.ladder.temperatures, np.broadcast_to(ladder, (8, 3)))
 
 
+@pytest.mark.slow
 def test_chains_alone_are_those_that_run_together():
     """After warm-up no chain knows of another: the same keys give the same steps."""
     keys = jax.random.split(jax.random.key(0), 3)

@@ -294,6 +294,7 @@ def test_a_composite_kernel_inside():
     assert all(float(jnp.ptp(values)) > 0.0 for values in (samples["x"][:, 0], samples["scale"], samples["shift"]))
 
 
+@pytest.mark.slow
 def test_expanded_sites_are_all_their_points():
     """`prior.expand([3]).to_event(1)`: three posteriors N(y / 2, 1 / 2), by the prior's moves and by gradients."""
     rows = jnp.array([[3.0, 3.0], [0.0, 0.0], [-3.0, -3.0]])
@@ -335,7 +336,13 @@ def of_a_global():
     numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=DATA * jnp.ones(2))
 
 
-@pytest.mark.parametrize("make", [partial(DiffusionPCN, num_proposals=8), MALA], ids=["pcn", "mala"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(partial(DiffusionPCN, num_proposals=8), id="pcn", marks=pytest.mark.slow),
+        pytest.param(MALA, id="mala"),
+    ],
+)
 def test_data_that_the_model_reads_from_elsewhere_are_read_anew(make, monkeypatch):
     """A kernel that runs twice, with data in a global that changes in between: posterior means 2.4 and -2.4."""
     kernel, means = make(of_a_global), []
@@ -452,9 +459,16 @@ def posterior_mean(kernel, *args, draws=300):
     return np.asarray(mcmc.get_samples()["x"].mean(0))
 
 
+class ShortHMC(HMC):
+    """Its default trajectory is a whole period of a Gaussian whose mass matrix is right, and ends where it began."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **{"trajectory_length": 1.0, **options})
+
+
 @pytest.mark.parametrize(
     "inner",
-    [HMC, partial(HMC, trajectory_length=1.0), HMC(observed), lambda model: HMC(model)],
+    [ShortHMC, partial(HMC, trajectory_length=1.0), ShortHMC(observed), lambda model: ShortHMC(model)],
     ids=["class", "partial", "instance", "function"],
 )
 def test_an_inner_kernel_is_a_class_a_factory_or_a_kernel(inner):

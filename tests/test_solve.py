@@ -312,7 +312,7 @@ def test_noise_along_the_way():
         np.testing.assert_array_equal(first, again)
         assert (first != other).all()
     deterministic = [name for name, solver in SOLVERS.items() if not solver.stochastic]
-    assert deterministic == ["Ancestral eta 0", "Heun", "Heun log-SNR"]
+    assert deterministic == ["Ancestral eta 0", "Heun", "Adams", "Heun log-SNR"]
 
 
 def test_gradient_through_the_flow(x64):

@@ -45,14 +45,18 @@ NETWORKS = {
     "image with channels and attention": lambda **o: UNet((4, 8, 3), **SMALL, attention=(1,), **o),
     "MLP": lambda **o: MLP((3,), features=8, num_blocks=1, embed_features=8, **o),
 }
-each_network = pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+SLOW = "signal with channels", "image", "image with channels and attention"
+each_network = pytest.mark.parametrize(
+    "make",
+    [pytest.param(make, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, make in NETWORKS.items()],
+)
 
 
 @pytest.mark.slow
-@each_network
-def test_shape_rest_and_rebuilding(make, tmp_path):
+@pytest.mark.parametrize("name", ["signal", "image with channels and attention", "MLP"])
+def test_shape_rest_and_rebuilding(name, tmp_path):
     """Zero at birth; every pixel and the noise level count once awake; a checkpoint brings it back."""
-    network = make(rngs=nnx.Rngs(0))
+    network = NETWORKS[name](rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), network.event_shape)
     out = run(network, x, 0.1)
     assert out.shape == network.event_shape and (out == 0).all()

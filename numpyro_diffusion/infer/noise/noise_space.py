@@ -87,7 +87,8 @@ class NoiseSpace(DiffusionKernel):
     Args:
         model: NumPyro model with at least one latent `DiffusionPrior` site.
         inner: the inner kernel: a kernel class such as `numpyro.infer.NUTS`, a `functools.partial` of one, or a kernel
-            on any model, which is moved to this one.
+            on any model, which is moved to this one. HMC's default trajectory, 2 pi, is a whole period of a Gaussian
+            whose mass matrix is right, and ends where it began: give it a `trajectory_length` of about 1.
         init_strategy: where chains start, as in NumPyro: values of a diffusion site are encoded by the inverse flow.
             None leaves the start to the inner kernel.
         **inner_options: passed on to a class. `dense_mass` is True for HMC and NUTS with many chains, see the module,
