@@ -30,9 +30,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 TWO_DEVICES = pytest.mark.skipif(jax.device_count() < 2, reason="asks for two devices, as the CPU has")
 
 
-def pytest_configure(config):
-    """Tests that take long run optimised; of the others most of the time is the compiler's."""
-    jax.config.update("jax_disable_most_optimizations", config.option.markexpr == "not slow")
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(items):
@@ -46,8 +44,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def forget_programs():
-    """Compiled programs are let go with their module: some thousands of them in one process end in a crash of XLA."""
+def programs(request):
+    """Most of the time is the compiler's, so it does not optimise, but for modules that say `OPTIMISED = True`.
+
+    Programs are let go with their module: some thousands of them in one process end in a crash of XLA.
+    """
+    jax.config.update("jax_disable_most_optimizations", not getattr(request.module, "OPTIMISED", False))
     yield
     jax.clear_caches()
 

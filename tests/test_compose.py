@@ -31,7 +31,6 @@ from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import DPMSolverPP
 
 SLOW = pytest.mark.slow
-CHAINS = 8
 LEAP = partial(HMC, num_steps=3, trajectory_length=None)
 
 

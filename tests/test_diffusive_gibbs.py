@@ -19,6 +19,7 @@ from numpyro_diffusion.infer.gradient.target import Evaluation
 from numpyro_diffusion.infer.kernel.adapt import Root
 from numpyro_diffusion.noise import VE
 
+OPTIMISED = True
 SLOW = pytest.mark.slow
 MODES = jnp.array([-6.0, 6.0])
 

@@ -17,6 +17,7 @@ from numpyro_diffusion.infer import MALA, DiffusionPCN, TemperedSMC
 from numpyro_diffusion.infer.particles.evidence import evidence_of, pool_islands
 from numpyro_diffusion.noise import VE
 
+OPTIMISED = True
 SLOW = pytest.mark.slow
 QUIET = {"progress_bar": False}
 MEANS = np.array([[-3.0, 0.0], [3.0, 1.0]])

@@ -8,7 +8,6 @@ import numpyro.distributions as dist
 import pytest
 from laws import pair, plain, run
 from moments import assert_moments
-from numpyro.infer import HMC
 
 from numpyro_diffusion.denoise import Gaussian
 from numpyro_diffusion.distributions import DiffusionPrior
@@ -17,7 +16,6 @@ from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import StochasticHeun
 
 SLOW = pytest.mark.slow
-LEAP = partial(HMC, num_steps=3, trajectory_length=None)
 SAMPLER = StochasticHeun(24)  # proposals are weighted by their density: what counts is the law of the draws
 STANDARD = Gaussian([0.0], 1.0, VE(0.01, 40.0))
 SCORE_ONLY = DiffusionPrior(STANDARD, sampler=SAMPLER, density="none")

@@ -22,7 +22,6 @@ from numpyro_diffusion.noise import VP
 from numpyro_diffusion.solve import AdaptiveFlow, DPMSolverPP, Heun
 
 SLOW = pytest.mark.slow
-CHAINS = 8
 STANDARD, SCORE_ONLY = standard(), standard(density="none")
 
 

@@ -8,6 +8,8 @@ from numpyro_diffusion.data import digits
 from numpyro_diffusion.nn import UNet
 from numpyro_diffusion.train import fit
 
+OPTIMISED = True
+
 
 @pytest.mark.slow
 def test_it_learns_digits():

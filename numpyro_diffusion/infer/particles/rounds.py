@@ -130,36 +130,11 @@ def look(this: Round, last: Round | None, names: list[str], seconds: float) -> L
     found = statistics({name: v.reshape(v.shape[0], -1, *v.shape[3:]) for name, v in this.values.items()}, CURE)
     nested, drift = _worst(this.values, nested_rhat), _worst(this.values, early_late_rhat)
     distance, where = (np.nan, "") if last is None else _distance(this, last)
-    problems = []
-    if nested[0] >= LARGEST_RHAT:
-        problems.append(
-            f"islands disagree: nested R-hat of {nested[1]} is {nested[0]:.3f}, above {LARGEST_RHAT}; "
-            + ("modes are kept apart: raise num_walkers" if drift[0] < LARGEST_RHAT else "raise the budget")
-        )
-    if drift[0] >= LARGEST_RHAT:
-        problems.append(
-            f"walkers drift: R-hat of {drift[1]} between early and late draws is {drift[0]:.3f}. Raise the budget"
-        )
+    problems = _of_islands(nested, drift)
     problems += [
         problem for problem in found.problems if not (problem.startswith("R-hat") and nested[0] >= LARGEST_RHAT)
     ]
-    if last is None:
-        problems.append("the budget did not suffice for a second round with twice the moves, which must agree")
-    else:
-        limit = NormalDist().inv_cdf(1.0 - 0.5 * _CHANCE / sum(v[0, 0, 0].size for v in this.values.values()))
-        if not distance <= limit:
-            problems.append(
-                f"two rounds disagree, the second with more moves or walkers: their means of {where} are "
-                f"{distance:.1f} standard errors apart, of at most {limit:.1f}. Raise the budget"
-            )
-        apart = abs(float(this.evidence.value) - float(last.evidence.value))
-        error = float(np.hypot(this.evidence.standard_error, last.evidence.standard_error))
-        if not apart <= _APART * error:
-            problems.append(
-                f"two rounds disagree in the log evidence: {float(last.evidence.value):.2f}, then "
-                f"{float(this.evidence.value):.2f}, with a standard error of {error:.2f} for the difference. Raise the "
-                "budget"
-            )
+    problems += _of_rounds(this, last, distance, where)
     problems += _of_moves(this, names)
     return Look(
         num_walkers=this.num_walkers * len(this.evidence.islands),
@@ -176,6 +151,43 @@ def look(this: Round, last: Round | None, names: list[str], seconds: float) -> L
         seconds=seconds,
         problems=tuple(problems),
     )
+
+
+def _of_islands(nested: tuple[float, str], drift: tuple[float, str]) -> list[str]:
+    """What islands say of each other, and early draws of late ones."""
+    problems = []
+    if nested[0] >= LARGEST_RHAT:
+        problems.append(
+            f"islands disagree: nested R-hat of {nested[1]} is {nested[0]:.3f}, above {LARGEST_RHAT}; "
+            + ("modes are kept apart: raise num_walkers" if drift[0] < LARGEST_RHAT else "raise the budget")
+        )
+    if drift[0] >= LARGEST_RHAT:
+        problems.append(
+            f"walkers drift: R-hat of {drift[1]} between early and late draws is {drift[0]:.3f}. Raise the budget"
+        )
+    return problems
+
+
+def _of_rounds(this: Round, last: Round | None, distance: float, where: str) -> list[str]:
+    """What a round says of the one before."""
+    if last is None:
+        return ["the budget did not suffice for a second round with twice the moves, which must agree"]
+    problems = []
+    limit = NormalDist().inv_cdf(1.0 - 0.5 * _CHANCE / sum(v[0, 0, 0].size for v in this.values.values()))
+    if not distance <= limit:
+        problems.append(
+            f"two rounds disagree, the second with more moves or walkers: their means of {where} are {distance:.1f} "
+            f"standard errors apart, of at most {limit:.1f}. Raise the budget"
+        )
+    apart = abs(float(this.evidence.value) - float(last.evidence.value))
+    error = float(np.hypot(this.evidence.standard_error, last.evidence.standard_error))
+    if not apart <= _APART * error:
+        problems.append(
+            f"two rounds disagree in the log evidence: {float(last.evidence.value):.2f}, then "
+            f"{float(this.evidence.value):.2f}, with a standard error of {error:.2f} for the difference. Raise the "
+            "budget"
+        )
+    return problems
 
 
 def _worst(values: dict[str, np.ndarray], statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, str]:
