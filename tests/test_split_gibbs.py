@@ -77,7 +77,7 @@ def test_law_of_the_split(prior):
     extra = mcmc.get_extra_fields()
     assert not extra["diverging"].any() and (extra["accept_prob"] > 0.6).mean() > 0.9
     np.testing.assert_allclose(extra["noise_level"], RHO, rtol=1e-6)
-    assert (extra["num_score_evals"] == 24).all()
+    assert (extra["num_score_evals"] == 32).all()
 
 
 @SLOW
@@ -123,7 +123,7 @@ def test_schedule_is_the_recursion_of_its_sweeps():
     assert_moments(x, mean, np.diag(covariance))
     assert_moments(x.sum(-1), mean.sum(), covariance.sum())
     assert (np.abs(mean - split_law(0.4)[0][:2]) > 0.1).any()
-    assert (mcmc.get_extra_fields()["num_score_evals"] == 3 * 24).all()
+    assert (mcmc.get_extra_fields()["num_score_evals"] == 3 * 32).all()
     assert mcmc.get_extra_fields()["diverging"].mean() < 0.002
 
 

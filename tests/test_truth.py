@@ -102,7 +102,8 @@ def test_mixture_inverse_problem(make):
     )  # prior components are eight apart in every pair of dimensions: a draw's component is plain
     deviation = jnp.sqrt(jnp.diag(covariance))
     for k in np.flatnonzero(np.asarray(weights) > 0.05):
-        assert_moments((nearest == k).astype(float), weights[k], weights[k] * (1.0 - weights[k]))
+        share = (nearest == k).mean()  # chains rarely leave a mode: each counts once
+        assert abs(share - weights[k]) < 4.0 * jnp.sqrt(weights[k] * (1.0 - weights[k]) / len(x))
         within = x[nearest == k]
         np.testing.assert_allclose((within.mean(0) - means[k]) / deviation, 0.0, atol=0.1)
         np.testing.assert_allclose(within.std(0) / deviation, 1.0, atol=0.1)
