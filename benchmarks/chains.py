@@ -74,7 +74,7 @@ def nuts(posterior, num_draws: int):
     mcmc = MCMC(NoiseSpace(posterior, max_tree_depth=5), **options, jit_model_args=True, progress_bar=False)
 
     def run(key: jax.Array, args: tuple) -> MCMC:
-        mcmc.run(key, *args, extra_fields=("num_score_evals", "inner_state.num_steps"))
+        mcmc.run(key, *args, extra_fields=("num_score_evals",))
         return mcmc
 
     return run

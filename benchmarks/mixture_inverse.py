@@ -50,7 +50,7 @@ from numpyro_diffusion.infer import (
     TwistedSMC,
 )
 from numpyro_diffusion.noise import VE, UniformLogSNR
-from numpyro_diffusion.solve import Ancestral, DPMSolverPP, sample
+from numpyro_diffusion.solve import Adams, Ancestral, DPMSolverPP, sample
 
 NUM_DRAWS, NUM_EXACT, NUM_PROJECTIONS, NUM_FLOORS = 1000, 10_000, 1000, 8
 
@@ -105,10 +105,10 @@ def model(prior: DiffusionPrior, A: jax.Array, y: jax.Array, sigma: jax.Array) -
 SOLVER = DPMSolverPP(64, eta=1.0)
 MANY = DPMSolverPP(56, eta=1.0)  # fewer steps, for more moves in as many evaluations
 KERNELS = {
-    "DiffusionPCN": (partial(DiffusionPCN, num_proposals=4, global_fraction=1.0), MANY, 160),
-    "DiffusionPCN, 1 proposal": (partial(DiffusionPCN, global_fraction=1.0), MANY, 640),
+    "DiffusionPCN": (partial(DiffusionPCN, num_proposals=4, global_fraction=1.0, solver=None), MANY, 160),
+    "DiffusionPCN, 1 proposal": (partial(DiffusionPCN, global_fraction=1.0, solver=None), MANY, 640),
     "DiffusionPCN, ancestral": (
-        partial(DiffusionPCN, num_proposals=4, global_fraction=1.0),
+        partial(DiffusionPCN, num_proposals=4, global_fraction=1.0, solver=None),
         Ancestral(56, grid=UniformLogSNR()),
         160,
     ),
@@ -128,8 +128,9 @@ KERNELS = {
         12,
     ),
 }
-"""Each kernel, the solver of its prior, and its moves. Levels are log-uniform: what is hard here is to find the weights
-of far modes, and these need large moves. Those after `NoiseSpace` are biased, and a few moves are as good as many."""
+"""Each kernel, the solver of its prior, which `DiffusionPCN` takes too, and its moves. Levels are log-uniform: what is
+hard here is to find the weights of far modes, and these need large moves. Those after `NoiseSpace` are biased, and a
+few moves are as good as many."""
 
 GUIDED = {"DPS": "dps", "PiGDM": "pigdm", "TMPD": "tmpd", "MMPS": "mmps"}
 """Guided walks that nothing corrects."""
@@ -176,10 +177,11 @@ def run_guided(key: jax.Array, problem: Problem, guidance: str, num_steps: int) 
 
 
 @cache  # one object a method, so that problems of one size share its programs
-def sampler_of(method: str, num_particles: int) -> TemperedSMC | TwistedSMC:
+def sampler_of(method: str, num_particles: int, num_times: int) -> TemperedSMC | TwistedSMC:
     if method == "TwistedSMC":
         return TwistedSMC(model, num_particles, progress_bar=False)
-    return TemperedSMC(model, kernel=GuidedPCN if "guided" in method else None, progress_bar=False)
+    kernel = GuidedPCN if "guided" in method else partial(DiffusionPCN, solver=Adams(num_times))
+    return TemperedSMC(model, kernel=kernel, progress_bar=False)
 
 
 def draw(key: jax.Array, problem: Problem, method: str, effort: float) -> tuple[jax.Array, float]:
@@ -190,7 +192,7 @@ def draw(key: jax.Array, problem: Problem, method: str, effort: float) -> tuple[
     if method in KERNELS:
         return run_kernel(key, problem, method, max(2, round(KERNELS[method][-1] * effort)))
     steps = 64 if method == "TwistedSMC" else max(8, round(64 * effort))
-    smc = sampler_of(method, 4 * round(NUM_DRAWS * effort / 4))
+    smc = sampler_of(method, 4 * round(NUM_DRAWS * effort / 4), max(8, round(30 * effort)))
     prior = DiffusionPrior(problem.prior, sampler=DPMSolverPP(steps, eta=1.0))
     smc.run(key, prior, problem.A, problem.y, problem.sigma)
     x = smc.get_samples()["x"]

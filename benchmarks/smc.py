@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from flax import nnx
 
 from numpyro_diffusion.denoise import NetworkDenoiser
 from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.infer import TemperedSMC
+from numpyro_diffusion.infer import DiffusionPCN, TemperedSMC
 from numpyro_diffusion.nn import MLP
-from numpyro_diffusion.solve import DPMSolverPP
+from numpyro_diffusion.solve import Adams
 
 EVENT = (64,)
 STEPS = (16, 128)
@@ -40,15 +41,16 @@ def model(y: jax.Array, prior: DiffusionPrior) -> None:
     numpyro.sample("y", dist.Normal(x[:32], 1.0).to_event(1), obs=y)
 
 
-def prior_of(features: int, num_steps: int) -> DiffusionPrior:
+def prior_of(features: int) -> DiffusionPrior:
     backbone = MLP(EVENT, features=features, rngs=nnx.Rngs(0))
-    return DiffusionPrior(NetworkDenoiser(backbone), density="none", sampler=DPMSolverPP(num_steps, eta=1.0))
+    return DiffusionPrior(NetworkDenoiser(backbone), density="none")
 
 
 def step_of(num_particles: int, num_steps: int, features: int, **options: Any) -> tuple[TemperedSMC, tuple]:
     """A sampler, and the shapes of the arguments of one of its temperatures."""
-    smc = TemperedSMC(model, num_particles, progress_bar=False, **options)
-    args = jnp.zeros(32), prior_of(features, num_steps)
+    kernel = partial(DiffusionPCN, solver=Adams(num_steps))
+    smc = TemperedSMC(model, num_particles, kernel=kernel, progress_bar=False, **options)
+    args = jnp.zeros(32), prior_of(features)
     population = jax.eval_shape(smc._start, jax.random.key(0), args, {})
     return smc, (jax.random.key(0), population, None, args, {})
 
@@ -67,7 +69,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 def moves_over_network(num_particles: int, features: int, max_moves: int, repeats: int) -> list[float]:
     """Ratios of the interleaved repetitions."""
-    smc, (_, _, _, args, _) = step_of(num_particles, 64, features, correlation=1e-6, max_moves=max_moves)
+    smc, (_, _, _, args, _) = step_of(num_particles, 30, features, correlation=1e-6, max_moves=max_moves)
     population, temperature = jax.jit(smc._start)(jax.random.key(0), args, {}), jax.jit(smc._step)
     denoiser = args[1].denoiser
     graphdef, weights = nnx.split(denoiser.backbone)

@@ -228,6 +228,7 @@ def test_walkers_double_where_islands_disagree():
         warnings.simplefilter("ignore")
         sampled = quiet(two_modes, 16, num_draws=8, max_gradients=25_000, max_moves=8).run(KEY, *args)
     numbers = [(seen.num_walkers, seen.factor) for seen in sampled.rounds]
+    assert sampled.get_samples()["x"].shape[0] == 16 * 8  # as many draws after any round, also if another was too dear
     assert numbers[:2] == [(16, 1), (8, 2)] and max(numbers[1:])[0] > 8
     assert not sampled.converged
 

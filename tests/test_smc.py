@@ -13,7 +13,7 @@ from numpyro.infer import NUTS
 
 from numpyro_diffusion.denoise import Gaussian, GaussianMixture
 from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.infer import MALA, ULA, DiffusionPCN, TemperedSMC, Vectorize
+from numpyro_diffusion.infer import MALA, ULA, Cycle, DiffusionPCN, TemperedSMC, Vectorize
 from numpyro_diffusion.infer.kernel.choose import conditional_systematic, effective_size, next_temperature, systematic
 from numpyro_diffusion.infer.particles.evidence import evidence_of
 from numpyro_diffusion.noise import VE
@@ -114,6 +114,22 @@ def test_gaussian_posterior_and_evidence():
     assert evidence.islands.shape == (20,) and len(smc.temperatures) > 1 and smc.num_score_evals > 0
     assert all(step.correlation <= 0.1 or step.num_moves == 100 for step in smc.temperatures)
     assert smc.problems == () and not any(step.lag for step in smc.temperatures)
+
+
+@SLOW
+def test_step_sizes_go_on_each_by_itself():
+    """One that adapts goes on from temperature to temperature; one that is given stays as it is."""
+
+    def make(model):
+        return Cycle([MALA, partial(MALA, step_size=0.3, target_accept_prob=None)], model=model)
+
+    def plain(y):
+        numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(0.0, 1.0)), 0.05), obs=y)
+
+    steps = TemperedSMC(plain, 200, kernel=make, **QUIET).run(jax.random.key(0), 1.0).temperatures
+    growth = np.array([step.log_growth for step in steps])
+    assert len(steps) > 2 and (growth[:, 1] == 0.0).all() and np.isnan(growth[:, 2:]).all()
+    assert growth[-1, 0] < growth[0, 0] - 0.5  # the posterior is twenty times narrower than the prior
 
 
 @pytest.mark.slow

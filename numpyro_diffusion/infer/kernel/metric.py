@@ -12,8 +12,8 @@ Up to some two hundred dimensions the sample covariance of the walkers is used w
 diagonal in proportion to $D / (D + 2 N)$. Beyond that it says too little: what matters in noise space is the few
 directions that the data narrow, the smallest of its eigenvalues, which $N < D$ walkers do not show. Their gradients do:
 for a Gaussian target $\mathrm{Cov}[\nabla \log \pi] = C^{-1}$, so the narrow directions are the *largest* eigenvalues
-there. Those beyond the edge
-$(1 + \sqrt{D / N})^2$ of noise are kept, and divided by it: a narrow direction is taken to be wider than it is.
+there. Those beyond the edge $(1 + \sqrt{D / N})^2$ of noise are kept, and divided by it: a narrow direction is taken to
+be wider than it is.
 
 References:
     Marchenko and Pastur, Distribution of eigenvalues for some sets of random matrices, 1967,

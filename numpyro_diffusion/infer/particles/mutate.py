@@ -29,6 +29,8 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro_diffusion.infer.kernel.adapt import pool_adaptation
 
 Points = dict[str, jax.Array]
+NUM_STEP_SIZES = 8
+"""Step sizes that are carried from temperature to temperature; further ones of a kernel begin anew."""
 
 
 class Moves(NamedTuple):
@@ -38,7 +40,7 @@ class Moves(NamedTuple):
     correlation: jax.Array  # left between particles and their starting points, in the worst coordinate
     accept_prob: jax.Array  # mean over moves and particles, NaN if the kernel has none
     noise_level: jax.Array  # at which the kernel's adapted levels are centred at the end, NaN if it has none
-    log_growth: jax.Array  # of the kernel's step sizes since it was new, a mean of logarithms; NaN without any
+    log_growth: jax.Array  # of each step size that the kernel adapts, since it was new; NaN without one, (8,)
     num_score_evals: jax.Array  # denoiser evaluations, per particle
     num_diverging: jax.Array  # of all particles and moves together: what the kernel rejected as not finite
 
@@ -64,8 +66,8 @@ def move(
         args: the model's arguments.
         kwargs: its keyword arguments.
         noise_level: where the kernel's levels begin to adapt; NaN leaves that to the kernel.
-        log_growth: logarithm of the factor by which step sizes have grown in the moves before; NaN leaves them to the
-            kernel.
+        log_growth: logarithms of the factors by which step sizes have grown in the moves before, (8,), one for each
+            kernel that adapts by NumPyro's scheme; NaN leaves them to the kernel.
         correlation: largest correlation that may be left at the end in any coordinate, in (0, 1).
         max_moves: largest number of moves.
 
@@ -98,7 +100,7 @@ def move(
 
     zero, one = jnp.zeros(()), jnp.ones(())
     count = jnp.zeros((), jnp.int32)
-    none = Moves(count, one, zero, zero, zero, count, count)
+    none = Moves(count, one, zero, zero, jnp.zeros_like(log_growth), count, count)
     state = kernel.init(keys, max_moves, z, model_args=args, model_kwargs=kwargs)
     log_step = _log_step(state)
     state = pool_adaptation(_grown(log_growth, _centred_at(noise_level, state)))
@@ -133,23 +135,25 @@ def _has_steps(node: Any) -> bool:
 
 
 def _log_step(state: Any) -> jax.Array:
-    """The mean logarithm of the step sizes that kernels of NumPyro's scheme adapt, over kernels; NaN without one."""
-    nodes = [node for node in jax.tree.leaves(state, is_leaf=_has_steps) if _has_steps(node)]
-    logs = [jnp.mean(jnp.log(node.adapt_state.step_size)) for node in nodes]
-    return jnp.mean(jnp.stack(logs)) if logs else jnp.full((), jnp.nan)
+    """Logarithms of the step sizes of the first kernels that adapt by NumPyro's scheme, (8,); NaN without one."""
+    nodes = [node for node in jax.tree.leaves(state, is_leaf=_has_steps) if _has_steps(node)][:NUM_STEP_SIZES]
+    logs = [jnp.log(node.adapt_state.step_size).reshape(-1)[0] for node in nodes]  # all particles have the same
+    return jnp.stack(logs + [jnp.full((), jnp.nan)] * (NUM_STEP_SIZES - len(logs)))
 
 
 def _grown(log_growth: jax.Array, state: Any) -> Any:
-    """The same state with other step sizes, unless the growth is NaN.
+    """The same state with other step sizes, each by its own factor, unless that is NaN.
 
     Dual averaging, which begins by trying ten times the step of a new kernel, then begins at the step itself.
     """
+    factors = iter(log_growth)
 
     def grown(node: Any) -> Any:
-        if not _has_steps(node):
+        growth = next(factors, None) if _has_steps(node) else None
+        if growth is None:
             return node
-        adapt, is_new = node.adapt_state, jnp.isnan(log_growth)
-        step_size = adapt.step_size * jnp.exp(jnp.where(is_new, 0.0, log_growth)).astype(adapt.step_size.dtype)
+        adapt, is_new = node.adapt_state, jnp.isnan(growth)
+        step_size = adapt.step_size * jnp.exp(jnp.where(is_new, 0.0, growth)).astype(adapt.step_size.dtype)
         *averages, centre = adapt.ss_state
         averaging = *averages, jnp.where(is_new, centre, jnp.log(step_size)).astype(centre.dtype)
         own = {"step_size": step_size} if "step_size" in node._fields else {}

@@ -66,7 +66,7 @@ from numpyro_diffusion.infer.particles.evidence import (
     pool_islands,
     resample_islands,
 )
-from numpyro_diffusion.infer.particles.mutate import correlations, move
+from numpyro_diffusion.infer.particles.mutate import NUM_STEP_SIZES, correlations, move
 from numpyro_diffusion.infer.particles.tempering import check_climb, log_likelihood
 from numpyro_diffusion.infer.reverse.pcn import DiffusionPCN
 
@@ -80,7 +80,7 @@ class Temperature(NamedTuple):
     correlation: jax.Array  # left between particles and their ancestors after the moves, in the worst coordinate
     accept_prob: jax.Array  # mean over moves and particles, NaN if the kernel has none
     noise_level: jax.Array  # at which the kernel's adapted levels are centred at the end, NaN if it has none
-    log_growth: jax.Array  # of the kernel's step sizes since the first temperature's start; NaN if it adapts none
+    log_growth: jax.Array  # of each step size that the kernel adapts, since it was new; NaN without one, (8,)
     num_score_evals: jax.Array  # denoiser evaluations of the moves, per particle
     num_diverging: jax.Array  # of all particles and moves: what the kernel rejected as not finite
     lag: jax.Array  # by how much the mean log-likelihood may fall short of its equilibrium after the moves, in nats
@@ -94,7 +94,7 @@ class Population(NamedTuple):
     log_evidence: jax.Array  # of each island so far, (islands,)
     temperature: jax.Array  # inverse
     noise_level: jax.Array  # at which the moves have left the kernel's levels, NaN at the start
-    log_growth: jax.Array  # by which they have changed the kernel's step sizes, NaN at the start
+    log_growth: jax.Array  # by which they have changed each of its step sizes, NaN at the start, (8,)
 
 
 class TemperedSMC(ParticleSampler):
@@ -249,7 +249,7 @@ class TemperedSMC(ParticleSampler):
         z = jax.vmap(one)(jax.random.split(key, self._shape[0] * self._shape[1]))
         log_likelihoods = self._log_likelihoods(z, args, kwargs)
         zero, nan = jnp.zeros(()), jnp.full((), jnp.nan, float)  # of the types that they keep
-        return Population(z, log_likelihoods, jnp.zeros(self._shape[0]), zero, nan, nan)
+        return Population(z, log_likelihoods, jnp.zeros(self._shape[0]), zero, nan, jnp.full(NUM_STEP_SIZES, nan))
 
     def _step(
         self, key: jax.Array, population: Population, given: jax.Array | None, args: tuple, kwargs: dict
