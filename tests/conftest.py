@@ -34,33 +34,64 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(items):
-    """Tests in double precision come last in their module, and tests that ask for two devices need them."""
+    """Double precision comes first, in one process, then module by module; some tests ask for two devices."""
     modules = {}
     for item in items:
-        modules.setdefault(item.path, len(modules))
         if item.get_closest_marker("two_devices"):
             item.add_marker(TWO_DEVICES)
-    items.sort(key=lambda item: (modules[item.path], "x64" in getattr(item, "fixturenames", ())))
+        modules.setdefault(item.path, len(modules))
+        item.add_marker(pytest.mark.xdist_group("x64" if _is_double(item) else item.path.stem))
+    items.sort(key=lambda item: (not _is_double(item), modules[item.path]))
+
+
+def _is_double(item):
+    return "x64" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(autouse=True, scope="module")
 def programs(request):
-    """Most of the time is the compiler's, so it does not optimise, but for modules that say `OPTIMISED = True`.
-
-    Programs are let go with their module: some thousands of them in one process end in a crash of XLA.
-    """
-    jax.config.update("jax_disable_most_optimizations", not getattr(request.module, "OPTIMISED", False))
+    """Most of the time is the compiler's, so it does not optimise, but for modules that say `OPTIMISED = True`."""
+    if not getattr(request.module, "OPTIMISED", False):
+        yield
+        return
+    forget()
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
+    forget()
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(autouse=True)
+def not_too_many(request):
+    """Programs are let go from time to time: many thousands of them in one process end in a crash of XLA.
+
+    Also after the last test in double precision, as its programs are taken for those of single precision (jax 0.10.2:
+    float32 minus a NumPy float64 array then fails).
+    """
+    if DOUBLE and not _is_double(request.node):
+        forget()
+        DOUBLE.clear()
+    yield
+    if len(COMPILED) > 2500:
+        forget()
+
+
+def forget():
+    """Lets all programs go."""
     jax.clear_caches()
+    COMPILED.clear()
+
+
+COMPILED, DOUBLE = [], []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: COMPILED.append(event) if "backend_compile" in event else None
+)
 
 
 @pytest.fixture
 def x64():
-    """Double precision for one test: arrays must be made inside it.
-
-    Programs compiled inside are taken for those of single precision afterwards (jax 0.10.2: float32 minus a NumPy
-    float64 array then fails). So these tests come last in their module, at the end of which all programs are forgotten.
-    """
+    """Double precision for one test: arrays must be made inside it."""
+    DOUBLE.append(True)
     enable = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # the latter in older jax
     with enable(True):
         yield

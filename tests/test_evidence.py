@@ -16,6 +16,7 @@ from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import MALA, DiffusionPCN, TemperedSMC
 from numpyro_diffusion.infer.particles.evidence import evidence_of, pool_islands
 from numpyro_diffusion.noise import VE
+from numpyro_diffusion.solve import Adams
 
 OPTIMISED = True
 SLOW = pytest.mark.slow
@@ -46,7 +47,7 @@ def truth(model):
 
 FIXED = {
     "gaussian": (gaussian, partial(MALA, step_size=0.3, target_accept_prob=None, adapt_mass_matrix=False)),
-    "mixture": (mixture, partial(DiffusionPCN, global_fraction=1.0)),
+    "mixture": (mixture, partial(DiffusionPCN, global_fraction=1.0, solver=Adams(14))),
 }
 
 

@@ -18,11 +18,16 @@ from numpyro.infer import NUTS
 from numpyro_diffusion.denoise import Gaussian
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import MALA, DiffusionGibbs, DiffusionPCN, NoiseSpace
+from numpyro_diffusion.infer.kernel.adapt import Tally
 from numpyro_diffusion.noise import VP
-from numpyro_diffusion.solve import AdaptiveFlow, DPMSolverPP, Heun
+from numpyro_diffusion.solve import Adams, AdaptiveFlow, DPMSolverPP, Heun
 
 SLOW = pytest.mark.slow
 STANDARD, SCORE_ONLY = standard(), standard(density="none")
+
+
+def given_noise(y, noise):
+    numpyro.sample("y", dist.Normal(numpyro.sample("x", STANDARD), noise).to_event(1), obs=y)
 
 
 GIBBS = {
@@ -42,6 +47,26 @@ def test_unknown_noise(make):
     assert_moments(samples["x"], x_mean, x_variance)
     assert_moments(samples["noise"], noise_mean, noise_variance)
     np.testing.assert_allclose(samples["twice"], 2.0 * samples["x"], rtol=1e-6)
+
+
+def test_levels_that_never_succeed_become_rare():
+    """Moves from .01, .08, .6 and 5 up hit data of that precision once in 1 to 1e7; without data all are accepted."""
+    for noise, share in ((0.01, 0.2), (100.0, 1.0)):
+        kernel = DiffusionPCN(partial(given_noise, noise=noise), solver=Adams(8))
+        mcmc = run(kernel, Y, num_warmup=800, num_samples=2, chains=4)
+        found = np.asarray(mcmc.last_state.tally.weights())[0]
+        np.testing.assert_allclose(found, [1.0, 1.0, share, share], rtol=1e-6)
+        assert mcmc.last_state.tally.tried[0].sum() == pytest.approx(4 * 200, rel=0.2)
+
+
+def test_a_level_is_drawn_as_the_tally_says():
+    """From each part by its weight, evenly within; what a higher part has accepted opens the lower ones."""
+    tally = Tally(jnp.array([90.0, 0.0, 5.0, 0.0]), jnp.array([100.0, 900.0, 500.0, 500.0]))
+    np.testing.assert_allclose(tally.weights(), [1.0, 1.0, 1.0, 0.2], rtol=1e-6)
+    heights = np.sort(jax.vmap(tally.draw)(jax.random.split(jax.random.key(0), 10_000)))
+    shares = np.histogram(heights, np.linspace(0.0, 1.0, 9))[0] / 10_000
+    truth = np.repeat([1.0, 1.0, 1.0, 0.2], 2) / 6.4
+    np.testing.assert_allclose(shares, truth, atol=4 * np.sqrt(0.16 * 0.84 / 10_000))
 
 
 def test_numpyros_kernels_need_a_density():

@@ -100,25 +100,16 @@ ONE_OF_EACH = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def forget_each():
-    """No two tests here share a program."""
-    yield
-    jax.clear_caches()
-
-
-def run(kernel, *args, method="vectorized", chains=2, **options):
-    mcmc = MCMC(kernel, **SHORT, num_chains=chains, chain_method=method, progress_bar=False, **options)
-    mcmc.run(jax.random.key(0), *args)
-    return mcmc
-
-
 @pytest.mark.parametrize(("make", "model"), ONE_OF_EACH)
-def test_pickle_thin_arviz_predict_and_go_on(make, model):
+def test_pickle_thin_arviz_predict_go_on_and_run_again(make, model, monkeypatch):
+    """Data and prior are model arguments: a second run on others of the same shapes finds everything compiled."""
+    for variable in ("CI", "PYTEST_XDIST_WORKER"):  # there NumPyro turns the progress bar off, which recompiles
+        monkeypatch.delenv(variable, raising=False)
     kernel = make(model)
     if not isinstance(kernel, Vectorize):
         kernel = pickle.loads(pickle.dumps(kernel))
-    mcmc = run(kernel, Y, prior(), thinning=2)
+    mcmc = MCMC(kernel, **SHORT, num_chains=2, chain_method="vectorized", jit_model_args=True, thinning=2)
+    mcmc.run(jax.random.key(0), Y, prior())
     x = mcmc.get_samples(group_by_chain=True)["x"]
     assert x.shape == (2, 4, 2) and bool(jnp.isfinite(x).all()) and not np.array_equal(x[0], x[1])
     fields = mcmc.get_extra_fields(group_by_chain=True)
@@ -136,36 +127,12 @@ def test_pickle_thin_arviz_predict_and_go_on(make, model):
     assert Predictive(model, samples)(jax.random.key(0), None, prior())["y"].shape == (8, 2)
     if model is with_noise:
         np.testing.assert_allclose(samples["twice"], 2.0 * samples["x"], rtol=1e-6)
+
     mcmc.post_warmup_state = mcmc.last_state
     mcmc.run(mcmc.last_state.rng_key, Y, prior())
     assert not np.array_equal(mcmc.get_samples(group_by_chain=True)["x"], x)
 
-
-@SLOW
-@pytest.mark.parametrize("method", ["parallel", jax.vmap], ids=["parallel", "jax.vmap"])
-@pytest.mark.parametrize(("make", "model"), TABLE)
-def test_chain_methods(make, model, method):
-    mcmc = run(make(model), Y, prior(), method=method)
-    x = mcmc.get_samples(group_by_chain=True)["x"]
-    assert x.shape == (2, 8, 2) and bool(jnp.isfinite(x).all()) and not np.array_equal(x[0], x[1])
-
-
-@SLOW
-@pytest.mark.parametrize(("make", "model"), TABLE)
-def test_double_precision_one_chain_after_the_other(make, model, x64):
-    mcmc = run(make(model), jnp.asarray(Y, float), prior(), method="sequential")
-    assert all(value.dtype == jnp.float64 for value in mcmc.get_samples().values())
-    assert all(bool(jnp.isfinite(value).all()) for value in mcmc.get_samples().values())
-
-
-@SLOW
-@pytest.mark.parametrize(("make", "model"), TABLE)
-def test_second_run_with_new_data_and_weights_compiles_nothing(make, model, monkeypatch):
-    """Data and prior are model arguments; a second run of the same shapes finds everything compiled."""
-    for variable in ("CI", "PYTEST_XDIST_WORKER"):  # there NumPyro turns the progress bar off, which recompiles
-        monkeypatch.delenv(variable, raising=False)
-    mcmc = MCMC(make(model), **SHORT, num_chains=2, chain_method="vectorized", jit_model_args=True)
-    mcmc.run(jax.random.key(0), Y, prior())
+    mcmc.post_warmup_state = None
     y, other, key, compiles = Y + 1.0, prior(1.0), jax.random.key(1), []
     listener = lambda event, *_, **__: compiles.append(event) if "backend_compile" in event else None  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(listener)
@@ -174,6 +141,30 @@ def test_second_run_with_new_data_and_weights_compiles_nothing(make, model, monk
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
     assert compiles == []
+
+
+def run(make, model, y, method):
+    mcmc = MCMC(make(model), **SHORT, num_chains=2, chain_method=method, progress_bar=False)
+    mcmc.run(jax.random.key(0), y, prior())
+    samples = mcmc.get_samples(group_by_chain=True)
+    x = samples["x"]
+    assert x.shape == (2, 8, 2) and not np.array_equal(x[0], x[1])
+    assert all(bool(jnp.isfinite(value).all()) for value in samples.values())
+    return samples
+
+
+@SLOW
+@pytest.mark.parametrize(("make", "model"), TABLE)
+def test_a_chain_in_a_vmap_of_the_users(make, model):
+    run(make, model, Y, jax.vmap)
+
+
+@SLOW
+@pytest.mark.parametrize(("make", "model"), TABLE)
+def test_double_precision_and_a_chain_by_itself(make, model, x64):
+    """On a device each where there are two, and one after the other where not."""
+    samples = run(make, model, jnp.asarray(Y, float), "parallel")
+    assert all(value.dtype == jnp.float64 for value in samples.values())
 
 
 def test_kernels_are_in_the_table():

@@ -18,6 +18,9 @@ $$m = \frac1C \sum_c m_c, \qquad S = \sum_c S_c + n \sum_c (m_c - m)(m_c - m)^\t
 
 The mean acceptance hides a chain that accepts nothing where the target is narrower than elsewhere.
 
+Kernels whose moves have noise levels try them all, and with precise data the highest are never accepted. `Tally`
+counts acceptance by part of the ladder, so that fewer of the moves go where hardly any has been accepted.
+
 References:
     Hoffman and Gelman, The No-U-Turn sampler, 2014 (dual averaging), https://arxiv.org/abs/1111.4246.
     Chan, Golub, LeVeque, Algorithms for computing the sample variance, 1983 (moments of joined samples),
@@ -106,6 +109,50 @@ class Adaptation:
     def root(self, state: Any) -> Root:
         """The root of the current preconditioner."""
         return Root(state.mass_matrix_sqrt_inv, state.mass_matrix_sqrt, jnp.zeros((), state.mass_matrix_sqrt.dtype))
+
+
+class Tally(NamedTuple):
+    """Acceptance by part of a ladder of noise levels, the lowest first; all parts equally long in logarithms.
+
+    Moves of the first half of warm-up do not count: a chain on its way to the posterior accepts what it later does not.
+    """
+
+    accepted: jax.Array  # sum of acceptance probabilities, (parts,)
+    tried: jax.Array  # number of moves, of all chains that run together, (parts,)
+
+    @classmethod
+    def empty(cls, dtype: Any) -> "Tally":
+        """Before the first move."""
+        return cls(jnp.zeros(_PARTS, dtype), jnp.zeros(_PARTS, dtype))
+
+    def part_of(self, height: jax.Array) -> jax.Array:
+        """The part of a level at a height in [0, 1] of the ladder, in logarithms."""
+        return jnp.clip((height * _PARTS).astype(int), 0, _PARTS - 1)
+
+    def weights(self) -> jax.Array:
+        """Relative frequencies of moves in each part, (parts,): lower where neither they nor higher ones succeed."""
+        succeeds = self.accepted + _DOUBT >= _HARDLY_EVER * (self.tried + _DOUBT)
+        from_here_on = jax.lax.cummax(succeeds.astype(int), reverse=True) == 1
+        return jnp.where(from_here_on, 1.0, _STILL).astype(self.tried.dtype)
+
+    def draw(self, key: jax.Array) -> jax.Array:
+        """A height at which to move."""
+        key_part, key_within = jax.random.split(key)
+        part = jax.random.categorical(key_part, jnp.log(self.weights()))
+        return (part + jax.random.uniform(key_within, (), self.tried.dtype)) / _PARTS
+
+    def add(self, height: jax.Array, accept_prob: jax.Array, counts: jax.Array) -> "Tally":
+        """With a move at a height added, if it counts; chains that run together add theirs."""
+        here = (counts & (jnp.arange(_PARTS) == self.part_of(height))).astype(self.tried.dtype)
+        chains = number_together()
+        return Tally(self.accepted + chains * pooled(here * accept_prob), self.tried + chains * pooled(here))
+
+
+_PARTS = 4
+_HARDLY_EVER, _DOUBT = 0.002, 0.25
+"""Acceptance below which moves of a part become rarer, and what counts as accepted before the first: 125 tries."""
+_STILL = 0.2
+"""How frequent they stay, relative to the others: modes may be joined by moves that rarely succeed."""
 
 
 def running_mean(mean: jax.Array, value: jax.Array, i: jax.Array, num_warmup: int) -> jax.Array:

@@ -41,7 +41,7 @@ import jax.numpy as jnp
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.guidance import Guided, Likelihood, Observation
-from numpyro_diffusion.infer.kernel.adapt import running_mean
+from numpyro_diffusion.infer.kernel.adapt import Tally, running_mean
 from numpyro_diffusion.infer.kernel.choose import metropolised_gibbs, without_improper
 from numpyro_diffusion.infer.kernel.contract import pooled
 from numpyro_diffusion.infer.kernel.start import Strategy
@@ -70,6 +70,7 @@ class GuidedPCNState(NamedTuple):
         noise_level: level of the last step, in the units of the (first site's) data; the highest if the whole walk was
             drawn anew.
         log_level: centre of the adapted levels, as a natural logarithm.
+        tally: acceptance of the other moves in the second half of warm-up, by their level.
         num_unguided: steps of the last walks at which the guidance was not finite; they went without it.
         num_score_evals: denoiser evaluations of the last step.
         diverging: whether the log-density of a candidate was NaN or plus infinity; it was rejected.
@@ -83,6 +84,7 @@ class GuidedPCNState(NamedTuple):
     mean_accept_prob: jax.Array
     noise_level: jax.Array
     log_level: jax.Array
+    tally: Tally
     num_unguided: jax.Array
     num_score_evals: jax.Array
     diverging: jax.Array
@@ -104,7 +106,7 @@ class GuidedPCN(WalkKernel):
             None reads the model. It steers; the test takes the model's likelihood.
         solver: a solver whose steps have a density; None takes the priors' own `sampler`.
         num_proposals: candidates per step, walked in one batch.
-        global_fraction: share of steps with a log-uniform level, in [0, 1]; 1 means no adaptation.
+        global_fraction: share of steps with a log-uniform level, in [0, 1].
         target_accept_prob: acceptance to which the centre of the levels adapts, in (0, 1).
 
     Raises:
@@ -156,7 +158,8 @@ class GuidedPCN(WalkKernel):
         low, high = _log_ends(found.guided, solver)
         zero, count = jnp.zeros((), walk.dtype), jnp.zeros((), jnp.int32)
         centre = (0.5 * (low + high)).astype(walk.dtype)
-        return GuidedPCNState(count, z, walk, zero, zero, zero, centre, count, count, jnp.array(False), key)
+        tally = Tally.empty(walk.dtype)
+        return GuidedPCNState(count, z, walk, zero, zero, zero, centre, tally, count, count, jnp.array(False), key)
 
     def _step(self, state: GuidedPCNState, reading: Reading) -> GuidedPCNState:
         found, solver = self._parts(reading)
@@ -166,7 +169,8 @@ class GuidedPCN(WalkKernel):
         is_fresh = kind < _FRESH
         is_global = kind < _FRESH + (1.0 - _FRESH) * self._global_fraction
         around = state.log_level + _LEVEL_WIDTH * jax.random.normal(key_near)
-        log_level = jnp.where(is_global, jax.random.uniform(key_far, minval=low, maxval=high), around)
+        height = state.tally.draw(key_far)
+        log_level = jnp.where(is_global, low + (high - low) * height, around)
         level = jnp.where(is_fresh, jnp.inf, jnp.exp(log_level))
 
         walks, worth, num_unguided = _walks(key_walk, solver, found.guided, state.walk, level, self._num_proposals)
@@ -177,7 +181,7 @@ class GuidedPCN(WalkKernel):
 
         i, dtype = state.i + 1, state.accept_prob.dtype
         accept_prob = choice.accept_prob.astype(dtype)
-        warming = i <= self._num_warmup
+        warming, counts = i <= self._num_warmup, (2 * i > self._num_warmup) & (i <= self._num_warmup)
         gain = jnp.where(warming & ~is_global, 2.0 / (1.0 + i) ** 0.6, 0.0)
         centre = state.log_level + gain * (pooled(accept_prob) - self._target_accept_prob)
         return GuidedPCNState(
@@ -188,6 +192,7 @@ class GuidedPCN(WalkKernel):
             mean_accept_prob=running_mean(state.mean_accept_prob, accept_prob, state.i, self._num_warmup),
             noise_level=jnp.minimum(level, jnp.exp(high)).astype(dtype),
             log_level=jnp.clip(centre, low, high).astype(dtype),
+            tally=state.tally.add(height, accept_prob, counts & is_global & ~is_fresh),
             num_unguided=num_unguided,
             num_score_evals=jnp.asarray((self._num_proposals + 1) * solver.evaluations(), jnp.int32),
             diverging=choice.diverging,

@@ -38,7 +38,7 @@ from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser
-from numpyro_diffusion.infer.kernel.adapt import running_mean
+from numpyro_diffusion.infer.kernel.adapt import Tally, running_mean
 from numpyro_diffusion.infer.kernel.choose import metropolised_gibbs, without_improper
 from numpyro_diffusion.infer.kernel.contract import DiffusionKernel, pooled, shared
 from numpyro_diffusion.infer.kernel.start import MAX_TRIES, Strategy, start
@@ -69,6 +69,7 @@ class PCNState(NamedTuple):
         mean_accept_prob: its mean over the phase (warm-up or sampling) so far.
         noise_level: noise-to-signal ratio of the last step, in the units of the data.
         log_level: centre of the adapted levels, as a natural logarithm.
+        tally: acceptance of the other moves in the second half of warm-up, by their level.
         num_score_evals: denoiser evaluations of the last step, per point.
         diverging: whether the log-density of a candidate was NaN or plus infinity; it was rejected.
         rng_key: random key.
@@ -81,6 +82,7 @@ class PCNState(NamedTuple):
     mean_accept_prob: jax.Array
     noise_level: jax.Array
     log_level: jax.Array
+    tally: Tally
     num_score_evals: jax.Array
     diverging: jax.Array
     rng_key: jax.Array
@@ -90,14 +92,15 @@ class DiffusionPCN(DiffusionKernel):
     r"""Moves all diffusion sites of a model by noising, denoising and a test on the likelihood.
 
     Exact up to the discretisation of the law of $x$ given $x_t$; needs neither a density nor gradients. A share
-    `global_fraction` of the steps draws its noise level log-uniformly from the whole ladder; the others draw it around
-    a centre that warm-up adapts to `target_accept_prob` and then leaves alone. All sites, and all points in plates,
+    `global_fraction` of the steps draws its noise level log-uniformly from the whole ladder, the highest levels less
+    often once warm-up has seen that hardly any such move is accepted; the others draw it around a centre that warm-up
+    adapts to `target_accept_prob`. Both are then left alone. All sites, and all points in plates,
     move together at one level.
 
     Args:
         model: NumPyro model whose latent sites are all diffusion sites; `DiffusionGibbs` takes the others.
         num_proposals: candidates per step, denoised in one batch.
-        global_fraction: share of steps with a log-uniform level, in [0, 1]; 1 means no adaptation.
+        global_fraction: share of steps with a log-uniform level, in [0, 1].
         target_accept_prob: acceptance to which the centre of the levels adapts, in (0, 1).
         solver: draws the clean point given the noisy one. A deterministic solver follows the flow of that law, by all
             of its steps at any level; one of the reverse process, such as `DPMSolverPP(eta=1)`, walks down from a level
@@ -191,14 +194,15 @@ class DiffusionPCN(DiffusionKernel):
         sites = reading.sites(z)
         centre = jnp.mean(jnp.log(_ladder(self._solver_of(sites), sites))).astype(zero.dtype)
         count = jnp.zeros((), jnp.int32)
-        return PCNState(count, z, log_likelihood, zero, zero, zero, centre, count, jnp.array(False), key)
+        tally = Tally.empty(zero.dtype)
+        return PCNState(count, z, log_likelihood, zero, zero, zero, centre, tally, count, jnp.array(False), key)
 
     def _step(self, state: PCNState, reading: Reading) -> PCNState:
         sites = reading.sites(state.z)
         solver = self._solver_of(sites)
         key, key_level, key_move, key_choice = jax.random.split(state.rng_key, 4)
         levels = _ladder(solver, sites)
-        first, is_global = self._draw_level(key_level, levels, state.log_level)
+        first, is_global = self._draw_level(key_level, levels, state)
         candidates, log_walks, log_walk_now = self._propose(key_move, solver, sites, state.z, first, reading)
         log_likelihoods = jax.vmap(reading.log_rest)(candidates)
         new, old = (candidates, log_likelihoods), (state.z, state.log_likelihood)
@@ -206,7 +210,7 @@ class DiffusionPCN(DiffusionKernel):
         choice = metropolised_gibbs(key_choice, log_weights, state.log_likelihood + log_walk_now, new, old)
         (z, log_likelihood), accept_prob = choice.point, choice.accept_prob
         i = state.i + 1
-        warming = i <= self._num_warmup
+        warming, counts = i <= self._num_warmup, (2 * i > self._num_warmup) & (i <= self._num_warmup)
         gain = jnp.where(warming & ~is_global, 2.0 / (1.0 + i) ** 0.6, 0.0)
         log_level = state.log_level + gain * (pooled(accept_prob) - self._target_accept_prob)
         return PCNState(
@@ -217,6 +221,7 @@ class DiffusionPCN(DiffusionKernel):
             mean_accept_prob=running_mean(state.mean_accept_prob, accept_prob, state.i, self._num_warmup),
             noise_level=levels[first].astype(accept_prob.dtype),
             log_level=jnp.clip(log_level, jnp.log(levels[-1]), jnp.log(levels[0])).astype(accept_prob.dtype),
+            tally=state.tally.add(_heights(levels)[first], accept_prob, counts & is_global),
             num_score_evals=jnp.asarray(_evaluations(solver, first, self._num_walks), jnp.int32),
             diverging=choice.diverging,
             rng_key=key,
@@ -239,14 +244,15 @@ class DiffusionPCN(DiffusionKernel):
         """Candidates, and the logarithms of the weights of their walks and of the current point."""
         return _candidates(key, solver, sites, z, first, self._num_proposals), 0.0, 0.0
 
-    def _draw_level(self, key: jax.Array, levels: jax.Array, centre: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _draw_level(self, key: jax.Array, levels: jax.Array, state: PCNState) -> tuple[jax.Array, jax.Array]:
         """An index into the ladder, and whether it was drawn from all of it; the same for chains that run together."""
         key_kind, key_level = jax.random.split(key)
         log_levels = jnp.log(levels)
         log_uniform = jnp.log(-jnp.gradient(log_levels))
-        around = log_uniform - 0.5 * ((log_levels - centre) / _LEVEL_WIDTH) ** 2
+        around = log_uniform - 0.5 * ((log_levels - state.log_level) / _LEVEL_WIDTH) ** 2
+        over_all = log_uniform + jnp.log(state.tally.weights()[state.tally.part_of(_heights(levels))])
         is_global = jax.random.uniform(key_kind) < self._global_fraction
-        first = jax.random.categorical(key_level, jnp.where(is_global, log_uniform, around))
+        first = jax.random.categorical(key_level, jnp.where(is_global, over_all, around))
         return shared(first), shared(is_global)
 
     def refresh(self, state: PCNState, model_args: tuple, model_kwargs: dict | None) -> PCNState:
@@ -263,6 +269,11 @@ def _ladder(solver: Solver, sites: dict[str, PriorSite]) -> jax.Array:
     """Noise levels from which a move may start, decreasing, in the units of the first site's data."""
     denoiser = next(iter(sites.values())).denoiser
     return denoiser.schedule.noise_level(_times(solver, denoiser))
+
+
+def _heights(levels: jax.Array) -> jax.Array:
+    """Heights of the levels on their ladder, in logarithms: 0 the lowest, 1 the highest."""
+    return jnp.log(levels / levels[-1]) / jnp.log(levels[0] / levels[-1])
 
 
 def _times(solver: Solver, denoiser: Denoiser) -> jax.Array:
