@@ -5,8 +5,8 @@ Walkers start as draws of the prior and are carried through $\pi_\beta \propto p
 are Hamiltonian trajectories in noise space (`walkers`), whose metric and step size all walkers share and carry from
 temperature to temperature. At $\beta = 1$ adaptation ends and every walker goes on as a chain.
 
-One run cannot show what all of its islands have in common. So a run is followed by another with half the walkers and
-twice the moves of each, at the same price, and the result counts as converged if, for every site,
+One run cannot show what all of its islands have in common. So a run is followed by another with twice the moves, and
+the result counts as converged if, for every site,
 
 * islands agree: nested R-hat below 1.01, and the walkers are stationary: R-hat between early and late draws too;
 * the effective sample size exceeds 400, and hardly any walker is stuck where its steps are too long;
@@ -26,6 +26,7 @@ References:
 """
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,17 +38,17 @@ from jax.scipy.special import logsumexp
 from numpyro_diffusion import _checks
 from numpyro_diffusion.infer.kernel.choose import effective_size, next_temperature, without_improper
 from numpyro_diffusion.infer.kernel.compiled import Compiled
-from numpyro_diffusion.infer.kernel.metric import estimate
 from numpyro_diffusion.infer.model.checks import check_continuous, check_fixed, check_names, check_walkable
 from numpyro_diffusion.infer.model.density import Status
 from numpyro_diffusion.infer.model.handlers import Model, draw_prior
 from numpyro_diffusion.infer.model.record import Reading, Record
 from numpyro_diffusion.infer.noise.vector import NoiseVector, in_noise
 from numpyro_diffusion.infer.particles.evidence import Draws, Outcome, ParticleSampler, evidence_of, resample_islands
+from numpyro_diffusion.infer.particles.mutate import least_correlation
 from numpyro_diffusion.infer.particles.rounds import CURE, Look, Round, Temperature, look
 from numpyro_diffusion.infer.particles.tempered import lag_of, look_at_start, widened
 from numpyro_diffusion.infer.particles.tempering import check_climb
-from numpyro_diffusion.infer.particles.walkers import Moves, Tuning, Walker, draws_of, move_until_forgotten, walker_at
+from numpyro_diffusion.infer.particles.walkers import Moves, Tuning, Walker, joined, make_moves, metric_of, walker_at
 from numpyro_diffusion.reparam import noise_name
 
 
@@ -65,8 +66,8 @@ class PopulationHMC(ParticleSampler):
 
     Args:
         model: NumPyro model whose latent sites can all be drawn from their priors.
-        num_walkers: chains in all, at least 2 an island. From the second round on there are half as many.
-        num_draws: draws of each chain in the first round, at least 2; later rounds keep as many in all.
+        num_walkers: chains in all, at least 2 an island.
+        num_draws: draws of each chain, at least 2.
         num_islands: independent parts of the population, at least 2.
         num_steps: leapfrog steps of a move.
         ess_threshold: share of the walkers that a step of the temperature leaves effective, in (0, 0.999].
@@ -104,7 +105,7 @@ class PopulationHMC(ParticleSampler):
     def __init__(
         self,
         model: Model,
-        num_walkers: int = 512,
+        num_walkers: int = 256,
         num_draws: int = 24,
         *,
         num_islands: int = 4,
@@ -156,22 +157,22 @@ class PopulationHMC(ParticleSampler):
         names, started = NoiseVector(reading).names, time.monotonic()
         number, factor, last, self._looks = self._shape[1], 1, None, []
         while True:
-            round_started = time.monotonic()
             this = self._round(jax.random.fold_in(rng_key, len(self._looks)), number, factor, args, kwargs)
-            seen = look(this, last, names, time.monotonic() - round_started)
+            seen = look(this, last, names)
             self._looks.append(seen)
             last = this
             if seen.converged:
                 break
-            if len(self._looks) == 1:
-                number, factor = max(number // 2, 2), 2
-            elif seen.is_apart:  # stationary, and yet kept apart by modes; anything else asks for more moves
+            if seen.is_apart and len(self._looks) > 1:  # stationary, and yet kept apart by modes
                 number *= 2
             else:
                 factor *= 2
+            gradients = this.num_gradients * number * factor // (this.num_walkers * this.factor)
+            seconds = gradients * this.seconds_each
+            if number not in self._compiled:
+                seconds += self._looks[0].seconds  # of which compiling is the greater part where seconds count
             spent = sum(look.num_gradients for look in self._looks), time.monotonic() - started
-            dearer = number * factor / (last.num_walkers * last.factor)
-            if not self._affords(spent, (dearer * seen.num_gradients, dearer * seen.seconds)):
+            if not self._affords(spent, (gradients, seconds)):
                 break
         values = {name: value.reshape(-1, *value.shape[3:]) for name, value in last.values.items()}
         indices = np.arange(len(next(iter(values.values()))))
@@ -185,36 +186,68 @@ class PopulationHMC(ParticleSampler):
 
     def _round(self, key: jax.Array, number: int, factor: int, args: tuple, kwargs: dict[str, Any]) -> Round:
         """From the prior to draws of the posterior, with `number` walkers on each island."""
+        started, islands = time.monotonic(), self._shape[0]
         if number not in self._compiled:
-            functions = partial(self._start, number), self._climb, partial(self._draw, self._draws_each(number))
+            functions = partial(self._start, number), self._reweigh, self._at, self._move, self._report
             self._compiled[number] = Compiled(self._model, *functions)
-        start, climb, draw = self._compiled[number].bind(args, kwargs)
+        programs = _Programs(*self._compiled[number].bind(args, kwargs))
         key_start, key_climb, key_draw = jax.random.split(key, 3)
-        stage, history = start(key_start), []
+        stage, history = programs.start(key_start), []
         if not self._looks:
             look_at_start(np.asarray(stage.walkers.log_likelihood))
-        multiple = jnp.asarray(factor, jnp.int32)
         with self._bar(1.0, f"round {len(self._looks) + 1}, temperature") as bar:
             while float(stage.temperature) < 1.0:
-                key_climb, key_step = jax.random.split(key_climb)
-                stage, happened = climb(key_step, stage, multiple)
-                history.append(jax.tree.map(np.asarray, happened))
+                stage, happened = self._climb(jax.random.fold_in(key_climb, len(history)), programs, stage, factor)
+                history.append(happened)
                 bar.set_postfix_str(f"ESS {happened.effective_size:.0f}, moves {happened.num_moves}", refresh=False)
                 bar.update(float(happened.temperature) - bar.n)
-            bar.set_postfix_str(f"drawing, at {happened.num_moves} moves", refresh=True)
-            between = max(factor * number // self._shape[1], 1)
-            values, moves = jax.block_until_ready(draw(key_draw, stage, jnp.asarray(between, jnp.int32)))
-        islands = self._shape[0]
-        values = {n: np.asarray(v).reshape(islands, number, *v.shape[1:]) for n, v in values.items()}
-        per_walker = (
-            sum(int(h.num_moves) * self._num_steps + 1 for h in history) + int(moves.num_moves) * self._num_steps
-        )
+        draws_started = time.monotonic()
+        between = max(factor, -(-int(history[-1].num_moves) // self._num_draws))  # draws span as many as it took
+        draws, moves = self._draw(key_draw, programs, stage, between)
+        each = (time.monotonic() - draws_started) / (int(moves.num_moves) * self._num_steps * islands * number)
+        values = {n: np.stack([draw[n] for draw in draws], 1) for n in draws[0]}
+        values = {n: v.reshape(islands, number, *v.shape[1:]) for n, v in values.items()}
+        total = sum(int(h.num_moves) * self._num_steps + 1 for h in history) + int(moves.num_moves) * self._num_steps
         evidence = widened(evidence_of(stage.log_evidence), history)
-        return Round(values, evidence, history, moves, per_walker * islands * number, number, factor)
+        spent = total * islands * number, time.monotonic() - started
+        return Round(values, evidence, history, moves, *spent, each, number, factor)
 
-    def _draws_each(self, number: int) -> int:
-        """Draws of a walker if there are `number` on an island, so that all have as many as asked for."""
-        return max(self._num_draws * self._shape[1] // number, 2)
+    def _climb(self, key: jax.Array, programs: "_Programs", stage: _Stage, factor: int) -> tuple[_Stage, Temperature]:
+        """To the next temperature that the walkers allow: they are resampled, and moved until they have forgotten."""
+        key_resample, key_moves = jax.random.split(key)
+        stage, effective, enough = programs.reweigh(key_resample, stage)
+        before = stage.walkers.log_likelihood
+        walkers, blind = programs.at(stage.walkers.q, stage.temperature)
+        origin, tuning, moves, needed = walkers.q, stage.tuning, None, self._limits["max_moves"]
+        while (done := 0 if moves is None else int(moves.num_moves)) < needed * factor:
+            operands = walkers, origin, stage.temperature, tuning, np.array(True), np.int32(_AT_ONCE)
+            walkers, tuning, some = programs.move(jax.random.fold_in(key_moves, done), *operands)
+            moves = joined(moves, some)
+            if float(moves.correlation) <= float(enough) and needed == self._limits["max_moves"]:
+                needed = done + _AT_ONCE
+        happened = Temperature(
+            stage.temperature,
+            effective,
+            **moves._replace(accept_prob=moves.accept_prob.mean())._asdict(),
+            step_size=tuning.step_size,
+            lag=_lag(before, walkers.log_likelihood),
+            num_blind=blind,
+        )
+        return stage._replace(walkers=walkers, tuning=tuning), Temperature(*map(np.asarray, happened))
+
+    def _draw(
+        self, key: jax.Array, programs: "_Programs", stage: _Stage, between: int
+    ) -> tuple[list[dict[str, np.ndarray]], Moves]:
+        """Every walker goes on as a chain at temperature 1, with nothing adapting."""
+        walkers, draws, moves = stage.walkers, [], None
+        with self._bar(self._num_draws, f"round {len(self._looks) + 1}, draws") as bar:
+            for k in range(self._num_draws):
+                operands = stage.walkers.q, stage.temperature, stage.tuning, np.array(False), np.int32(between)
+                walkers, _, some = programs.move(jax.random.fold_in(key, k), walkers, *operands)
+                draws.append({name: np.asarray(value) for name, value in programs.report(walkers.q).items()})
+                moves = joined(moves, some)
+                bar.update(1)
+        return draws, moves
 
     def _coordinates(self, args: tuple, kwargs: dict[str, Any]) -> NoiseVector:
         return NoiseVector(Record(self._model).at(args, kwargs))
@@ -229,48 +262,37 @@ class PopulationHMC(ParticleSampler):
 
         walkers = jax.vmap(one)(jax.random.split(key, self._shape[0] * number))
         zero = jnp.zeros((), walkers.q.dtype)
-        tuning = Tuning(estimate(walkers.q, walkers.gradient), jnp.asarray(_FIRST_STEP, zero.dtype))
+        tuning = Tuning(metric_of(walkers, self._shape[0]), jnp.asarray(_FIRST_STEP, zero.dtype))
         return _Stage(walkers, jnp.zeros(self._shape[0]), zero, tuning)
 
-    def _climb(
-        self, key: jax.Array, stage: _Stage, factor: jax.Array, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[_Stage, Temperature]:
-        """Reweights to the next temperature that the walkers allow, resamples and moves."""
-        coordinates, islands = self._coordinates(args, kwargs), self._shape[0]
-        key_resample, key_move = jax.random.split(key)
-        values = without_improper(stage.walkers.log_likelihood)
+    def _reweigh(
+        self, key: jax.Array, stage: _Stage, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[_Stage, jax.Array, jax.Array]:
+        """Resampled to the next temperature, the effective size, and the correlation that counts as forgotten."""
+        islands, values = self._shape[0], without_improper(stage.walkers.log_likelihood)
         new = next_temperature(values, stage.temperature, self._ess_threshold)
         log_weights = jnp.where(jnp.isfinite(values), (new - stage.temperature) * values, -jnp.inf)
         by_island = log_weights.reshape(islands, -1)
-        ancestors = resample_islands(key_resample, by_island).reshape(-1)
-        walkers = jax.vmap(lambda q: walker_at(coordinates, q, new))(stage.walkers.q[ancestors])
-        blind = jnp.sum(~jnp.isfinite(walkers.gradient), axis=0)
-        walkers, tuning, moves = move_until_forgotten(
-            key_move,
-            coordinates,
-            walkers,
-            new,
-            stage.tuning,
-            num_steps=self._num_steps,
-            factor=factor,
-            **self._limits,
-        )
-        lag = lag_of(values[ancestors], without_improper(walkers.log_likelihood))
-        happened = Temperature(
-            new, effective_size(log_weights), **moves._asdict(), step_size=tuning.step_size, lag=lag, num_blind=blind
-        )
+        ancestors = resample_islands(key, by_island).reshape(-1)
+        walkers = jax.tree.map(lambda leaf: leaf[ancestors], stage.walkers)
         log_evidence = stage.log_evidence + logsumexp(by_island, axis=1) - jnp.log(by_island.shape[1])
-        return _Stage(walkers, log_evidence, new, tuning), happened
+        enough = jnp.maximum(self._limits["correlation"], least_correlation(walkers.q))
+        return _Stage(walkers, log_evidence, new, stage.tuning), effective_size(log_weights), enough
 
-    def _draw(
-        self, num_draws: int, key: jax.Array, stage: _Stage, between: jax.Array, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[dict[str, jax.Array], Moves]:
-        """Draws of every walker as a chain at temperature 1, constrained, (N, num_draws, ...)."""
+    def _at(
+        self, q: jax.Array, temperature: jax.Array, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[Walker, jax.Array]:
+        """Walkers at a temperature, and how many lack a gradient in each coordinate."""
         coordinates = self._coordinates(args, kwargs)
-        options = {"num_steps": self._num_steps, "num_draws": num_draws, "between": between}
-        q, moves = draws_of(key, coordinates, stage.walkers, stage.tuning, **options)
-        values = jax.lax.map(jax.vmap(coordinates.report), jnp.moveaxis(q, 1, 0))
-        return {name: jnp.moveaxis(value, 0, 1) for name, value in values.items()}, moves
+        walkers = jax.vmap(lambda q: walker_at(coordinates, q, temperature))(q)
+        return walkers, jnp.sum(~jnp.isfinite(walkers.gradient), axis=0)
+
+    def _move(self, key: jax.Array, *operands: Any) -> tuple[Walker, Tuning, Moves]:
+        *operands, args, kwargs = operands
+        return make_moves(key, self._coordinates(args, kwargs), *operands, num_steps=self._num_steps)
+
+    def _report(self, q: jax.Array, args: tuple, kwargs: dict[str, Any]) -> dict[str, jax.Array]:
+        return jax.vmap(self._coordinates(args, kwargs).report)(q)
 
     def print_summary(self, prob: float = 0.9) -> None:
         super().print_summary(prob)
@@ -278,6 +300,23 @@ class PopulationHMC(ParticleSampler):
             print(round)
 
 
+class _Programs(NamedTuple):
+    """What is compiled: one program moves the walkers at all temperatures, and between draws."""
+
+    start: Callable[..., Any]
+    reweigh: Callable[..., Any]
+    at: Callable[..., Any]
+    move: Callable[..., Any]
+    report: Callable[..., Any]
+
+
+@jax.jit
+def _lag(before: jax.Array, after: jax.Array) -> jax.Array:
+    return lag_of(without_improper(before), without_improper(after))
+
+
+_AT_ONCE = 4
+"""Moves between two estimates of the metric."""
 _FIRST_STEP = 0.3
 """Leapfrog step in units of the metric's root, to begin with."""
 

@@ -57,6 +57,8 @@ class Round(NamedTuple):
     history: list[Temperature]
     moves: Moves  # those between draws
     num_gradients: int  # of all walkers together
+    seconds: float  # wall time
+    seconds_each: float  # wall time of a gradient, without compiling
     num_walkers: int  # on each island
     factor: int  # how many times as many moves as it takes to forget
 
@@ -115,14 +117,13 @@ class Look:
         )
 
 
-def look(this: Round, last: Round | None, names: list[str], seconds: float) -> Look:
+def look(this: Round, last: Round | None, names: list[str]) -> Look:
     """Judges a round.
 
     Args:
         this: the round.
         last: the one before, with fewer moves or walkers; None for the first.
         names: of the coordinates' sites.
-        seconds: how long it took.
 
     Returns:
         The `Look`.
@@ -148,7 +149,7 @@ def look(this: Round, last: Round | None, names: list[str], seconds: float) -> L
         diverging=_diverging(this),
         stuck=_stuck(this),
         num_gradients=this.num_gradients,
-        seconds=seconds,
+        seconds=this.seconds,
         problems=tuple(problems),
     )
 

@@ -1,8 +1,8 @@
 r"""A population of Hamiltonian chains at one temperature: one metric and one step size for all of them.
 
 Each walker $q_i$ moves by leapfrog on $\log \pi_\beta$ in the coordinates of `noise.vector` and is accepted or
-rejected by itself, so that $\pi_\beta$ stays invariant for each. What all walkers share is how: the `metric`, estimated
-from where they are, and the step size $\epsilon$, which follows their mean acceptance $a$,
+rejected by itself, so that $\pi_\beta$ stays invariant for each. What walkers share is how: a `metric`, which an island
+has from where all the others are, and one step size $\epsilon$, which follows the mean acceptance $a$,
 
 $$\log \epsilon \leftarrow \log \epsilon + \kappa\,(a - a^*),$$
 
@@ -14,8 +14,9 @@ With $c = 10$, steps are alike but for $\xi$ where the target is as narrow as th
 part that is much narrower, such as the neck of a funnel, they shrink in proportion to its width. A common step could
 not enter it at all, and every walker would miss it alike. The end $q'$ of a trajectory would have drawn the same step
 with another density, and the ratio of the two, $f(\xi') / f(\xi)$, belongs into the Metropolis test: the step is a
-variable that is drawn anew for every move. One walker has an influence of order $1/N$ on metric and step. For the draws
-at the end nothing follows the walkers any more, and they are independent chains.
+variable that is drawn anew for every move. One walker has an influence of order $1/N$ on the step. On a metric of $D$
+dimensions it would be $D / N$, and variances would end some ten per cent off, but no walker has a part in its own. For
+the draws at the end nothing follows the walkers any more, and they are independent chains.
 
 Moves at a temperature end when the walkers have forgotten where they started, in the *worst* coordinate: a mean over
 coordinates hides the slowest, which is often a scale.
@@ -25,15 +26,16 @@ References:
     https://arxiv.org/abs/2404.15253.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from numpyro_diffusion.infer.kernel.choose import metropolis
 from numpyro_diffusion.infer.kernel.metric import Metric, estimate
 from numpyro_diffusion.infer.noise.vector import NoiseVector
-from numpyro_diffusion.infer.particles.mutate import correlations, least_correlation
+from numpyro_diffusion.infer.particles.mutate import correlations
 
 _TARGET_ACCEPTANCE = 0.8
 _GAIN = 0.5
@@ -57,7 +59,7 @@ class Walker(NamedTuple):
 class Tuning(NamedTuple):
     """How all walkers move."""
 
-    metric: Metric
+    metric: Metric  # of each island, a leading axis
     step_size: jax.Array
 
 
@@ -74,7 +76,7 @@ class Moves(NamedTuple):
     num_moves: jax.Array
     correlation: jax.Array  # left between walkers and their starts in the worst coordinate
     worst: jax.Array  # index of that coordinate
-    accept_prob: jax.Array  # mean over moves, and over walkers or of each, (N,)
+    accept_prob: jax.Array  # of each walker, mean over moves, (N,)
     num_diverging: jax.Array  # of all, see `Move`
 
 
@@ -94,26 +96,27 @@ def trajectory(
     coordinates: NoiseVector,
     walker: Walker,
     temperature: jax.Array,
-    tuning: Tuning,
+    metric: Metric,
+    step_size: jax.Array,
     num_steps: int,
 ) -> tuple[Walker, Move]:
     """One move of one walker: where it is then, and what happened."""
     key_momentum, key_step, key_accept = jax.random.split(key, 3)
     momentum = jax.random.normal(key_momentum, walker.q.shape, walker.q.dtype)
     xi = _SPREAD * jax.random.t(key_step, _FREEDOM, (), walker.q.dtype)
-    log_step = _log_local(walker, tuning.metric) + xi
-    step_size = tuning.step_size * jnp.exp(log_step)
+    log_step = _log_local(walker, metric) + xi
+    step_size *= jnp.exp(log_step)
 
     def leapfrog(carry: tuple[Walker, jax.Array], _: None) -> tuple[tuple[Walker, jax.Array], None]:
         at, p = carry
-        p = p + 0.5 * step_size * tuning.metric.pull(at.gradient)
-        at = walker_at(coordinates, at.q + step_size * tuning.metric.push(p), temperature)
-        return (at, p + 0.5 * step_size * tuning.metric.pull(at.gradient)), None
+        p = p + 0.5 * step_size * metric.pull(at.gradient)
+        at = walker_at(coordinates, at.q + step_size * metric.push(p), temperature)
+        return (at, p + 0.5 * step_size * metric.pull(at.gradient)), None
 
     (there, momentum_there), _ = jax.lax.scan(leapfrog, (walker, momentum), None, num_steps)
     log_ratio = there.log_density - walker.log_density
     log_ratio += 0.5 * (jnp.sum(momentum**2) - jnp.sum(momentum_there**2))
-    of_step = _log_spread(log_step - _log_local(there, tuning.metric)) - _log_spread(xi)
+    of_step = _log_spread(log_step - _log_local(there, metric)) - _log_spread(xi)
     choice = metropolis(key_accept, log_ratio + of_step, there, walker, there.log_density, there.gradient)
     return choice.point, Move(choice.accept_prob, choice.diverging | (log_ratio < -_LARGE_ERROR))
 
@@ -129,114 +132,70 @@ def _log_spread(xi: jax.Array) -> jax.Array:
     return -0.5 * (_FREEDOM + 1.0) * jnp.log1p((xi / _SPREAD) ** 2 / _FREEDOM)
 
 
-def move_until_forgotten(
+def make_moves(
     key: jax.Array,
     coordinates: NoiseVector,
     walkers: Walker,
+    origin: jax.Array,
     temperature: jax.Array,
     tuning: Tuning,
+    adapting: jax.Array,
+    num_moves: jax.Array,
     *,
     num_steps: int,
-    correlation: float,
-    max_moves: int,
-    factor: jax.Array,
 ) -> tuple[Walker, Tuning, Moves]:
-    """Moves all walkers, adapting, until they have forgotten where they started.
+    """Moves all walkers, adapting or not.
 
     Args:
         key: random key.
         coordinates: of the model.
         walkers: at the temperature, a leading axis of N.
+        origin: points of the same walkers at an earlier time, (N, D).
         temperature: inverse, in (0, 1].
-        tuning: how they move to begin with; the metric is estimated anew.
-        num_steps: leapfrog steps of a move.
-        correlation: largest correlation with their starts that walkers may have at the end, in any coordinate.
-        max_moves: largest number of moves, times `factor`.
-        factor: how many times as many moves to make as it takes to forget.
-
-    Returns:
-        The walkers, how they move at the end, and what happened.
-    """
-    enough = jnp.maximum(correlation, least_correlation(walkers.q))
-
-    def one(carry: tuple, key: jax.Array) -> tuple:
-        walkers, tuning = carry
-        walkers, moves = _all(key, coordinates, walkers, temperature, tuning, num_steps)
-        accept_prob = jnp.mean(moves.accept_prob)
-        step_size = tuning.step_size * jnp.exp(_GAIN * (accept_prob - _TARGET_ACCEPTANCE))
-        return (walkers, tuning._replace(step_size=step_size)), (accept_prob, moves.diverging.sum())
-
-    def going(carry: tuple) -> jax.Array:
-        _, _, _, moves, needed = carry
-        return moves.num_moves < jnp.minimum(needed, max_moves) * factor
-
-    def some(carry: tuple) -> tuple:
-        key, now, tuning, moves, needed = carry
-        key, key_moves = jax.random.split(key)
-        tuning = tuning._replace(metric=estimate(now.q, now.gradient))
-        keys = jax.random.split(key_moves, _AT_ONCE)
-        (now, tuning), (accept_prob, diverging) = jax.lax.scan(one, (now, tuning), keys)
-        left = jnp.abs(correlations(walkers.q, now.q))
-        moves = Moves(
-            num_moves=moves.num_moves + _AT_ONCE,
-            correlation=left.max(),
-            worst=left.argmax(),
-            accept_prob=moves.accept_prob + accept_prob.sum(),  # the sum, until the end
-            num_diverging=moves.num_diverging + diverging.sum(),
-        )
-        forgotten = (left.max() <= enough) & (needed > max_moves)
-        return key, now, tuning, moves, jnp.where(forgotten, moves.num_moves, needed)
-
-    count = jnp.zeros((), jnp.int32)
-    none = Moves(count, jnp.ones(()), jnp.zeros((), int), jnp.zeros(()), count)
-    tuning = tuning._replace(metric=estimate(walkers.q, walkers.gradient))
-    needed = jnp.asarray(max_moves + 1, jnp.int32)
-    _, walkers, tuning, moves, _ = jax.lax.while_loop(going, some, (key, walkers, tuning, none, needed))
-    return walkers, tuning, moves._replace(accept_prob=moves.accept_prob / moves.num_moves)
-
-
-def draws_of(
-    key: jax.Array,
-    coordinates: NoiseVector,
-    walkers: Walker,
-    tuning: Tuning,
-    *,
-    num_steps: int,
-    num_draws: int,
-    between: jax.Array,
-) -> tuple[jax.Array, Moves]:
-    """Goes on with every walker as a chain at temperature 1, with nothing adapting.
-
-    Args:
-        key: random key.
-        coordinates: of the model.
-        walkers: at temperature 1, a leading axis of N.
         tuning: how they move.
+        adapting: whether to estimate the metric anew, once, and to let the step size follow the acceptance.
+        num_moves: how many.
         num_steps: leapfrog steps of a move.
-        num_draws: draws to keep of each.
-        between: moves from one to the next.
 
     Returns:
-        The draws, (N, num_draws, D), and what happened.
+        The walkers, how they move at the end, and what happened since, with the correlation with the origin.
     """
+    metric = jax.lax.cond(adapting, lambda: metric_of(walkers, len(tuning.metric.scale)), lambda: tuning.metric)
 
-    def draw(carry: tuple, key: jax.Array) -> tuple[tuple, jax.Array]:
-        def once(i: jax.Array, carry: tuple) -> tuple:
-            walkers, accepted, diverging = carry
-            key_now = jax.random.fold_in(key, i)
-            walkers, moves = _all(key_now, coordinates, walkers, jnp.ones(()), tuning, num_steps)
-            return walkers, accepted + moves.accept_prob, diverging + moves.diverging
+    def one(i: jax.Array, carry: tuple) -> tuple:
+        walkers, tuning, accepted, diverging = carry
+        walkers, moves = _all(jax.random.fold_in(key, i), coordinates, walkers, temperature, tuning, num_steps)
+        gain = jnp.where(adapting, _GAIN, 0.0) * (jnp.mean(moves.accept_prob) - _TARGET_ACCEPTANCE)
+        tuning = tuning._replace(step_size=tuning.step_size * jnp.exp(gain))
+        return walkers, tuning, accepted + moves.accept_prob, diverging + moves.diverging
 
-        carry = jax.lax.fori_loop(0, between, once, carry)
-        return carry, carry[0].q
+    none = jnp.zeros(len(walkers.q)), jnp.zeros(len(walkers.q), jnp.int32)
+    first = walkers, tuning._replace(metric=metric), *none
+    walkers, tuning, accepted, diverging = jax.lax.fori_loop(0, num_moves, one, first)
+    left = jnp.abs(correlations(origin, walkers.q))
+    return walkers, tuning, Moves(num_moves, left.max(), left.argmax(), accepted / num_moves, diverging.sum())
 
-    start, zero = walkers.q, jnp.zeros(len(walkers.q))
-    first = walkers, zero, jnp.zeros_like(zero, jnp.int32)
-    (walkers, accepted, diverging), q = jax.lax.scan(draw, first, jax.random.split(key, num_draws))
-    left = jnp.abs(correlations(start, walkers.q))
-    accept_prob = accepted / (num_draws * between)
-    moves = Moves(num_draws * between, left.max(), left.argmax(), accept_prob, diverging.sum())
-    return jnp.moveaxis(q, 0, 1), moves
+
+def joined(before: Moves | None, after: Moves) -> Moves:
+    """What happened in both, with the correlation at the end."""
+    if before is None:
+        return after
+    number = before.num_moves + after.num_moves
+    accepted = (before.num_moves * before.accept_prob + after.num_moves * after.accept_prob) / number
+    diverging = before.num_diverging + after.num_diverging
+    return after._replace(num_moves=number, accept_prob=accepted, num_diverging=diverging)
+
+
+def metric_of(walkers: Walker, num_islands: int) -> Metric:
+    """The metric of each island, which is that of where the walkers of the others are, not its own."""
+    others = np.array([[j for j in range(num_islands) if j != i] for i in range(num_islands)])
+    q, gradient = (_by_island(leaf, num_islands)[others] for leaf in (walkers.q, walkers.gradient))
+    size = q.shape[-1]
+    return jax.vmap(estimate)(q.reshape(num_islands, -1, size), gradient.reshape(num_islands, -1, size))
+
+
+def _by_island(walkers: Any, num_islands: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf.reshape(num_islands, -1, *leaf.shape[1:]), walkers)
 
 
 def _all(
@@ -244,11 +203,9 @@ def _all(
 ) -> tuple[Walker, Move]:
     """One move of every walker: where they are, and what happened to each."""
 
-    def one(key: jax.Array, walker: Walker) -> tuple[Walker, Move]:
-        return trajectory(key, coordinates, walker, temperature, tuning, steps)
+    def one(key: jax.Array, walker: Walker, metric: Metric) -> tuple[Walker, Move]:
+        return trajectory(key, coordinates, walker, temperature, metric, tuning.step_size, steps)
 
-    return jax.vmap(one)(jax.random.split(key, len(walkers.q)), walkers)
-
-
-_AT_ONCE = 4
-"""Moves between two estimates of the metric."""
+    keys, number = jax.random.split(key, len(walkers.q)), len(walkers.q)
+    moved = jax.vmap(jax.vmap(one, (0, 0, None)))(*_by_island((keys, walkers), len(tuning.metric.scale)), tuning.metric)
+    return jax.tree.map(lambda leaf: leaf.reshape(number, *leaf.shape[2:]), moved)
