@@ -49,7 +49,7 @@ from numpyro_diffusion.diagnostics.distances import (
 
 Scores = Callable[[jax.Array], jax.Array] | Any
 _CHUNK = 4096
-_BLOCKS = 50
+_BLOCKS = 20
 """Blocks of multipliers below which the bootstrap is said to be rough."""
 
 
