@@ -30,8 +30,12 @@ def turned(x_t, t, turn):
     return x0 + turn * jnp.array([-x0[1], x0[0]])
 
 
+def of_x0(function, parameters=None):
+    return FromFunction(function, (2,), "x0", SCHEDULE, parameters=parameters)
+
+
 def with_turn(turn):
-    return FromFunction(lambda x_t, t: turned(x_t, t, turn), SCHEDULE, (2,))
+    return of_x0(turned, turn)
 
 
 def test_losses_of_exact_denoisers():
@@ -54,6 +58,7 @@ def test_losses_find_a_bad_denoiser():
     assert problems[1].startswith("the denoiser is worse than a constant at noise levels") and "5" in problems[1]
 
 
+@pytest.mark.slow
 def test_fisher_divergence_of_gaussians():
     """Within 4 errors of the closed form at each level, and its integral is the Kullback-Leibler divergence.
 
@@ -99,7 +104,7 @@ def test_tweedie_holds_for_exact_denoisers_only():
     found = tweedie_consistency(with_turn(0.5), KEY, x, LEVELS)
     np.testing.assert_allclose(found.asymmetry, 0.5 / np.sqrt(1.25), rtol=0.1)
     assert found.problems[0] == "the Jacobian is not symmetric at noise levels 0.1, 1, 5"
-    away = FromFunction(lambda x_t, t: -x_t / (1.0 + SCHEDULE.sigma(t) ** 2), SCHEDULE, (2,))
+    away = of_x0(lambda x_t, t, _: -x_t / (1.0 + SCHEDULE.sigma(t) ** 2))
     found = tweedie_consistency(away, KEY, x, LEVELS)
     assert np.all(found.negative == 1.0) and found.problems[0].startswith("the Jacobian has negative directions")
     assert "not the squared error of held-out data at noise levels 0.1, 1, 5" in found.problems[1]
@@ -148,8 +153,6 @@ def test_bad_input(error, message, call):
 
 
 def test_a_denoiser_that_is_not_finite_is_named():
-    broken = FromFunction(
-        lambda x_t, t: jnp.where(SCHEDULE.sigma(t) > 2.0, jnp.nan, turned(x_t, t, 0.0)), SCHEDULE, (2,)
-    )
+    broken = of_x0(lambda x_t, t, _: jnp.where(SCHEDULE.sigma(t) > 2.0, jnp.nan, turned(x_t, t, 0.0)))
     problems = denoising_losses(broken, KEY, HELD_OUT, DATA, LEVELS).problems
     assert problems[-1] == "the denoiser is not finite at noise levels 5"

@@ -81,6 +81,7 @@ def test_length_scale_and_units():
     np.testing.assert_allclose(one.length_scale, np.median(distances), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_level_and_power_for_chains():
     """Of 40 runs of dependent chains at level .05; independent signs call many exact ones wrong.
 

@@ -94,6 +94,7 @@ def test_permutations_cover_the_given_labels():
     np.testing.assert_allclose(found, sliced(np.eye(2), x, y), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_classifier():
     """Equal laws: 1/2 within 4 binomial errors; a ring and a Gaussian with its covariance are told apart."""
     rng = np.random.default_rng(6)
