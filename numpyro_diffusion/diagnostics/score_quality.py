@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from scipy.integrate import trapezoid
 
 from numpyro_diffusion import _checks, _precision
 from numpyro_diffusion.denoise import Denoiser, require_denoiser
@@ -155,7 +156,7 @@ def fisher_divergence(
     _, _, other_t = check(second, x, levels, "x", "second")
     found = over_levels(_gap, (first, second), key, x, jnp.stack([t, other_t], 1), 1)[:, :, 0]
     value = found.mean(1)
-    kl = float(np.trapezoid(value * levels**2, np.log(levels)))  # d tau / 2 = level^2 d log level
+    kl = float(trapezoid(value * levels**2, np.log(levels)))  # d tau / 2 = level^2 d log level
     return Divergence(levels, value, standard_error(found), kl)
 
 
