@@ -29,6 +29,7 @@ from flax import nnx
 
 from numpyro_diffusion.denoise import GaussianMixture, NetworkDenoiser
 from numpyro_diffusion.density import log_prob
+from numpyro_diffusion.diagnostics import sliced_wasserstein
 from numpyro_diffusion.nn import MLP, UNet
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import Ancestral, DPMSolverPP, Heun, Solver, sample, solve, terminal_point
@@ -87,14 +88,9 @@ def unet_over_network(fast: bool, repeats: int) -> float:
     return median_ratio(lambda: walk(solver, denoiser, z), alone, repeats)
 
 
-@partial(jax.jit, static_argnums=2)
-def sliced_w1(draws: jax.Array, exact: jax.Array, num_projections: int = 200) -> jax.Array:
-    """Mean over projections of the W1 between the marginals; the longer sample is cut to a multiple and averaged."""
-    directions = jax.random.normal(jax.random.key(7), (num_projections, draws.shape[1]))
-    directions /= jnp.linalg.norm(directions, axis=1, keepdims=True)
-    ordered = [jnp.sort(x @ directions.T, 0) for x in (draws, exact)]
-    grouped = ordered[1].reshape(len(draws), -1, num_projections)
-    return jnp.mean(jnp.abs(ordered[0][:, None] - grouped))
+@jax.jit
+def sliced_w1(draws: jax.Array, exact: jax.Array) -> jax.Array:
+    return sliced_wasserstein(draws, exact, jax.random.key(7), 200)
 
 
 @partial(jax.jit, static_argnums=(0, 3))

@@ -19,6 +19,7 @@ from flax import nnx
 
 from numpyro_diffusion.denoise import GaussianMixture, NetworkDenoiser
 from numpyro_diffusion.density import log_prob
+from numpyro_diffusion.diagnostics import sliced_wasserstein
 from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import StochasticHeun, sample
@@ -44,11 +45,9 @@ def grid() -> GaussianMixture:
 LAWS = {"two moons": moons, "25 Gaussians": grid}
 
 
-def sliced_w1(draws: jax.Array, exact: jax.Array, num_projections: int = 1000) -> float:
-    """Mean over projections of the W1 between the marginals of two samples of one size."""
-    directions = jax.random.normal(jax.random.key(7), (num_projections, draws.shape[1]))
-    directions /= jnp.linalg.norm(directions, axis=1, keepdims=True)
-    return float(jnp.mean(jnp.abs(jnp.sort(draws @ directions.T, 0) - jnp.sort(exact @ directions.T, 0))))
+@jax.jit
+def sliced_w1(draws: jax.Array, exact: jax.Array) -> jax.Array:
+    return sliced_wasserstein(draws, exact, jax.random.key(7))
 
 
 @jax.jit

@@ -36,6 +36,7 @@ import numpyro.distributions as dist
 from numpyro.infer import MCMC
 
 from numpyro_diffusion.denoise import GaussianMixture
+from numpyro_diffusion.diagnostics import sliced_wasserstein
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.guidance import Guided, linear
 from numpyro_diffusion.infer import (
@@ -90,11 +91,7 @@ def exact_draws(key: jax.Array, problem: Problem, count: int) -> jax.Array:
 
 @jax.jit
 def sliced_w1(key: jax.Array, few: jax.Array, many: jax.Array) -> jax.Array:
-    """Mean over projections of the W1 distance; the larger sample's size is a multiple of the smaller's."""
-    directions = jax.random.normal(key, (NUM_PROJECTIONS, few.shape[1]))
-    directions /= jnp.linalg.norm(directions, axis=1, keepdims=True)
-    few, many = (jnp.sort(directions @ sample.T, axis=1) for sample in (few, many))
-    return jnp.abs(few[:, :, None] - many.reshape(*few.shape, -1)).mean()
+    return sliced_wasserstein(few, many, key, NUM_PROJECTIONS)
 
 
 def model(prior: DiffusionPrior, A: jax.Array, y: jax.Array, sigma: jax.Array) -> None:

@@ -23,6 +23,7 @@ import optax
 from jax.typing import ArrayLike
 
 from numpyro_diffusion.denoise import Denoiser, GaussianMixture
+from numpyro_diffusion.diagnostics import sliced_wasserstein
 from numpyro_diffusion.noise import VE, Karras, TimeGrid
 from numpyro_diffusion.solve import (
     Ancestral,
@@ -109,16 +110,11 @@ CORNERS = 8.0 * np.array([(i, j) for i in range(-2, 3) for j in range(-2, 3)])
 WEIGHTS = np.random.default_rng(0).dirichlet(np.full(25, 3.0))
 
 
-def sliced_w1(draws: jax.Array, exact: jax.Array, num_projections: int = 500) -> jax.Array:
-    directions = jax.random.normal(jax.random.key(7), (num_projections, draws.shape[1]))
-    directions /= jnp.linalg.norm(directions, axis=1, keepdims=True)
-    return jnp.mean(jnp.abs(jnp.sort(draws @ directions.T, 0) - jnp.sort(exact @ directions.T, 0)))
-
-
 def summary(draws: jax.Array, exact: jax.Array) -> jax.Array:
     squared = jnp.sum((draws[:, None] - CORNERS) ** 2, -1)
     shares = jnp.bincount(jnp.argmin(squared, 1), length=25) / len(draws)
-    return jnp.array([sliced_w1(draws, exact), jnp.abs(shares - WEIGHTS).sum() / 2, jnp.min(squared, 1).mean() / 2])
+    w1 = sliced_wasserstein(draws, exact, jax.random.key(7), 500)
+    return jnp.array([w1, jnp.abs(shares - WEIGHTS).sum() / 2, jnp.min(squared, 1).mean() / 2])
 
 
 @partial(jax.jit, static_argnums=(0, 2))

@@ -1,7 +1,55 @@
-"""What a run has to say about itself: statistics for ArviZ, and whether its chains have converged."""
+"""What draws and runs have to say about themselves: convergence, distances between laws, the quality of a score."""
 
 from numpyro_diffusion.diagnostics.arviz import to_arviz
+from numpyro_diffusion.diagnostics.consistency import Circulation, Consistency, circulation, tweedie_consistency
 from numpyro_diffusion.diagnostics.convergence import Verdict, verdict
+from numpyro_diffusion.diagnostics.distances import energy_distance, mmd, sliced_wasserstein
 from numpyro_diffusion.diagnostics.nested import nested_rhat
+from numpyro_diffusion.diagnostics.score_quality import (
+    DenoisingLosses,
+    Divergence,
+    Mass,
+    denoising_losses,
+    fisher_divergence,
+    mass,
+)
+from numpyro_diffusion.diagnostics.stein import (
+    Discrepancy,
+    SteinTest,
+    score_function,
+    stein_discrepancy,
+    stein_test,
+    stein_thin,
+)
+from numpyro_diffusion.diagnostics.two_sample import Comparison, Memorisation, classifier_test, compare, memorisation
 
-__all__ = ["Verdict", "nested_rhat", "to_arviz", "verdict"]
+__all__ = [
+    "Circulation",
+    "Comparison",
+    "Consistency",
+    "DenoisingLosses",
+    "Discrepancy",
+    "Divergence",
+    "Mass",
+    "Memorisation",
+    "SteinTest",
+    "Verdict",
+    "circulation",
+    "classifier_test",
+    "compare",
+    "denoising_losses",
+    "energy_distance",
+    "fisher_divergence",
+    "mass",
+    "memorisation",
+    "mmd",
+    "nested_rhat",
+    "score_function",
+    "sliced_wasserstein",
+    "stein_discrepancy",
+    "stein_test",
+    "stein_thin",
+    "to_arviz",
+    "tweedie_consistency",
+    "verdict",
+]

@@ -2,7 +2,7 @@
 
 from numpyro_diffusion.infer.anneal import AnnealedLangevin, GuidedReverse, at_clean_point
 from numpyro_diffusion.infer.combine import Cycle, DiffusionGibbs, Mixture, ParallelTempering, Vectorize
-from numpyro_diffusion.infer.gradient import MALA, ULA, DiffusiveGibbs, ScoreHMC, Tweedie
+from numpyro_diffusion.infer.gradient import MALA, ULA, DiffusiveGibbs, JointScores, ScoreHMC, Tweedie, joint_scores
 from numpyro_diffusion.infer.kernel import DiffusionKernel
 from numpyro_diffusion.infer.model import Density, LineIntegral, LogPrior, Score, Status, drop_prior, with_density
 from numpyro_diffusion.infer.noise import CrankNicolson, EllipticalSlice, NoiseSpace
@@ -23,6 +23,7 @@ __all__ = [
     "EllipticalSlice",
     "GuidedPCN",
     "Independence",
+    "JointScores",
     "LineIntegral",
     "LogPrior",
     "Mixture",
@@ -41,5 +42,6 @@ __all__ = [
     "Vectorize",
     "at_clean_point",
     "drop_prior",
+    "joint_scores",
     "with_density",
 ]
