@@ -18,14 +18,13 @@ from numpyro.util import is_prng_key
 from scipy.stats import kstest
 
 from numpyro_diffusion.diagnostics import (
-    SBC,
     coverage,
     ecdf_bands,
     simulations_needed,
     spread_skill,
     uniformity_p_value,
 )
-from numpyro_diffusion.infer import MALA
+from numpyro_diffusion.infer import MALA, SBC
 
 DIMENSION = 4
 SIZES = {"num_warmup": 0, "num_samples": 40, "num_chains": 2}

@@ -1,4 +1,4 @@
-"""What a run has to say about itself: statistics for ArviZ, convergence, and whether its posteriors are right."""
+"""What a run has to say about itself: statistics for ArviZ, whether its chains have converged, and its calibration."""
 
 from numpyro_diffusion.diagnostics.arviz import to_arviz
 from numpyro_diffusion.diagnostics.calibration import Calibration
@@ -12,10 +12,8 @@ from numpyro_diffusion.diagnostics.coverage import (
     uniformity_p_value,
 )
 from numpyro_diffusion.diagnostics.nested import nested_rhat
-from numpyro_diffusion.diagnostics.simulate import SBC
 
 __all__ = [
-    "SBC",
     "Calibration",
     "Verdict",
     "ecdf_bands",

@@ -18,6 +18,7 @@ References:
     sensitivity, 2023, https://arxiv.org/abs/2211.02383.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -239,7 +240,7 @@ class Calibration:
         import arviz as az
 
         values = {name: self.levels[name][None] for name in self.ranks}
-        if hasattr(az, "InferenceData"):  # ArviZ 0.23
+        if "posterior" in inspect.signature(az.from_dict).parameters:  # ArviZ 0.23; 1.x takes one dictionary
             data = az.InferenceData(warn_on_custom_groups=False, prior_sbc=az.convert_to_dataset(values))
         else:
             data = az.from_dict({"prior_sbc": values})

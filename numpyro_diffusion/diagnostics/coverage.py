@@ -26,14 +26,12 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 from scipy.special import bdtr, bdtrc, gammaln, ndtri
-from scipy.stats import chi2, norm, rankdata
+from scipy.stats import chi2, norm
 
 from numpyro_diffusion import _checks
 
 MOST_POINTS = 100
-_CORRELATION = 0.05
 _SURELY_OUTSIDE = 1e-8
 """A pointwise probability below which the bound of Bonferroni is as good as the recursion."""
 
@@ -264,42 +262,3 @@ def simulations_needed(
     if not effect > 0.0:
         raise ValueError(f"shift must not be 0 and inflation not 1; got shift={shift} and inflation={inflation}")
     return int(np.ceil(((norm.isf(0.5 * level) + norm.ppf(power)) / effect) ** 2))
-
-
-def mixing(draws: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Effective sample sizes and R-hats of the ranks of draws, by simulation and entry.
-
-    Args:
-        draws: by site and quantity, (simulations, chains, draws, ...).
-
-    Returns:
-        Two arrays (simulations, entries); where nothing varies, sizes are the number of draws and R-hats are one.
-    """
-    sizes, r_hats = [], []
-    for value in draws.values():
-        simulations, chains, length = value.shape[:3]
-        ranks = rankdata(value.reshape(simulations, chains * length, -1), axis=1)
-        ranks = np.moveaxis(ranks.reshape(simulations, chains, length, -1), 0, 2)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            sizes.append(effective_sample_size(ranks))
-            r_hats.append(split_gelman_rubin(ranks) if chains > 1 else np.full(ranks.shape[2:], np.nan))
-    sizes, r_hats = np.concatenate(sizes, -1), np.concatenate(r_hats, -1)
-    return np.where(np.isfinite(sizes), sizes, chains * length), np.where(np.isfinite(sizes), r_hats, 1.0)
-
-
-def spacing(time: float, length: int) -> int:
-    """The lag at which an autoregression of some autocorrelation time has a correlation of .05."""
-    correlation = max(time - 1.0, 0.0) / (time + 1.0)
-    return 1 if correlation < _CORRELATION else min(int(np.ceil(np.log(_CORRELATION) / np.log(correlation))), length)
-
-
-def still(draws: np.ndarray) -> np.ndarray:
-    """Which chains never moved at all in a site of real numbers, (simulations, chains)."""
-    if not np.issubdtype(draws.dtype, np.inexact):
-        return np.zeros(draws.shape[:2], bool)
-    return ~any_of(draws != draws[:, :, :1], 2)
-
-
-def any_of(values: np.ndarray, lead: int) -> np.ndarray:
-    """Whether any is true, over all but the first dimensions."""
-    return values.reshape(*values.shape[:lead], -1).any(-1)

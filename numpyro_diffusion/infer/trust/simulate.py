@@ -2,16 +2,13 @@ r"""Simulation-based calibration of any sampler on any model that can be simulat
 
 For $i = 1, \dots, n$: draw $\theta_i$ from the prior and data $y_i$ given it, sample the posterior of $y_i$, and rank
 $f(\theta_i, y_i)$ among $f(\theta, y_i)$ of the draws, for every entry of every site and for test quantities $f$. The
-ranks are uniform if the sampler is exact for the model. `calibration` says what they say.
+ranks are uniform if the sampler is exact for the model.
 
 Kernels of `MCMC` are run on a batch of simulations at once: one compiled program, `jax.vmap` over simulations of the
 prior's draw, the data, and `MCMC.run` with the data as arguments of the model. Other samplers, which have a `run` of
 their own, run one simulation after the other.
 
-Draws of a chain are correlated, and ranks are uniform among independent ones. So only every $k$-th draw of each chain
-is ranked, with one $k$ for all: the lag at which an autoregression has a correlation of .05 if its autocorrelation time
-is $\tau = C N / \mathrm{ESS}$, for $C$ chains of $N$ draws, that of the ranks of the slowest site or quantity, averaged
-over the simulations of the first batch.
+`ranking` has the ranks, `diagnostics.calibration` what they say.
 
 References:
     Talts et al., Validating Bayesian inference algorithms with simulation-based calibration, 2018,
@@ -22,7 +19,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +32,7 @@ from numpyro.infer.util import log_density
 
 from numpyro_diffusion import _checks, _precision
 from numpyro_diffusion.diagnostics.calibration import LOG_JOINT, Calibration
-from numpyro_diffusion.diagnostics.coverage import any_of, distance_ranks, mixing, spacing, still
+from numpyro_diffusion.infer.trust.ranking import Batch, rank
 
 LOG_LIKELIHOOD = "log_likelihood"
 _MOST_NUMBERS = 2**23
@@ -43,14 +40,6 @@ _MOST_NUMBERS = 2**23
 
 Model = Callable[..., Any]
 Quantity = Callable[[dict[str, jax.Array], dict[str, jax.Array]], jax.Array]
-
-
-class Batch(NamedTuple):
-    """Simulations and their draws."""
-
-    truths: dict[str, np.ndarray]  # of sites and quantities, (simulations, ...)
-    draws: dict[str, np.ndarray]  # (simulations, chains, draws, ...)
-    indices: np.ndarray  # which simulations of the run they are
 
 
 class SBC:
@@ -81,7 +70,7 @@ class SBC:
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
-        >>> from numpyro_diffusion.diagnostics import SBC
+        >>> from numpyro_diffusion.infer import SBC
         >>> from numpyro.infer import NUTS
         >>> def model(y):
         ...     numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(0.0, 1.0)), 1.0), obs=y)
@@ -146,7 +135,7 @@ class SBC:
         else:
             batches = self._one_by_one(keys, arguments, failures, said)
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key_ranks)).astype(np.uint32))
-        return _rank(rng, batches, arguments, self._num_simulations, failures, said)
+        return rank(rng, batches, arguments.latent, self._num_simulations, failures, said)
 
     def _simulate(self, key: jax.Array, arguments: "_Arguments") -> tuple[dict, dict]:
         with _precision.highest():
@@ -185,9 +174,8 @@ class SBC:
         for first in range(0, len(keys), size):
             wanted = np.arange(first, min(first + size, len(keys)))
             filled = np.resize(wanted, size)  # one shape, one program
-            truths, draws = jax.tree.map(lambda leaf: np.asarray(leaf), self._program[1](keys[filled]))
-            count = len(wanted)
-            yield Batch(*(jax.tree.map(lambda leaf, n=count: leaf[:n], tree) for tree in (truths, draws)), wanted)
+            both = self._program[1](keys[filled])
+            yield Batch(*jax.tree.map(lambda leaf, indices=wanted: np.asarray(leaf)[: len(indices)], both), wanted)
 
     def _fitting(self, one: Callable, key: jax.Array) -> int:
         """How many simulations a batch may have."""
@@ -275,75 +263,6 @@ class _Arguments:
     def same_as(self, leaves: list) -> bool:
         """Whether these are the very arrays of an earlier run."""
         return len(leaves) == len(self.leaves) and all(a is b for a, b in zip(leaves, self.leaves, strict=True))
-
-
-def _rank(
-    rng: np.random.Generator,
-    batches: Iterator[Batch],
-    arguments: _Arguments,
-    num_simulations: int,
-    failures: dict[str, list[int]],
-    said: dict[str, list[int]],
-) -> Calibration:
-    """Ranks batch by batch: no more than one is in memory."""
-    every, scale, rows = None, None, []
-    for batch in batches:
-        if not (good := _look(batch, arguments.latent, failures)).any():
-            continue
-        truths, draws = jax.tree.map(lambda leaf, good=good: leaf[good], (batch.truths, batch.draws))
-        sizes, r_hat = mixing(draws)
-        chains, length = next(iter(draws.values())).shape[1:3]
-        if every is None:
-            every = spacing(float((chains * length / sizes).mean(0).max()), length)
-            scale = {name: np.maximum(truths[name].std(0), 1e-30) for name in arguments.latent}
-        row = {"ranks": {}, "means": {}, "deviations": {}, "ess": sizes.min(1), "r_hat": r_hat.max(1)}
-        thinned = {name: _flat(value[:, :, ::every]) for name, value in draws.items()}
-        for name, truth in truths.items():
-            below = (thinned[name] < truth[:, None]).sum(1)
-            ties = (thinned[name] == truth[:, None]).sum(1)
-            row["ranks"][name] = below + rng.integers(0, ties + 1)
-        for name in arguments.latent:
-            row["means"][name] = draws[name].mean((1, 2), dtype=np.float64)
-            row["deviations"][name] = draws[name].std((1, 2), dtype=np.float64)
-        points = _points(truths, scale, 1)
-        # another simulation's truth, which knows nothing of this one's; of a single simulation, the origin
-        references = np.roll(points, 1, axis=0) if len(points) > 1 else np.zeros_like(points)
-        below, ties = distance_ranks(points, _points(thinned, scale, 2), references)
-        row["tarp"] = below + rng.integers(0, ties + 1)
-        row["truths"] = {name: truths[name] for name in arguments.latent}
-        rows.append((row, next(iter(thinned.values())).shape[1]))
-    if not rows:
-        raise ValueError(f"the sampler failed in all {num_simulations} simulations: {'; '.join(failures)}")
-    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *[row for row, _ in rows])
-    by_reason = [{reason: tuple(where) for reason, where in table.items()} for table in (failures, said)]
-    return Calibration(
-        num_ranks=rows[0][1], num_simulations=num_simulations, failures=by_reason[0], warnings=by_reason[1], **joined
-    )
-
-
-def _look(batch: Batch, latent: list[str], failures: dict[str, list[int]]) -> np.ndarray:
-    """Which simulations have draws to look at; the others are noted with their reasons."""
-    good = np.ones(len(batch.indices), bool)
-    for reason, wrong in {
-        "draws that are not finite": [any_of(~np.isfinite(value), 1) for value in batch.draws.values()],
-        "a chain that did not move": [any_of(still(batch.draws[name]), 1) for name in latent],
-    }.items():
-        bad = good & np.any(wrong, axis=0)
-        if bad.any():
-            failures.setdefault(reason, []).extend(int(i) for i in batch.indices[bad])
-        good &= ~bad
-    return good
-
-
-def _flat(draws: np.ndarray) -> np.ndarray:
-    """Chains one after the other, (simulations, chains, draws, ...) -> (simulations, chains * draws, ...)."""
-    return draws.reshape(len(draws), -1, *draws.shape[3:])
-
-
-def _points(values: dict[str, np.ndarray], scale: dict[str, np.ndarray], lead: int) -> np.ndarray:
-    """All sites as one vector, in units of their priors' standard deviations."""
-    parts = [values[name] / scale[name] for name in scale]
-    return np.concatenate([part.reshape(*part.shape[:lead], -1) for part in parts], -1)
 
 
 def _without_numbers(text: str) -> str:
