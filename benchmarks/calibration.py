@@ -163,3 +163,19 @@ def power(seeds: int, **options: Any) -> dict[str, Any]:
         print(f"{name:24} {results[name]:3} of {seeds}   p from {p_values[0]:.1e} to {p_values[-1]:.1e}", flush=True)
         print(f"    first seed, {time.process_time() - started:.0f} CPU s in all: {found[0]}".replace("\n", "\n    "))
     return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--power", action="store_true", help="planted errors instead of the table")
+    parser.add_argument("--seeds", type=int, default=20, help="of each planted error")
+    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    options = parser.parse_args()
+    results = power(options.seeds)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

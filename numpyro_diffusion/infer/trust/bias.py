@@ -101,33 +101,32 @@ def bias_report(
 ) -> BiasReport:
     """Measures the bias of a run by a short exact correction of its draws.
 
-        Args:
-            rng_key: random key.
-            run: a finished run of `MCMC`, or a particle sampler that has run.
-            kernel: makes a kernel that is exact for the model. None takes `MALA` where every diffusion prior has its
-                denoiser's own density, and `NoiseSpace` elsewhere, which is exact for the law of the flow.
-            num_chains: correcting chains, each from a draw of the run; at most as many as it has draws.
-            num_steps: steps of each chain to adapt in, and as many again, of which the second half counts.
+    Args:
+        rng_key: random key.
+        run: a finished run of `MCMC`, or a particle sampler that has run.
+        kernel: makes a kernel that is exact for the model. None takes `MALA` where every diffusion prior has its
+            denoiser's own density, and `NoiseSpace` elsewhere, which is exact for the law of the flow.
+        num_chains: correcting chains, each from a draw of the run; at most as many as it has draws.
+        num_steps: steps of each chain to adapt in, and as many again, of which the second half counts.
 
-        Returns:
-            A `BiasReport`.
+    Returns:
+        A `BiasReport`.
 
-        Raises:
-            TypeError: if `kernel` is not callable.
-            ValueError: if the run has not finished or has draws that are not finite, its model has discrete sites, or
-                `num_chains` or `num_steps` is below four.
+    Raises:
+        TypeError: if `kernel` is not callable.
+        ValueError: if the run has not finished or has draws that are not finite, its model has discrete sites, or
+            `num_chains` or `num_steps` is below four.
 
-        Example:
-            >>> import jax, numpyro, numpyro.distributions as dist
-            >>> from numpyro.diagnostics import effective_sample_size
-    from numpyro.infer import MCMC
-            >>> from numpyro_diffusion.infer import ULA, bias_report
-            >>> def model(y):
-            ...     numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(0.0, 1.0)), 1.0), obs=y)
-            >>> mcmc = MCMC(ULA(model, step_size=0.9), num_warmup=100, num_samples=1000, progress_bar=False)
-            >>> mcmc.run(jax.random.key(0), 3.0)
-            >>> bias_report(jax.random.key(1), mcmc).biased
-            True
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import MCMC
+        >>> from numpyro_diffusion.infer import ULA, bias_report
+        >>> def model(y):
+        ...     numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+        >>> mcmc = MCMC(ULA(model, step_size=0.9), num_warmup=100, num_samples=1000, progress_bar=False)
+        >>> mcmc.run(jax.random.key(0), 3.0)
+        >>> bias_report(jax.random.key(1), mcmc).biased
+        True
     """
     _checks.at_least(4, num_chains=num_chains, num_steps=num_steps)
     if not (kernel is None or callable(kernel)):
