@@ -177,17 +177,17 @@ def _report(draws: _Values, starts: _Values, ends: _Values, kernel: str) -> Bias
     found: list[_Values] = [{}, {}, {}, {}]
     correlation = 0.0
     for name, start in starts.items():
-        run = draws[name].astype(np.float64)
-        ess = np.clip(effective_sample_size(run), 1.0, run.shape[0] * run.shape[1])
+        centre = draws[name].mean((0, 1), dtype=np.float64)
+        run, start, end = draws[name] - centre, start - centre, ends[name] - centre
+        own = _own_errors(run)
         before = run.mean((0, 1)), np.square(run).mean((0, 1))
-        after = [_adjusted(start**k, np.power(ends[name], k, dtype=np.float64).mean(1), before[k - 1]) for k in (1, 2)]
+        after = [_adjusted(start**k, (end**k).mean(1), before[k - 1]) for k in (1, 2)]
         shift, growth = _shifts(*before, *(part.mean(0) for part in after))
         resampled = zip(*(_shifts(*before, *(part[rows].mean(0) for part in after)) for rows in chosen), strict=True)
-        errors = [np.std(values, axis=0) for values in resampled]
-        errors = [np.sqrt(error**2 + own) for error, own in zip(errors, (1.0 / ess, 0.5 / ess), strict=True)]
+        errors = [np.hypot(np.std(values, axis=0), error) for values, error in zip(resampled, own, strict=True)]
         for table, value in zip(found, (shift, errors[0], growth, errors[1]), strict=True):
             table[name] = value
-        correlation = max(correlation, _correlation(start, ends[name][:, -1]))
+        correlation = max(correlation, _correlation(start, end[:, -1]))
     problems = []
     if correlation > _LARGEST_CORRELATION + 3.0 / np.sqrt(count):
         problems.append(
@@ -199,9 +199,17 @@ def _report(draws: _Values, starts: _Values, ends: _Values, kernel: str) -> Bias
     return BiasReport(*found, correlation, count, kernel, tuple(problems))
 
 
+def _own_errors(run: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Standard errors of the run's mean, in standard deviations, and of its log standard deviation."""
+    squares, number = np.square(run), run.shape[0] * run.shape[1]
+    sizes = (np.clip(effective_sample_size(values), 1.0, number) for values in (run, squares))
+    relative = squares.std((0, 1)) / np.maximum(squares.mean((0, 1)), 1e-30)
+    return tuple(scale / np.sqrt(size) for scale, size in zip((1.0, 0.5 * relative), sizes, strict=True))
+
+
 def _adjusted(start: np.ndarray, end: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Ends as they would be if the starts had the run's mean, by regression."""
-    centred = start.astype(np.float64) - start.mean(0, dtype=np.float64)
+    centred = start - start.mean(0)
     slope = (centred * (end - end.mean(0))).sum(0) / np.maximum(np.square(centred).sum(0), 1e-30)
     return end - slope * (start - mean)
 
