@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from numpyro.infer import MCMC, NUTS
+from numpyro.infer import MCMC
 
 from numpyro_diffusion.data import digits
 from numpyro_diffusion.denoise import Gaussian
 from numpyro_diffusion.diagnostics import Calibration, verdict
 from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.infer import SBC, GuidedReverse, bias_report, with_density
+from numpyro_diffusion.infer import MALA, SBC, GuidedReverse, bias_report
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.plots import plot_coverage, plot_ecdf_difference
 from numpyro_diffusion.solve import DPMSolverPP
@@ -51,19 +51,16 @@ def model(y: jax.Array, prior: DiffusionPrior) -> None:
     numpyro.sample("y", dist.Normal(x[:8], NOISE).to_event(1), obs=y)
 
 
-def nuts(model: Callable) -> NUTS:
-    """Exact for the prior's own density."""
-    return NUTS(with_density(model), max_tree_depth=6)
-
-
-def look(kernel: Callable, y: jax.Array, prior: DiffusionPrior, num_simulations: int, num_draws: int) -> Calibration:
+def look(
+    kernel: Callable, y: jax.Array, prior: DiffusionPrior, num_simulations: int, num_draws: int, num_samples: int
+) -> Calibration:
     """All that can be asked of one sampler."""
     options = {"num_warmup": num_draws, "num_samples": num_draws, "num_chains": 4, "chain_method": "vectorized"}
     mcmc = MCMC(kernel(model), **options, progress_bar=False)
     mcmc.run(jax.random.key(0), y, prior)
     print(f"\n{kernel.__name__}\nverdict: {verdict(mcmc)}")
     print(f"bias_report: {bias_report(jax.random.key(1), mcmc)}")
-    sizes = {"num_simulations": num_simulations, "num_warmup": num_draws // 2, "num_samples": 100}
+    sizes = {"num_simulations": num_simulations, "num_warmup": 500, "num_samples": num_samples}
     found = SBC(kernel, model, **sizes).run(jax.random.key(2), None, prior)
     print(f"SBC: {found}")
     share, error = (np.mean(part) for part in found.coverage(0.9)["x"])
@@ -92,13 +89,16 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="few simulations")
     parser.add_argument("--png", type=Path, default=OUTPUT / "is_it_right.png", help="where to write the figure")
     options = parser.parse_args()
-    num_simulations, num_draws = (100, 100) if options.fast else (400, 1000)
 
     images, held_out = digits(jax.random.key(0))
     prior = prior_of(blocks(images))
     truth = blocks(held_out)[0]
     y = jnp.asarray(truth[:8] + NOISE * np.random.default_rng(0).normal(size=8), jnp.float32)
-    found = {kernel.__name__: look(kernel, y, prior, num_simulations, num_draws) for kernel in (GuidedReverse, nuts)}
+    kernels = {GuidedReverse: (1000, 100), MALA: (5000, 800)}  # draws of a chain, of the run and of a simulation
+    found = {}
+    for kernel, (num_draws, num_samples) in kernels.items():
+        sizes = (100, 100, 100) if options.fast else (400, num_draws, num_samples)
+        found[kernel.__name__] = look(kernel, y, prior, *sizes)
     draw(found, options.png)
 
 
