@@ -27,6 +27,7 @@ INFER = {  # the rooms of `infer/`: each imports lower ones, never its own neigh
     **dict.fromkeys(["reverse", "gradient", "anneal", "noise"], 2),
     "combine": 3,
     "particles": 4,
+    "trust": 5,
 }
 MAX_LINES = 350
 FEWEST, MOST = 3, 9  # files of a folder, besides its `__init__`
@@ -155,7 +156,16 @@ def test_the_import_is_light():
     assert result.stdout.strip() == "[]"
 
 
-DEAR = "infer.particles", "infer.combine", "infer.reverse", "infer.gradient", "nn.unet", "train.fit", "diagnostics"
+DEAR = (
+    "infer.particles",
+    "infer.trust",
+    "infer.combine",
+    "infer.reverse",
+    "infer.gradient",
+    "nn.unet",
+    "train.fit",
+    "diagnostics",
+)
 """Modules whose examples take seconds to compile."""
 EXAMPLES = [
     pytest.param(name, marks=[pytest.mark.slow] * name.startswith(tuple(f"{PACKAGE.name}.{part}" for part in DEAR)))

@@ -1,11 +1,20 @@
-"""What draws and runs have to say about themselves: convergence, distances between laws, the quality of a score."""
+"""What draws and runs have to say about themselves: convergence, calibration, distances, the quality of a score."""
 
 from numpyro_diffusion.diagnostics.arviz import to_arviz
-from numpyro_diffusion.diagnostics.consistency import Circulation, Consistency, circulation, tweedie_consistency
+from numpyro_diffusion.diagnostics.calibration import Calibration
 from numpyro_diffusion.diagnostics.convergence import Verdict, verdict
+from numpyro_diffusion.diagnostics.coverage import (
+    ecdf_bands,
+    highest_density_coverage,
+    interval_coverage,
+    simulations_needed,
+    spread_skill,
+    uniformity_p_value,
+)
 from numpyro_diffusion.diagnostics.distances import energy_distance, mmd, sliced_wasserstein
 from numpyro_diffusion.diagnostics.nested import nested_rhat
-from numpyro_diffusion.diagnostics.score_quality import (
+from numpyro_diffusion.diagnostics.scores.consistency import Circulation, Consistency, circulation, tweedie_consistency
+from numpyro_diffusion.diagnostics.scores.quality import (
     DenoisingLosses,
     Divergence,
     Mass,
@@ -13,7 +22,7 @@ from numpyro_diffusion.diagnostics.score_quality import (
     fisher_divergence,
     mass,
 )
-from numpyro_diffusion.diagnostics.stein import (
+from numpyro_diffusion.diagnostics.scores.stein import (
     Discrepancy,
     SteinTest,
     score_function,
@@ -51,5 +60,15 @@ __all__ = [
     "stein_thin",
     "to_arviz",
     "tweedie_consistency",
+    "Calibration",
+    "Verdict",
+    "ecdf_bands",
+    "highest_density_coverage",
+    "interval_coverage",
+    "nested_rhat",
+    "simulations_needed",
+    "spread_skill",
+    "to_arviz",
+    "uniformity_p_value",
     "verdict",
 ]

@@ -8,11 +8,14 @@ from numpyro_diffusion.infer.model import Density, LineIntegral, LogPrior, Score
 from numpyro_diffusion.infer.noise import CrankNicolson, EllipticalSlice, NoiseSpace
 from numpyro_diffusion.infer.particles import PopulationHMC, TemperedSMC, TwistedSMC
 from numpyro_diffusion.infer.reverse import DiffusionPCN, GuidedPCN, Independence, ParticleGibbs, SplitGibbs
+from numpyro_diffusion.infer.trust import SBC, BiasReport, bias_report
 
 __all__ = [
     "MALA",
+    "SBC",
     "ULA",
     "AnnealedLangevin",
+    "BiasReport",
     "CrankNicolson",
     "Cycle",
     "Density",
@@ -41,6 +44,7 @@ __all__ = [
     "TwistedSMC",
     "Vectorize",
     "at_clean_point",
+    "bias_report",
     "drop_prior",
     "joint_scores",
     "with_density",

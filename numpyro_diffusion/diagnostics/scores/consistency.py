@@ -23,7 +23,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_diffusion.denoise import Denoiser, covariance
-from numpyro_diffusion.diagnostics.score_quality import ERRORS, check, named, over_levels, standard_error
+from numpyro_diffusion.diagnostics.scores.quality import ERRORS, check, named, over_levels, standard_error
 from numpyro_diffusion.noise import perturb
 
 _NATS = 0.1
@@ -81,7 +81,7 @@ def circulation(
 
     Raises:
         TypeError: if `denoiser` is not one.
-        ValueError: as `score_quality.denoising_losses`, and if `num_points` is odd.
+        ValueError: as `quality.denoising_losses`, and if `num_points` is odd.
     """
     x, levels, t = check(denoiser, x, noise_levels, "x", num_points=num_points)
     if num_points % 2:
@@ -119,7 +119,7 @@ def tweedie_consistency(
 
     Raises:
         TypeError: if `denoiser` is not one.
-        ValueError: as `score_quality.denoising_losses`.
+        ValueError: as `quality.denoising_losses`.
     """
     x, levels, t = check(denoiser, held_out, noise_levels, "held_out", num_probes=num_probes)
     found = over_levels(_probe, (denoiser,), key, x, t, num_probes)
