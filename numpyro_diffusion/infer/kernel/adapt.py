@@ -7,8 +7,10 @@ in Stan's windows, and the step size by dual averaging of the acceptance. After 
 
 A particle of a population must not adapt by its own history: its kernel would depend on where it is, and would no
 longer leave its target invariant (particles in a narrow region would learn to stay there). `pool_adaptation` gives all
-particles one step size and one preconditioner, those of the population, on which a single particle has an influence of
-order $1/N$.
+particles one step size, that of the population, on which a single particle has an influence of order $1/N$. Its
+influence on a dense preconditioner is of order $D/N$: moved by the covariance of all 400 of them, itself included,
+particles in 64 dimensions end with variances up to 15 % off, either way. So each half of them has the preconditioner
+of the other, which leaves the law of each half as it is, whatever $D/N$ is.
 
 Chains of `MCMC` that run together may adapt together too, `pool_chains`: dual averaging follows their mean acceptance,
 and at the end of a window the preconditioner is estimated from the draws of all of them, since Welford's moments of $C$
@@ -162,12 +164,13 @@ def running_mean(mean: jax.Array, value: jax.Array, i: jax.Array, num_warmup: in
 
 
 def pool_adaptation(states: Any) -> Any:
-    """Gives all particles the step size and the preconditioner of the population.
+    """Gives all particles the step size of the population, and each half the preconditioner of the other.
 
     Args:
         states: the state of a kernel that was started with particles as chains, a leading axis on every leaf. Wherever
             it has an `adapt_state` of NumPyro's scheme beside the point `z`, dual averaging is replaced by its mean
-            over particles, which is that of the mean acceptance, and the preconditioner by the particles' covariance.
+            over particles, which is that of the mean acceptance, and the preconditioner by the covariance of the
+            particles with odd numbers for those with even ones, and the other way round; of all, if they are few.
 
     Returns:
         The pooled state, of the same shapes.
@@ -196,6 +199,8 @@ def _pooled(adapt_state: Any, z: dict[str, jax.Array]) -> Any:
     if adapt_state.mm_state is None:
         return pooled
     num_batch = adapt_state.step_size.ndim  # particles, and what else a kernel adapts separately
+    number = len(adapt_state.step_size)
+    parts = (slice(1, None, 2), slice(0, None, 2)) if number >= _HALVED else (slice(None), slice(None))
 
     def moments(like: jax.Array, values: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As `welford_covariance` keeps them, diagonal or dense."""
@@ -204,15 +209,22 @@ def _pooled(adapt_state: Any, z: dict[str, jax.Array]) -> Any:
         spread = (centred**2).sum(0) if like.ndim == num_batch + 1 else centred.T @ centred
         return q.mean(0), spread, jnp.asarray(len(q), q.dtype)
 
-    matrix = adapt_state.inverse_mass_matrix
-    if isinstance(matrix, dict):  # by blocks of sites
-        population = {names: moments(like, tuple(z[name] for name in names)) for names, like in matrix.items()}
-    else:
-        population = moments(matrix, z)
-    estimate = welford_covariance()[2](population, regularize=True)
-    spread_out = lambda new, old: jnp.broadcast_to(new, old.shape).astype(old.dtype)  # noqa: E731
+    def estimate(part: slice) -> tuple:
+        """The preconditioner of some of the particles."""
+        matrix, some = adapt_state.inverse_mass_matrix, jax.tree.map(lambda leaf: leaf[part], z)
+        if isinstance(matrix, dict):  # by blocks of sites
+            population = {names: moments(like, tuple(some[name] for name in names)) for names, like in matrix.items()}
+        else:
+            population = moments(matrix, some)
+        return tuple(welford_covariance()[2](population, regularize=True))
+
+    def handed_out(of_odd: jax.Array, of_even: jax.Array, old: jax.Array) -> jax.Array:
+        is_even = (jnp.arange(number) % 2 == 0).reshape(-1, *(1,) * (old.ndim - 1))
+        return jnp.where(is_even, of_odd, of_even).astype(old.dtype)
+
     old = tuple(getattr(adapt_state, name) for name in _MATRICES)
-    return pooled._replace(**dict(zip(_MATRICES, jax.tree.map(spread_out, tuple(estimate), old), strict=True)))
+    new = jax.tree.map(handed_out, *map(estimate, parts), old)
+    return pooled._replace(**dict(zip(_MATRICES, new, strict=True)))
 
 
 def pool_chains(before: Any, after: Any, num_warmup: int) -> Any:
@@ -275,3 +287,5 @@ def _of_chains(old: HMCAdaptState, new: HMCAdaptState, z: dict[str, jax.Array]) 
 
 
 _MATRICES = "inverse_mass_matrix", "mass_matrix_sqrt", "mass_matrix_sqrt_inv"
+_HALVED = 16
+"""Particles from which on each half of them has the preconditioner of the other."""

@@ -10,8 +10,8 @@ has fallen far enough, or after a given number. (A mean over coordinates hides t
 largest of D correlations that are zero is about $\sqrt{2 \log D / N}$ for N particles; no less can be asked for.
 Meanwhile the kernel adapts to the whole population: PCN adapts the centre of its noise levels, and kernels of NumPyro's
 scheme adapt their step size and preconditioner (`adapt.pool_adaptation`). Levels and step sizes begin where the moves
-before left them. Each particle has an influence of order $1/N$ on these, so that the law of a finite population is
-approximate to that order.
+before left them. Each particle has an influence of order $1/N$ on levels and step sizes, so that the law of a finite
+population is approximate to that order; the preconditioner of each half of the particles is that of the other.
 
 References:
     Kantas, Beskos, Jasra, Sequential Monte Carlo methods for high-dimensional inverse problems, 2014,
