@@ -62,9 +62,9 @@ def model(y: jax.Array, prior: DiffusionPrior, observe) -> None:
     numpyro.sample("y", dist.Normal(observe(x), noise).to_event(1), obs=y)
 
 
-def population(posterior, walkers: int, max_seconds: float | None, **options: object):
+def population(posterior, **options: object):
     """What runs the population: compiled once for a pattern."""
-    sampler = PopulationHMC(posterior, walkers, max_seconds=max_seconds, progress_bar=False, **options)
+    sampler = PopulationHMC(posterior, progress_bar=False, **options)
     return lambda key, args: sampler.run(key, *args)
 
 
@@ -138,8 +138,9 @@ def main() -> None:
         if method == "nuts":
             return nuts(posterior, 5 if options.fast else options.draws)
         if method == "reference":
-            return population(posterior, 2048, None, max_gradients=50_000_000)
-        return population(posterior, 64, 1.0, num_draws=4) if options.fast else population(posterior, 512, seconds)
+            return population(posterior, num_walkers=1024, max_gradients=50_000_000)
+        fewer = {"num_walkers": 64, "num_draws": 4, "max_seconds": 1.0} if options.fast else {"max_seconds": seconds}
+        return population(posterior, **fewer)
 
     seconds = options.max_seconds
     runners = {(pattern, method): runner(pattern, method) for pattern in patterns for method in names}

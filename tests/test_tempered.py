@@ -150,11 +150,11 @@ def many(size):
 
 
 def test_a_dense_preconditioner_of_many_dimensions_does_not_bias_the_population():
-    """Draws of N(0, I) in 64 dimensions stay such; moved by the covariance of all 256, they are 10 % off.
+    """Draws of N(0, I) in 64 dimensions stay such; by the covariance of all 256, mean squares are .91.
 
     Their mean square has the error of 256 x 64 squares.
     """
-    kernel = ScoreHMC(many, num_steps=8, dense_mass=True, step_size=0.4, target_accept_prob=None)
+    kernel = ScoreHMC(many, num_steps=8, dense_mass=True, step_size=0.5, target_accept_prob=None)
     draws = jax.random.normal(jax.random.key(0), (256, 64))
     keys = jax.random.split(jax.random.key(1), 256)
     state = pool_adaptation(kernel.init(keys, 10, {"x": draws}, (64,), {}))

@@ -220,7 +220,7 @@ def _pooled(adapt_state: Any, z: dict[str, jax.Array]) -> Any:
 
     def handed_out(of_odd: jax.Array, of_even: jax.Array, old: jax.Array) -> jax.Array:
         is_even = (jnp.arange(number) % 2 == 0).reshape(-1, *(1,) * (old.ndim - 1))
-        return jnp.where(is_even, of_odd, of_even).astype(old.dtype)
+        return jnp.broadcast_to(jnp.where(is_even, of_odd, of_even), old.shape).astype(old.dtype)
 
     old = tuple(getattr(adapt_state, name) for name in _MATRICES)
     new = jax.tree.map(handed_out, *map(estimate, parts), old)
