@@ -3,5 +3,6 @@
 from numpyro_diffusion.diagnostics.arviz import to_arviz
 from numpyro_diffusion.diagnostics.convergence import Verdict, verdict
 from numpyro_diffusion.diagnostics.nested import nested_rhat
+from numpyro_diffusion.diagnostics.runs import by_level
 
-__all__ = ["Verdict", "nested_rhat", "to_arviz", "verdict"]
+__all__ = ["Verdict", "by_level", "nested_rhat", "to_arviz", "verdict"]
