@@ -191,8 +191,8 @@ def advise(findings: list[Finding], run: Run, achieved: float) -> str:
             'run some 64 chains of NoiseSpace(model) at once, chain_method="vectorized", which share one mass matrix, '
             "or take PopulationHMC(model)"
         )
-    if cause == "short" and 0.0 < achieved < 1.0:
-        return f"{ADVICE['short']}: {np.ceil(1.2 / achieved):.0f} times as many draws"
+    if cause in ("slow", "short") and 0.0 < achieved < 1.0:
+        return ADVICE[cause].replace("run longer", f"run {np.ceil(1.2 / achieved):.0f} times as long")
     return ADVICE[cause]
 
 

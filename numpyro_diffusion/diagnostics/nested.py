@@ -22,6 +22,7 @@ References:
     https://arxiv.org/abs/1903.08008.
 """
 
+import warnings
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -163,15 +164,16 @@ def numbers_of(draws: Arrays, tails: bool = False, num_islands: int | None = Non
     findings, sites = _not_judged(draws), {}
     with np.errstate(invalid="ignore", divide="ignore"):
         for name, value in draws.items():
-            sites[name] = _numbers_of(name, value, tails and shape[1] >= _FEWEST, num_islands)
-    if shape[1] < _FEWEST and num_islands is None:
+            sites[name] = _numbers_of(name, value, tails, num_islands)
+    if _is_short(shape) and num_islands is None:
         findings.append(
             Finding("unseen", f"{shape[1]} draws of a chain are too few for R-hat. For short chains give num_islands")
         )
     elif shape[0] == 1:
         findings.append(
             Finding(
-                "unseen", "there is one chain: its R-hat compares its two halves, and cannot see what it has missed"
+                "unseen",
+                "there is one chain: R-hat compares its halves with each other, and cannot see what it has missed",
             )
         )
     judged = {n: s.r_hat if num_islands is None else s.nested_r_hat for n, s in sites.items()}
@@ -201,11 +203,16 @@ def _numbers_of(name: str, value: np.ndarray, tails: bool, num_islands: int | No
     value = value.astype(float)
     usable = np.isfinite(value).all((0, 1)) & (np.ptp(value, (0, 1)) > 0)
     nothing = np.full(value.shape[2:], np.nan)
-    if not usable.any() or value.shape[1] < _FEWEST:
+    if not usable.any() or _is_short(value.shape):
         nested = _nested(value, num_islands, usable) if num_islands is not None and usable.any() else nothing
         return SiteNumbers(nothing, nothing, nothing, nothing, nested)
     judged = value[:, :, usable]  # (chains, draws, entries)
-    dataset = az.convert_to_dataset({name: judged})
+    if len(judged) == 1:  # two halves
+        half = judged.shape[1] // 2
+        judged = judged[:, -2 * half :].reshape(2, half, -1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "More chains")  # than draws
+        dataset = az.convert_to_dataset({name: judged})
     # whole chains that stand still have no variance: their R-hat is what it tends to
     still = (np.ptp(judged, 1) == 0).all(0)
 
@@ -251,6 +258,11 @@ def _not_judged(draws: Arrays) -> list[Finding]:
 
 def _is_number(value: Any) -> bool:
     return np.issubdtype(value.dtype, np.number) or value.dtype == bool
+
+
+def _is_short(shape: tuple[int, ...]) -> bool:
+    """Whether chains are too short for R-hat and effective sample size."""
+    return shape[1] < (2 * _FEWEST if shape[0] == 1 else _FEWEST)
 
 
 def _shapes(draws: Arrays) -> dict[str, tuple[int, ...]]:
