@@ -16,7 +16,7 @@ from matplotlib import pyplot
 from numpyro.handlers import reparam
 from numpyro.infer import HMC, MCMC, Predictive
 
-from numpyro_diffusion.denoise import Gaussian
+from numpyro_diffusion.denoise import FromFunction, Gaussian
 from numpyro_diffusion.diagnostics import to_arviz, verdict
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import (
@@ -57,9 +57,9 @@ def test_status_travels_with_the_draws(tmp_path):
 
 
 def test_kernels_of_numpyro_have_no_status():
-    attributes = to_arviz(short_run(HMC(lambda: numpyro.sample("x", dist.Normal(0.0, 1.0)), num_steps=1)))[
-        "posterior"
-    ].attrs
+    attributes = to_arviz(
+        short_run(HMC(lambda: numpyro.sample("x", dist.Normal(0.0, 1.0)), num_steps=1, trajectory_length=None))
+    )["posterior"].attrs
     assert attributes["kernel"] == "HMC" and "exact" not in attributes
     assert attributes["inference_library"] == "numpyro" and "schedule" not in attributes
 
@@ -74,7 +74,16 @@ def test_every_kernel_says_what_it_is_exact_for(kernel, exact):
     assert kernel.status.exact is exact and len(kernel.status.statement) > 20
 
 
-IMAGE = DiffusionPrior(Gaussian(jnp.zeros((2, 3)), 1.0, VE(0.05, 20.0)), flow_solver=DPMSolverPP(4))
+SCHEDULE = VE(0.05, 20.0)
+
+
+def white(x_t, t, parameters):
+    """The score of N(0, I) under noise."""
+    return -x_t / (1.0 + SCHEDULE.sigma(t) ** 2)
+
+
+DENOISER = FromFunction(white, (2, 3), "score", SCHEDULE)
+IMAGE = DiffusionPrior(DENOISER, sampler=DPMSolverPP(6, eta=1.0), flow_solver=DPMSolverPP(4))
 SEEN = np.random.default_rng(1).normal(size=(2, 3)).astype(np.float32)
 
 
@@ -105,8 +114,8 @@ class NoFlow(DiffusionPrior):
 def runs_of_pictures():
     yield short_run(NoiseSpace(picture, max_tree_depth=2))
     yield short_run(DiffusionGibbs(picture))
-    yield short_run(HMC(in_noise, num_steps=2))
-    yield short_run(HMC(reparam(picture, config={"x": NoiseReparam()}), num_steps=2))
+    yield short_run(HMC(in_noise, num_steps=2, trajectory_length=None))
+    yield short_run(HMC(reparam(picture, config={"x": NoiseReparam()}), num_steps=2, trajectory_length=None))
 
 
 def log_likelihood_of(data):
@@ -125,7 +134,7 @@ def test_named_pixels_survive_kernels_and_noise(index):
 
 
 def check_pictures(mcmc):
-    mcmc._args = (NoFlow(IMAGE.denoiser, flow_solver=DPMSolverPP(4)), SEEN)
+    mcmc._args = (NoFlow(DENOISER, flow_solver=DPMSolverPP(4)), SEEN)
     data = to_arviz(mcmc, log_likelihood=True, coords={"row": ["top", "bottom"]})
     assert data["posterior"]["x"].dims == ("chain", "draw", "patient", "row", "col")
     assert list(data["posterior"]["row"].values) == ["top", "bottom"]
@@ -140,7 +149,10 @@ def check_pictures(mcmc):
 
 
 def test_named_pixels_in_noise():
-    check_pictures(short_run(HMC(in_noise, num_steps=2)))
+    rng, shapes = np.random.default_rng(0), {"x": (2, 2, 3), "x_noise": (2, 2, 3), "level": ()}
+    draws = {name: rng.normal(size=(2, 10, *shape)).astype(np.float32) for name, shape in shapes.items()}
+    kernel = HMC(in_noise, num_steps=2, trajectory_length=None)
+    check_pictures(given(MCMC(kernel, num_warmup=0, num_samples=10, progress_bar=False), draws))
 
 
 def test_plain_draws_and_frozen_chains(tmp_path):
@@ -175,7 +187,9 @@ def of_a_line(slope, size=60):
     """Exact draws of the posterior of a slope as a run that MCMC might have made."""
     x = np.linspace(-1.0, 1.0, size).astype(np.float32)
     y = slope * x + np.random.default_rng(2).normal(size=size).astype(np.float32)
-    mcmc = MCMC(HMC(line, num_steps=1), num_warmup=0, num_samples=1000, num_chains=4, progress_bar=False)
+    mcmc = MCMC(
+        HMC(line, num_steps=1, trajectory_length=None), num_warmup=0, num_samples=1000, num_chains=4, progress_bar=False
+    )
     variance = 1.0 / (1.0 + (x**2).sum())
     draws = variance * (x * y).sum() + np.sqrt(variance) * np.random.default_rng(3).normal(size=(4, 1000))
     return given(mcmc, {"slope": draws.astype(np.float32)}, x, y), x, y
@@ -257,7 +271,8 @@ def test_likelihoods_that_cannot_be_had():
     for model, name, message in ((latent, "other", r"\['x'\] have none"), (part, "x", "show a part"),
                                  (factor, "x", "factors are no data")):  # fmt: skip
         mcmc = given(
-            MCMC(HMC(model, num_steps=1), num_warmup=0, num_samples=3, progress_bar=False), {name: np.zeros((1, 3))}
+            MCMC(HMC(model, num_steps=1, trajectory_length=None), num_warmup=0, num_samples=3, progress_bar=False),
+            {name: np.zeros((1, 3))},
         )
         with pytest.raises(ValueError, match=message):
             to_arviz(mcmc, log_likelihood=True)
@@ -266,9 +281,9 @@ def test_likelihoods_that_cannot_be_had():
 @pytest.mark.slow
 def test_statistics_by_level_and_annealing(tmp_path):
     """Levels of a draw are a dimension with their values; what an SMC did on the way is a group of its own."""
-    mcmc = MCMC(DiffusiveGibbs(picture, num_steps=1), num_warmup=5, num_samples=10, num_chains=2,
+    mcmc = MCMC(DiffusiveGibbs(model, num_steps=1), num_warmup=5, num_samples=10, num_chains=2,
                 chain_method="vectorized", progress_bar=False)  # fmt: skip
-    mcmc.run(jax.random.key(0), IMAGE, SEEN)
+    mcmc.run(jax.random.key(0))
     data = to_arviz(mcmc)
     stats = data["sample_stats"]
     assert stats["level_step_size"].dims == ("chain", "draw", "level") and list(stats["level"].values) == [10, 3, 1]
@@ -284,8 +299,7 @@ def test_statistics_by_level_and_annealing(tmp_path):
         x = numpyro.sample("x", prior)
         numpyro.sample("y", dist.Normal(x, 1.0).to_event(2), obs=SEEN)
 
-    prior = DiffusionPrior(IMAGE.denoiser, sampler=DPMSolverPP(6, eta=1.0))
-    smc = TwistedSMC(seen, 40, progress_bar=False).run(jax.random.key(0), prior)
+    smc = TwistedSMC(seen, 40, progress_bar=False).run(jax.random.key(0), IMAGE)
     data = to_arviz(smc, log_likelihood=True)
     data.to_netcdf(tmp_path / "smc.nc")
     again = az.from_netcdf(tmp_path / "smc.nc")

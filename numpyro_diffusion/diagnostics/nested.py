@@ -211,7 +211,7 @@ def _numbers_of(name: str, value: np.ndarray, tails: bool, num_islands: int | No
         half = judged.shape[1] // 2
         judged = judged[:, -2 * half :].reshape(2, half, -1)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "More chains")  # than draws
+        warnings.filterwarnings("ignore", "More chains|Found chain")  # than draws
         dataset = az.convert_to_dataset({name: judged})
     # whole chains that stand still have no variance: their R-hat is what it tends to
     still = (np.ptp(judged, 1) == 0).all(0)
