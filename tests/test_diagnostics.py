@@ -27,8 +27,13 @@ from numpyro_diffusion.infer import (
     DiffusiveGibbs,
     LineIntegral,
     NoiseSpace,
+    PopulationHMC,
+    TemperedSMC,
     TwistedSMC,
 )
+from numpyro_diffusion.infer.particles import rounds, tempered
+from numpyro_diffusion.infer.particles.evidence import Draws, Evidence, Outcome
+from numpyro_diffusion.infer.particles.twisted import Level
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.reparam import NoiseReparam
 from numpyro_diffusion.solve import DPMSolverPP
@@ -195,13 +200,12 @@ def of_a_line(slope, size=60):
     return given(mcmc, {"slope": draws.astype(np.float32)}, x, y), x, y
 
 
-def given(mcmc, draws, *args):
-    """A run with draws that are known; `MCMC` keeps them so."""
-    flat = {name: jnp.asarray(value).reshape(-1, *value.shape[2:]) for name, value in draws.items()}
-    diverging = jnp.zeros(next(iter(draws.values())).shape[:2], bool)
-    mcmc._states = {"z": {n: jnp.asarray(v) for n, v in draws.items()}, "diverging": diverging}
-    mcmc._states_flat = {"z": flat, "diverging": diverging.reshape(-1)}
-    mcmc._last_state, mcmc._args, mcmc._kwargs = (), args, {}
+def given(mcmc, draws, *args, **fields):
+    """A run with draws and statistics that are known, (chains, draws, ...); `MCMC` keeps them so."""
+    shape = next(iter(draws.values())).shape[:2]
+    states = jax.tree.map(jnp.asarray, {"z": draws, "diverging": np.zeros(shape, bool), **fields})
+    mcmc._states, mcmc._last_state, mcmc._args, mcmc._kwargs = states, (), args, {}
+    mcmc._states_flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), states)
     return mcmc
 
 
@@ -278,38 +282,67 @@ def test_likelihoods_that_cannot_be_had():
             to_arviz(mcmc, log_likelihood=True)
 
 
-@pytest.mark.slow
-def test_statistics_by_level_and_annealing(tmp_path):
-    """Levels of a draw are a dimension with their values; what an SMC did on the way is a group of its own."""
-    mcmc = MCMC(DiffusiveGibbs(model, num_steps=1), num_warmup=5, num_samples=10, num_chains=2,
-                chain_method="vectorized", progress_bar=False)  # fmt: skip
-    mcmc.run(jax.random.key(0))
-    data = to_arviz(mcmc)
+def test_statistics_by_level():
+    """Levels of a draw are a dimension with their values, names are ArviZ's, and sums of evaluations an attribute."""
+    rng, shape = np.random.default_rng(0), (2, 300)
+    by_level = {"level_accept_prob": rng.uniform(size=(*shape, 3)), "level_step_size": rng.uniform(size=(*shape, 3))}
+    fields = {"accept_prob": rng.uniform(size=shape), "potential_energy": rng.normal(size=shape),
+              "num_score_evals": np.full(shape, 7), **by_level, "adapt_state.step_size": np.ones(shape)}  # fmt: skip
+    kernel = DiffusiveGibbs(model, noise_levels=(10.0, 3.0, 1.0))
+    mcmc = MCMC(kernel, num_warmup=0, num_samples=300, progress_bar=False)
+    data = to_arviz(given(mcmc, {"x": rng.normal(size=(*shape, 2))}, **fields))
     stats = data["sample_stats"]
     assert stats["level_step_size"].dims == ("chain", "draw", "level") and list(stats["level"].values) == [10, 3, 1]
-    assert {"acceptance_rate", "diverging", "lp", "num_score_evals"} <= set(stats.data_vars)
-    said = verdict(data)
-    rates = np.asarray(mcmc.get_extra_fields()["level_accept_prob"]).mean(0)
-    np.testing.assert_allclose(said.levels["acceptance_rate"], rates, rtol=1e-5)
-    np.testing.assert_allclose(said.levels["noise_level"], [10.0, 3.0, 1.0])
-    total = int(mcmc.get_extra_fields()["num_score_evals"].sum())
-    assert data["posterior"].attrs["num_score_evals"] == total and "Density" in data["posterior"].attrs["density"]
+    assert {"acceptance_rate", "diverging", "num_score_evals", "step_size"} <= set(stats.data_vars)
+    np.testing.assert_allclose(stats["lp"], -fields["potential_energy"], rtol=1e-6)
+    for said in (verdict(data), verdict(mcmc)):
+        np.testing.assert_allclose(
+            said.levels["acceptance_rate"], by_level["level_accept_prob"].mean((0, 1)), rtol=1e-5
+        )
+        np.testing.assert_allclose(said.levels["noise_level"], [10.0, 3.0, 1.0])
+    attributes = data["posterior"].attrs
+    assert attributes["num_score_evals"] == 4200 and attributes["density"] == "Density(source='auto')"
 
-    def seen(prior):
-        x = numpyro.sample("x", prior)
-        numpyro.sample("y", dist.Normal(x, 1.0).to_event(2), obs=SEEN)
 
-    smc = TwistedSMC(seen, 40, progress_bar=False).run(jax.random.key(0), IMAGE)
-    data = to_arviz(smc, log_likelihood=True)
-    data.to_netcdf(tmp_path / "smc.nc")
-    again = az.from_netcdf(tmp_path / "smc.nc")
-    assert again["annealing"]["effective_size"].dims == ("level",)
-    np.testing.assert_allclose(again["annealing"]["noise_level"], smc.levels.noise_level, rtol=1e-6)
-    islands = smc.log_evidence.islands
-    np.testing.assert_allclose(again["posterior"].attrs["log_evidence_islands"], islands, rtol=1e-6)
-    assert verdict(again).problems == verdict(smc).problems and len(verdict(again).levels["noise_level"]) > 3
+def level_of(size):
+    """What a walk of `TwistedSMC` may have said, by noise level."""
+    return Level(*(np.linspace(2.0 + i, 1.0, size) for i in range(len(Level._fields))))
+
+
+@pytest.mark.parametrize("cls", [TwistedSMC, TemperedSMC, PopulationHMC])
+def test_particles_that_have_run(cls, tmp_path):
+    """Islands are chains; the evidence, the problems and what happened on the way come back from a file."""
+    rng = np.random.default_rng(0)
+    sampler = cls(model, 40, progress_bar=False)
+    steps = {TemperedSMC: tempered.Temperature, PopulationHMC: rounds.Temperature}
+    history = level_of(5)
+    if cls is not TwistedSMC:
+        step = steps[cls]
+        history = [step(*(np.full((3,) if field in ("log_growth", "num_blind") else (), k + 1)
+                          for field in step._fields)) for k in range(5)]  # fmt: skip
+    islands = rng.normal(size=4)
+    evidence = Evidence(np.float32(-1.5), np.float32(0.25), islands)
+    draws = Draws({"x": jnp.asarray(rng.normal(size=(40, 2)))}, jnp.zeros(40, int), jnp.arange(40).reshape(4, 10))
+    sampler._outcome = Outcome(draws, evidence, history, ("one; and more", "two"))
+    sampler._arguments = (2.0,), {}
+
+    to_arviz(sampler, log_likelihood=True).to_netcdf(tmp_path / "run.nc")
+    data = az.from_netcdf(tmp_path / "run.nc")
+    np.testing.assert_allclose(data["posterior"]["x"], draws.values["x"].reshape(4, 10, 2))
+    assert np.unique(data["observed_data"]["y"]) == [2.0]
+    expected = dist.Normal(draws.values["x"], 1.0).log_prob(2.0).sum(-1)
+    np.testing.assert_allclose(np.ravel(data["log_likelihood"]["y"]), expected, rtol=1e-5)
+    attributes = data["posterior"].attrs
+    assert attributes["kernel"] == cls.__name__ and attributes["log_evidence"] == -1.5
+    np.testing.assert_allclose(attributes["log_evidence_islands"], islands)
+    name = "noise_level" if cls is TwistedSMC else "temperature"
+    assert data["annealing"][name].dims == ("level",) and len(data["annealing"][name]) == 5
+    said, again = verdict(sampler), verdict(data)
+    assert said.problems[:2] == ("one; and more", "two") and again.problems == said.problems
+    assert said.advice == ("Raise the budget" if cls is PopulationHMC else "what the first problem says")
+    np.testing.assert_allclose(again.levels[name], said.levels[name])
     with pytest.raises(ValueError, match="batch_ndims=2"):
-        to_arviz(smc, posterior_predictive={"y": np.ones((40, 2, 3))})
+        to_arviz(sampler, posterior_predictive={"y": np.ones((40, 2))})
 
 
 @pytest.mark.slow
