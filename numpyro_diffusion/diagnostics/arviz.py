@@ -124,8 +124,10 @@ def to_arviz(
     coords = dict(coords or {})
     if this.statistics:
         groups["sample_stats"] = this.statistics
-        named |= {field: ["level"] for field in this.statistics if field.startswith("level_")}
-        if this.noise_levels is not None:
+        by_level = {f: v.shape[-1] for f, v in this.statistics.items() if f.startswith("level_") and v.ndim == 3}
+        length = next(iter(by_level.values()), 0)
+        named |= {field: ["level"] for field, size in by_level.items() if size == length}
+        if this.noise_levels is not None and len(this.noise_levels) == length:
             coords.setdefault("level", list(this.noise_levels))
     if this.model is not None:
         read = _read_model(this)

@@ -21,7 +21,7 @@ import numpy as np
 from numpyro.infer import MCMC
 
 from numpyro_diffusion.diagnostics.nested import SMALLEST_ESS, Finding, SiteNumbers, extreme, groups_of, numbers_of
-from numpyro_diffusion.diagnostics.runs import Arrays, Run, by_level, has_acceptance, read_run
+from numpyro_diffusion.diagnostics.runs import Arrays, Run, by_level, has_acceptance, mean_of, read_run
 
 _FAR = 1.0
 """Between means of groups of chains, in standard deviations of a chain, where each group may be in a mode."""
@@ -160,7 +160,7 @@ def verdict(run: MCMC | Any, *, num_islands: int | None = None) -> Verdict:
         nested_r_hat=extreme(np.nanmax, (site.nested_r_hat for site in found.sites.values())),
         groups=() if found.values is None else groups_of(found.values),
         divergences=int(np.sum(statistics.get("diverging", 0))),
-        acceptance=float(np.nanmean(statistics["acceptance_rate"])) if has_acceptance(this) else np.nan,
+        acceptance=mean_of(np.asarray(statistics.get("acceptance_rate", np.nan))),
         levels=by_level(this),
         sites=found.sites,
         shown=bool(this.problems) or any(finding.cause != "unseen" for finding in against),
@@ -257,14 +257,14 @@ def _of_acceptance(run: Run) -> list[Finding]:
     """Acceptance out of range, which by itself says nothing against a run."""
     if not has_acceptance(run):
         return []
-    by_chain = np.nanmean(run.statistics["acceptance_rate"], axis=1)
+    by_chain = np.array([mean_of(rate) for rate in run.statistics["acceptance_rate"]])
     lowest = max(_LOW, 0.5 * float(run.attributes.get("target_accept_prob", 0.0)))
     low = np.flatnonzero(by_chain < lowest)
     if len(low):
         where = "" if len(low) == len(by_chain) else f" in chains {low[:8].tolist()}"
         text = f"{np.mean(by_chain[low]):.1%} of the moves are accepted{where}, below {lowest:.0%}"
         return [Finding("low", text, counts=False)]
-    mean = float(np.mean(by_chain))
+    mean = mean_of(by_chain)
     if mean > _HIGH and "step_size" in run.statistics and "reached_max_tree_depth" not in run.statistics:
         return [Finding("high", f"{mean:.1%} of the moves are accepted: they are short", counts=False)]
     return []

@@ -264,12 +264,13 @@ def _in_groups(level: np.ndarray, run: Run) -> Arrays:
         "lowest": np.array([level[mask].min() for mask in inside]),
         "highest": np.array([level[mask].max() for mask in inside]),
         "share": np.array([mask.mean() for mask in inside]),
-        "acceptance_rate": np.array([np.nanmean(rate[mask]) for mask in inside]),
-        "jump": np.array([_mean(jump[mask]) for mask in inside]),
+        "acceptance_rate": np.array([mean_of(rate[mask]) for mask in inside]),
+        "jump": np.array([mean_of(jump[mask]) for mask in inside]),
     }
 
 
-def _mean(values: np.ndarray) -> float:
+def mean_of(values: np.ndarray) -> float:
+    """The mean of what is not NaN; NaN if nothing is."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else np.nan
 
