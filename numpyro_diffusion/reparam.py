@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from numpyro.infer.reparam import Reparam
+from numpyro.primitives import _PYRO_STACK
 
 from numpyro_diffusion.distributions import DiffusionPrior
 
@@ -49,7 +50,9 @@ class NoiseReparam(Reparam):
             obs: its observed value; there must be none.
 
         Returns:
-            None and the point of the flow, which makes the site deterministic.
+            None and the point of the flow, which makes the site deterministic. If the value of the site is known to a
+            handler around the model that wants it as written, by its name in `values_as_written` (so `to_arviz` reads
+            draws), the distribution and None, which leave the site as it is.
 
         Raises:
             TypeError: if the site is not a `DiffusionPrior`.
@@ -57,6 +60,8 @@ class NoiseReparam(Reparam):
         """
         if obs is not None:
             raise ValueError(f"site {name!r} is observed: its noise cannot be sampled; drop the reparameterisation")
+        if any(name in getattr(handler, "values_as_written", ()) for handler in _PYRO_STACK):
+            return fn, None  # a handler outside has the value: the site stays as it is, and no flow is solved
         prior, expand_shape, event_dim = self._unwrap(fn)
         if not isinstance(prior, DiffusionPrior):
             raise TypeError(f"NoiseReparam needs a DiffusionPrior at site {name!r}; got {type(prior).__name__}")

@@ -13,6 +13,7 @@ from numpyro_diffusion.diagnostics.coverage import (
 )
 from numpyro_diffusion.diagnostics.distances import energy_distance, mmd, sliced_wasserstein
 from numpyro_diffusion.diagnostics.nested import nested_rhat
+from numpyro_diffusion.diagnostics.runs import by_level
 from numpyro_diffusion.diagnostics.scores.consistency import Circulation, Consistency, circulation, tweedie_consistency
 from numpyro_diffusion.diagnostics.scores.quality import (
     DenoisingLosses,
@@ -45,6 +46,7 @@ __all__ = [
     "SteinTest",
     "Verdict",
     "circulation",
+    "by_level",
     "classifier_test",
     "compare",
     "denoising_losses",

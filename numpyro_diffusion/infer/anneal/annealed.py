@@ -169,6 +169,11 @@ class AnnealedLangevin(AnnealedKernel):
         tested = ("accept_prob", "level_accept_prob") if metropolis else ()
         self.statistics = (*tested, "level_step_size", "level_score_norm", "num_score_evals")
 
+    @property
+    def noise_levels(self) -> tuple[float, ...] | None:
+        """Those of its statistics by level; None where the priors' schedules say them."""
+        return self._levels
+
     def _check_model(self, reading: Reading) -> None:
         super()._check_model(reading)
         concrete = self._levels is not None or self._restart_level is not None  # to be compared with the schedules

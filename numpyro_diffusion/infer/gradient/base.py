@@ -47,6 +47,11 @@ class GradientKernel(DiffusionKernel):
         """What the kernel is exact for, or what is approximate."""
         return self._density.status
 
+    @property
+    def density(self) -> LogPrior:
+        """What stands for the log-densities of the diffusion priors."""
+        return self._density
+
     def _check_model(self, reading: Reading) -> None:
         target.check(reading, self._density, type(self).__name__)
 

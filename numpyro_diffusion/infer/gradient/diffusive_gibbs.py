@@ -153,6 +153,11 @@ class DiffusiveGibbs(GradientKernel):
         self._levels, self._num_steps, self._num_sweeps = levels, num_steps, num_sweeps
         self._adaptation = Adaptation(adapt_mass_matrix, dense_mass, step_size, target_accept_prob)
 
+    @property
+    def noise_levels(self) -> tuple[float, ...]:
+        """Those of its statistics by level."""
+        return self._levels
+
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> DiffusiveGibbsState:
         key, key_first, key_adapt = jax.random.split(key, 3)
         z, evaluation = self._first(key_first, init_params, reading)

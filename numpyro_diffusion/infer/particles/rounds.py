@@ -18,8 +18,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from numpyro_diffusion.diagnostics.convergence import LARGEST_RHAT, statistics
-from numpyro_diffusion.diagnostics.nested import early_late_rhat, nested_rhat, standard_error
+from numpyro_diffusion.diagnostics.nested import (
+    LARGEST_RHAT,
+    early_late_rhat,
+    nested_rhat,
+    numbers_of,
+    standard_error,
+)
 from numpyro_diffusion.infer.particles.evidence import Evidence
 from numpyro_diffusion.infer.particles.walkers import Moves
 
@@ -128,13 +133,12 @@ def look(this: Round, last: Round | None, names: list[str]) -> Look:
     Returns:
         The `Look`.
     """
-    found = statistics({name: v.reshape(v.shape[0], -1, *v.shape[3:]) for name, v in this.values.items()}, CURE)
+    found = numbers_of({name: v.reshape(v.shape[0], -1, *v.shape[3:]) for name, v in this.values.items()})
     nested, drift = _worst(this.values, nested_rhat), _worst(this.values, early_late_rhat)
     distance, where = (np.nan, "") if last is None else _distance(this, last)
     problems = _of_islands(nested, drift)
-    problems += [
-        problem for problem in found.problems if not (problem.startswith("R-hat") and nested[0] >= LARGEST_RHAT)
-    ]
+    against = [finding for finding in found.findings if finding.counts]
+    problems += [f"{f.text}. {CURE}" for f in against if not (f.cause == "slow" and nested[0] >= LARGEST_RHAT)]
     problems += _of_rounds(this, last, distance, where)
     problems += _of_moves(this, names)
     return Look(
