@@ -38,6 +38,20 @@ def test_standard_error_covers():
     assert np.sqrt(np.mean(standard_error(draws) ** 2)) == pytest.approx(1.0 / 20.0, rel=0.05)
 
 
+def test_two_runs_that_agree_are_rarely_apart():
+    """Of 65 entries, five with chains that move a tenth as fast: the largest distance exceeds 4 in one of 70 pairs.
+
+    With the variance between the four islands alone it would in one of three.
+    """
+    rng, far = np.random.default_rng(1), 0
+    speed = np.where(np.arange(65) < 5, 3.0, 0.3)  # sd of a chain's own level, for draws of unit variance around it
+    for _ in range(200):
+        runs = rng.normal(size=(2, 4, 64, 1, 65)) * speed + rng.normal(size=(2, 4, 64, 4, 65))
+        distance = (runs[0].mean((0, 1, 2)) - runs[1].mean((0, 1, 2))) / np.hypot(*map(standard_error, runs))
+        far += np.abs(distance).max() > 4.0
+    assert far <= 200 / 70 + 4 * np.sqrt(200 / 70)
+
+
 def test_drift_is_seen_early_against_late():
     draws = RNG.normal(size=(4, 50, 10))
     assert early_late_rhat(draws) < 1.01

@@ -106,14 +106,20 @@ def early_late_rhat(draws: np.ndarray) -> np.ndarray:
 
 
 def standard_error(draws: np.ndarray) -> np.ndarray:
-    """Of the mean over all islands, from their spread, of the trailing shape.
+    r"""Of the mean over all islands, of the trailing shape.
 
-    The variance of a handful of islands is itself noisy, so that of each coordinate counts half, and the mean over
-    coordinates, in units of their variance, counts half.
+    The variance of a handful of islands is itself noisy. That of the many chains on an island is not, but chains that
+    share ancestors are not independent. So the variance of an entry is, half and half, that between islands, and that
+    between the means of the chains times a factor common to all entries, by which islands differ more than they would if
+    chains were independent.
     """
+    islands, chains = draws.shape[:2]
     between, within = variances(draws)
-    common = np.mean(between[within > 0] / within[within > 0]) if np.any(within > 0) else 0.0
-    return np.sqrt(0.5 * (between + common * within) / draws.shape[0])
+    if chains > 1:
+        within = draws.mean(2).var(1, ddof=1).mean(0) / chains
+    ratio = between[within > 0] / within[within > 0]
+    common = np.mean(ratio) if ratio.size else 0.0
+    return np.sqrt(0.5 * (between + (max(common, 1.0) if chains > 1 else common) * within) / islands)
 
 
 class Finding(NamedTuple):

@@ -133,7 +133,7 @@ def look(this: Round, last: Round | None, names: list[str]) -> Look:
     Returns:
         The `Look`.
     """
-    found = numbers_of({name: v.reshape(v.shape[0], -1, *v.shape[3:]) for name, v in this.values.items()})
+    found = numbers_of({name: v.reshape(v.shape[0], -1, *v.shape[3:]) for name, v in this.values.items()}, tails=True)
     nested, drift = _worst(this.values, nested_rhat), _worst(this.values, early_late_rhat)
     distance, where = (np.nan, "") if last is None else _distance(this, last)
     problems = _of_islands(nested, drift)
