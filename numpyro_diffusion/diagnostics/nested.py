@@ -110,8 +110,8 @@ def standard_error(draws: np.ndarray) -> np.ndarray:
 
     The variance of a handful of islands is itself noisy. That of the many chains on an island is not, but chains that
     share ancestors are not independent. So the variance of an entry is, half and half, that between islands, and that
-    between the means of the chains times a factor common to all entries, by which islands differ more than they would if
-    chains were independent.
+    between the means of the chains times a factor common to all entries: by how much more islands differ than if chains
+    were independent.
     """
     islands, chains = draws.shape[:2]
     between, within = variances(draws)
