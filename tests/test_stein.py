@@ -198,20 +198,18 @@ def test_what_is_not_to_be_trusted_is_said():
 
 
 @pytest.mark.slow
-def test_ten_thousand_draws_are_cheap():
-    """1e4 draws in ten dimensions in 20 s and 1 GB, in a process of its own."""
+def test_ten_thousand_draws_take_little_memory():
+    """1e4 draws in ten dimensions in 1 GB, in a process of its own; all pairs at once would take 0.8 GB a matrix."""
     code = """
-import resource, time
+import resource
 import jax, numpy as np
 from numpyro_diffusion.diagnostics import stein_test
 x = np.random.default_rng(0).normal(size=(10_000, 10))
-start = time.process_time()
 stein_test(x, -x, jax.random.key(0), block_length=1)
-print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    seconds, gigabytes = map(float, result.stdout.split())
-    assert seconds < 20.0 and gigabytes < 1.0, result.stdout
+    assert float(result.stdout) < 1.0, result.stdout
 
 
 def test_agrees_with_autodiff(x64):

@@ -151,6 +151,7 @@ def classifier_test(draws: Any, data: Any, key: jax.Array, classifier: Any = Non
     try:
         from sklearn.base import clone
         from sklearn.ensemble import HistGradientBoostingClassifier
+        from threadpoolctl import threadpool_limits  # which scikit-learn brings
     except ImportError as error:
         raise ImportError(
             'classifier_test needs scikit-learn: pip install "numpyro-diffusion[classifier]", or use compare'
@@ -166,7 +167,8 @@ def classifier_test(draws: Any, data: Any, key: jax.Array, classifier: Any = Non
         size = min(len(x), len(y)) // 2
         train, test = (np.concatenate([x[i * size : (i + 1) * size], y[i * size : (i + 1) * size]]) for i in (0, 1))
         side = np.repeat([0, 1], size)
-        return clone(classifier).fit(train, side).predict(test) == side
+        with threadpool_limits(1, "openmp"):  # for small samples threads only wait for each other
+            return clone(classifier).fit(train, side).predict(test) == side
 
     rng = generator(key)
     value, floor = _value_and_floor(lambda x, y: float(hits(x, y).mean()), rng, draws, data, num_splits=3)
