@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -86,6 +87,19 @@ COMPILED, DOUBLE = [], []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: COMPILED.append(event) if "backend_compile" in event else None
 )
+
+
+@pytest.fixture
+def compiling():
+    """A context that lists what its block compiles."""
+
+    @contextmanager
+    def count():
+        programs, before = [], len(COMPILED)
+        yield programs
+        programs += COMPILED[before:]
+
+    return count
 
 
 @pytest.fixture

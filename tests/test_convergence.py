@@ -64,6 +64,13 @@ def test_good_draws_have_converged():
     assert str(said).startswith("converged")
 
 
+def test_what_a_sampler_has_said_is_not_said_again():
+    draws = GOOD[:, :50]
+    (short,) = [problem for problem in verdict(run_of(draws)).problems if "effective" in problem]
+    told = verdict(run_of(draws, (f"{short}. Raise the budget",))).problems
+    assert [problem for problem in told if "effective" in problem] == [f"{short}. Raise the budget"]
+
+
 def test_a_chain_apart_is_named():
     draws = GOOD.copy()
     draws[2, :, 1] += 2.0

@@ -101,7 +101,7 @@ ONE_OF_EACH = [
 
 
 @pytest.mark.parametrize(("make", "model"), ONE_OF_EACH)
-def test_pickle_thin_arviz_predict_go_on_and_run_again(make, model, monkeypatch):
+def test_pickle_thin_arviz_predict_go_on_and_run_again(make, model, monkeypatch, compiling):
     """Data and prior are model arguments: a second run on others of the same shapes finds everything compiled."""
     for variable in ("CI", "PYTEST_XDIST_WORKER"):  # there NumPyro turns the progress bar off, which recompiles
         monkeypatch.delenv(variable, raising=False)
@@ -133,14 +133,10 @@ def test_pickle_thin_arviz_predict_go_on_and_run_again(make, model, monkeypatch)
     assert not np.array_equal(mcmc.get_samples(group_by_chain=True)["x"], x)
 
     mcmc.post_warmup_state = None
-    y, other, key, compiles = Y + 1.0, prior(1.0), jax.random.key(1), []
-    listener = lambda event, *_, **__: compiles.append(event) if "backend_compile" in event else None  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
+    y, other, key = Y + 1.0, prior(1.0), jax.random.key(1)
+    with compiling() as programs:
         mcmc.run(key, y, other)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
-    assert compiles == []
+    assert programs == []
 
 
 def run(make, model, y, method):

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:at .* temperatures the moves end
 
 @pytest.mark.slow
 @pytest.mark.parametrize("smc", SAMPLERS.values(), ids=SAMPLERS)
-def test_like_mcmc(smc, tmp_path, monkeypatch, capsys):
+def test_like_mcmc(smc, tmp_path, monkeypatch, capsys, compiling):
     """Python arguments; then new data and a new prior, which compile nothing; then a variable that has changed."""
     smc = pickle.loads(pickle.dumps(smc))
     smc.run(jax.random.key(0), Y, PRIOR, "normal", count=1, shared=True, missing=None)
@@ -68,15 +68,11 @@ def test_like_mcmc(smc, tmp_path, monkeypatch, capsys):
     np.testing.assert_allclose(np.asarray(data["log_likelihood"]["y"]).reshape(4, 100), expected, rtol=1e-4)
     data.to_netcdf(tmp_path / "draws.nc")
 
-    key, y, compiled = jax.random.key(1), Y + 1.0, []
+    key, y = jax.random.key(1), Y + 1.0
     other = DiffusionPrior(Gaussian([0.5, 0.0], 1.0, VE(0.05, 20.0)), sampler=DPMSolverPP(16, eta=1.0), density="none")
-    listen = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compiling() as programs:
         smc.run(key, y, other, "normal", count=1, shared=True, missing=None)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert compiled == []
+    assert programs == []
     assert (abs(smc.get_samples()["x"].mean(0) - (y + jnp.array([0.5, 0.0])) / 2) < error).all()
 
     monkeypatch.setitem(OFFSET, "y", -4.0)

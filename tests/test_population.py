@@ -75,18 +75,11 @@ def test_reports(joint, capsys):
     assert "nested R-hat" in capsys.readouterr().out
 
 
-def test_a_second_run_compiles_nothing_and_islands_are_kept_apart(joint, monkeypatch):
+def test_a_second_run_compiles_nothing_and_islands_are_kept_apart(joint, compiling):
     """Resampling never crosses islands: with weights on one island only, all others keep their own walkers."""
-    key, y, programs = jax.random.key(1), Y + 0.5, []
-
-    def listen(event, _, **options):
-        programs.extend([event] * event.endswith("backend_compile_duration"))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    key, y = jax.random.key(1), Y + 0.5
+    with compiling() as programs:
         joint.run(key, y)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
     assert not programs
     log_weights = jnp.zeros((4, 8)).at[0].set(100.0)
     ancestors = population.resample_islands(KEY, log_weights)

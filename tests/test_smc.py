@@ -147,17 +147,13 @@ def test_levels_adapt_at_each_temperature():
 
 
 @SLOW
-def test_second_run_compiles_nothing():
-    smc, compiled = TemperedSMC(known_noise, 40, max_moves=3, **QUIET), []
+def test_second_run_compiles_nothing(compiling):
+    smc = TemperedSMC(known_noise, 40, max_moves=3, **QUIET)
     smc.run(jax.random.key(0), Y, jnp.asarray(0.3))
     arguments = jax.random.key(1), Y + 0.1, jnp.asarray(0.4)
-    listen = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compiling() as programs:
         smc.run(*arguments)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert compiled == []
+    assert programs == []
 
 
 @SLOW

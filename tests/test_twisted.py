@@ -131,18 +131,14 @@ def test_evidence_of_a_mixture_is_unbiased_for_the_walk():
         assert abs(found.mean() - truth) < 4.0 * np.hypot(found.std() / np.sqrt(4000), error), moment
 
 
-def test_second_run_compiles_nothing_and_summary(capsys):
+def test_second_run_compiles_nothing_and_summary(capsys, compiling):
     smc = TwistedSMC(known_noise, 40, num_islands=2, **QUIET)
     smc.run(jax.random.key(0), Y, PRIOR)
     other = DiffusionPrior(Gaussian([1.0, 0.0], 1.0, SCHEDULE), sampler=SAMPLER, density="none")
-    key, y, compiled = jax.random.key(1), Y + 1.0, []
-    listen = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    key, y = jax.random.key(1), Y + 1.0
+    with compiling() as programs:
         smc.run(key, y, other)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert compiled == []
+    assert programs == []
     smc.print_summary()
     text = capsys.readouterr().out
     assert "log evidence" in text and "(2 islands)" in text and "smallest effective size" in text

@@ -14,22 +14,23 @@ from numpyro_diffusion.diagnostics.coverage import (
 from numpyro_diffusion.diagnostics.distances import energy_distance, mmd, sliced_wasserstein
 from numpyro_diffusion.diagnostics.nested import nested_rhat
 from numpyro_diffusion.diagnostics.runs import by_level
-from numpyro_diffusion.diagnostics.scores.consistency import Circulation, Consistency, circulation, tweedie_consistency
-from numpyro_diffusion.diagnostics.scores.quality import (
+from numpyro_diffusion.diagnostics.scores import (
+    Circulation,
+    Consistency,
     DenoisingLosses,
+    Discrepancy,
     Divergence,
     Mass,
+    SteinTest,
+    circulation,
     denoising_losses,
     fisher_divergence,
     mass,
-)
-from numpyro_diffusion.diagnostics.scores.stein import (
-    Discrepancy,
-    SteinTest,
     score_function,
     stein_discrepancy,
     stein_test,
     stein_thin,
+    tweedie_consistency,
 )
 from numpyro_diffusion.diagnostics.two_sample import Comparison, Memorisation, classifier_test, compare, memorisation
 

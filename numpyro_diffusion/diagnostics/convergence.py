@@ -145,7 +145,8 @@ def verdict(run: MCMC | Any, *, num_islands: int | None = None) -> Verdict:
     soft = [finding for finding in findings if not finding.counts]
     if against:  # then they may be the reason
         against, soft = [*against, *(f for f in soft if f.cause in ADVICE)], [f for f in soft if f.cause not in ADVICE]
-    problems = tuple(dict.fromkeys((*this.problems, *(finding.text for finding in against if finding.text))))
+    new = (f.text for f in against if f.text and not any(own.startswith(f.text) for own in this.problems))
+    problems = tuple(dict.fromkeys((*this.problems, *new)))
     statistics = this.statistics
     return Verdict(
         converged=not problems,

@@ -2,8 +2,8 @@ r"""A population of Hamiltonian chains in noise space, from the prior to the pos
 
 Walkers start as draws of the prior and are carried through $\pi_\beta \propto p\, L^\beta$ to $\beta = 1$, as in
 `tempered`: reweighted, resampled on their island, and moved until they have forgotten where they were. Here the moves
-are Hamiltonian trajectories in noise space (`walkers`), whose metric and step size all walkers share and carry from
-temperature to temperature. At $\beta = 1$ adaptation ends and every walker goes on as a chain.
+are Hamiltonian trajectories in noise space (`walkers`). Their step size, and for each island a metric from the walkers
+of the others, go on from temperature to temperature. At $\beta = 1$ adaptation ends, and every walker is a chain.
 
 One run cannot show what all of its islands have in common. So a run is followed by another with twice the moves, and
 the result counts as converged if, for every site,
