@@ -35,14 +35,13 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(items):
-    """Double precision comes first, in one process, then module by module; some tests ask for two devices."""
+    """Tests in double precision come first in their module, and tests that ask for two devices need them."""
     modules = {}
     for item in items:
         if item.get_closest_marker("two_devices"):
             item.add_marker(TWO_DEVICES)
         modules.setdefault(item.path, len(modules))
-        item.add_marker(pytest.mark.xdist_group("x64" if _is_double(item) else item.path.stem))
-    items.sort(key=lambda item: (not _is_double(item), modules[item.path]))
+    items.sort(key=lambda item: (modules[item.path], not _is_double(item)))
 
 
 def _is_double(item):
@@ -66,7 +65,7 @@ def programs(request):
 def not_too_many(request):
     """Programs are let go from time to time: many thousands of them in one process end in a crash of XLA.
 
-    Also after the last test in double precision, as its programs are taken for those of single precision (jax 0.10.2:
+    Also after tests in double precision, as their programs are taken for those of single precision (jax 0.10.2:
     float32 minus a NumPy float64 array then fails).
     """
     if DOUBLE and not _is_double(request.node):
