@@ -35,13 +35,13 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(items):
-    """Tests in double precision come first in their module, and tests that ask for two devices need them."""
+    """Tests in double precision come last in their module, and tests that ask for two devices need them."""
     modules = {}
     for item in items:
         if item.get_closest_marker("two_devices"):
             item.add_marker(TWO_DEVICES)
         modules.setdefault(item.path, len(modules))
-    items.sort(key=lambda item: (modules[item.path], not _is_double(item)))
+    items.sort(key=lambda item: (modules[item.path], _is_double(item)))
 
 
 def _is_double(item):
@@ -50,27 +50,25 @@ def _is_double(item):
 
 @pytest.fixture(autouse=True, scope="module")
 def programs(request):
-    """Most of the time is the compiler's, so it does not optimise, but for modules that say `OPTIMISED = True`."""
-    if not getattr(request.module, "OPTIMISED", False):
-        yield
-        return
-    forget()
-    jax.config.update("jax_disable_most_optimizations", False)
+    """Most of the time is the compiler's, so it does not optimise, but for modules that say `OPTIMISED = True`.
+
+    All programs are let go after a module with double precision: those are taken for programs of single precision
+    afterwards (jax 0.10.2: float32 minus a NumPy float64 array then fails).
+    """
+    optimised = getattr(request.module, "OPTIMISED", False)
+    if optimised:
+        forget()
+        jax.config.update("jax_disable_most_optimizations", False)
     yield
-    forget()
-    jax.config.update("jax_disable_most_optimizations", True)
+    if optimised or DOUBLE:
+        forget()
+        DOUBLE.clear()
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)
-def not_too_many(request):
-    """Programs are let go from time to time: many thousands of them in one process end in a crash of XLA.
-
-    Also after tests in double precision, as their programs are taken for those of single precision (jax 0.10.2:
-    float32 minus a NumPy float64 array then fails).
-    """
-    if DOUBLE and not _is_double(request.node):
-        forget()
-        DOUBLE.clear()
+def not_too_many():
+    """Programs are let go from time to time: many thousands of them in one process end in a crash of XLA."""
     yield
     if len(COMPILED) > 2500:
         forget()
