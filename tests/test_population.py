@@ -10,17 +10,32 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from laws import Y, assert_ranks, pair, pair_posterior, quadrature, two_modes, two_modes_posterior, unknown_noise
+from laws import (
+    Y,
+    assert_ranks,
+    normal_data,
+    pair,
+    pair_posterior,
+    quadrature,
+    standard,
+    two_modes,
+    two_modes_posterior,
+    unknown_noise,
+)
 from moments import assert_moments
 
+from numpyro_diffusion.denoise import Gaussian
 from numpyro_diffusion.diagnostics import to_arviz, verdict
+from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import PopulationHMC
 from numpyro_diffusion.infer.kernel.choose import systematic
 from numpyro_diffusion.infer.kernel.metric import estimate
 from numpyro_diffusion.infer.model.record import Record
+from numpyro_diffusion.infer.noise import lattice
 from numpyro_diffusion.infer.noise.vector import NoiseVector
-from numpyro_diffusion.infer.particles import population
-from numpyro_diffusion.infer.particles.walkers import Tuning, make_moves, metric_of, walker_at
+from numpyro_diffusion.infer.particles.evidence import resample_islands
+from numpyro_diffusion.infer.particles.population.walkers import Target, make_moves, tuned
+from numpyro_diffusion.solve import Heun
 
 KEY = jax.random.key(0)
 
@@ -31,8 +46,8 @@ def quiet(model, walkers=256, **options):
 
 @pytest.fixture(scope="module")
 def joint():
-    """A diffusion site and an unknown noise level."""
-    return quiet(unknown_noise).run(KEY, Y)
+    """A diffusion site and an unknown noise level, which moves are summed over."""
+    return quiet(unknown_noise, collapsed="noise").run(KEY, Y)
 
 
 def log_evidence(y):
@@ -69,8 +84,10 @@ def test_reports(joint, capsys):
     assert history[-1].temperature == 1.0 and all(np.diff([step.temperature for step in history]) > 0)
     first, last = joint.rounds[0], joint.rounds[-1]
     assert (first.num_walkers, first.factor, last.num_walkers, last.factor) == (256, 1, 256, 2)
-    moves = sum(int(step.num_moves) for step in history) + 48
-    assert last.num_gradients == 256 * (8 * moves + len(history))
+    draws = 24 * max(2, -(-int(history[-1].num_moves) // 24))
+    moves = sum(int(step.num_moves) for step in history) + draws
+    gradients_of_a_move = 16 + 1  # the noise level is summed over a new lattice in each
+    assert last.num_gradients == 256 * (gradients_of_a_move * moves + len(history))
     joint.print_summary()
     assert "nested R-hat" in capsys.readouterr().out
 
@@ -82,7 +99,7 @@ def test_a_second_run_compiles_nothing_and_islands_are_kept_apart(joint, compili
         joint.run(key, y)
     assert not programs
     log_weights = jnp.zeros((4, 8)).at[0].set(100.0)
-    ancestors = population.resample_islands(KEY, log_weights)
+    ancestors = resample_islands(KEY, log_weights)
     assert (ancestors // 8 == jnp.arange(4)[:, None]).all()
     assert (systematic(KEY, log_weights.reshape(-1)) < 8).all()  # which resampling in common would not do
 
@@ -97,53 +114,98 @@ def test_modes_have_their_weights():
     assert abs(share.mean() - (exact > 0).mean()) < 4.0 * max(share.std(ddof=1) / 2.0, 0.5 / np.sqrt(1024))
 
 
-def test_chains_leave_exact_draws_in_place():
-    """Moves of the chains at the end, from exact draws, under a metric and a step that are given.
+@pytest.mark.parametrize("summed", [None, "noise"])
+def test_chains_leave_exact_draws_in_place(summed):
+    """Moves of the chains at the end, from exact draws, under a metric, a step and a lattice that are given.
 
-    The metric is so wide that steps follow the gradient: without their density in the test ranks are off.
+    The metric is so wide that steps follow the gradient: without their density in the test ranks are off. The lattice
+    is coarse, and some draws lie outside of it.
     """
-    law, count = pair_posterior(), 20_000
+    law, count = (
+        pair_posterior() if summed is None else normal_data(standard(flow_solver=Heun(8)), noise_space=True),
+        20_000,
+    )
     coordinates = NoiseVector(Record(law.model).at(law.args, {}))
+    target = Target(coordinates, jnp.ones(()), summed)
     z = law.draw(np.random.default_rng(1), count)
+    if summed is not None:
+        z["noise"] = np.exp(z["noise"])
     q = jax.vmap(coordinates.flatten)({name: jnp.asarray(value, jnp.float32) for name, value in z.items()})
 
     @jax.jit
     def move(q):
-        walkers = jax.vmap(lambda q: walker_at(coordinates, q, jnp.ones(())))(q)
-        metric = estimate(q[:50], walkers.gradient[:50])
-        wide = metric._replace(scale=8.0 * metric.scale)
-        tuning = Tuning(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), wide), jnp.asarray(0.3))
-        there, _, moves = make_moves(KEY, coordinates, walkers, q, jnp.ones(()), tuning, False, 4, num_steps=3)
+        walkers = jax.vmap(target.at)(q)
+        tuning = tuned(target, jax.tree.map(lambda leaf: leaf[:100], walkers), jnp.asarray(0.3), 2)
+        tuning = tuning._replace(metric=tuning.metric._replace(scale=8.0 * tuning.metric.scale))
+        if summed is not None:
+            tuning = tuning._replace(lattice=lattice.Lattice(jnp.full(2, -0.8), jnp.full(2, 1.5)))
+        there, _, moves = make_moves(KEY, target, walkers, q, tuning, False, 4, num_steps=3)
         return jax.vmap(coordinates.report)(there.q), moves
 
     values, moves = move(q)
-    assert 0.5 < moves.accept_prob.mean() < 0.99 and moves.num_moves == 4
+    assert 0.4 < moves.accept_prob.mean() < 0.99 and moves.num_moves == 4
     assert_ranks(law.ranks({name: np.asarray(value) for name, value in values.items()}))
 
 
 def many(size):
-    numpyro.sample("x", dist.Normal(0.0, 1.0).expand([size]).to_event(1))
+    numpyro.sample("x", dist.Laplace(0.0, 1.0).expand([size]).to_event(1))
 
 
 def test_a_metric_of_many_dimensions_does_not_bias_the_walkers():
-    """Draws of N(0, I) in 64 dimensions stay such while walkers adapt, 64 on each of four islands, in 16 populations.
+    """Draws of a law in 64 dimensions stay such while walkers adapt, 64 on each of four islands, in 16 populations.
 
-    Their mean square has the error of 16 x 256 x 64 squares. By a metric of all walkers it would be 1.012.
+    Their mean square has the error of 16 x 256 x 64 squares. By a metric of all walkers it would be 6 % off. (A
+    Gaussian law would not do: its metric is exact, whoever has a part in it.)
     """
-    coordinates = NoiseVector(Record(many).at((64,), {}))
+    target = Target(NoiseVector(Record(many).at((64,), {})), jnp.ones(()))
 
-    def adapt(q):
-        walkers = jax.vmap(lambda q: walker_at(coordinates, q, jnp.ones(())))(q)
+    def adapt(operands):
+        q, key = operands
+        walkers = jax.vmap(target.at)(q)
 
         def some(carry, key):
             walkers, tuning = carry
-            return make_moves(key, coordinates, walkers, q, jnp.ones(()), tuning, True, 2, num_steps=8)[:2], None
+            return make_moves(key, target, walkers, q, tuning, True, 2, num_steps=8)[:2], None
 
-        start = walkers, Tuning(metric_of(walkers, 4), jnp.asarray(0.3))
-        return jax.lax.scan(some, start, jax.random.split(KEY, 5))[0][0].q
+        start = walkers, tuned(target, walkers, jnp.asarray(0.3), 4)
+        return jax.lax.scan(some, start, jax.random.split(key, 5))[0][0].q
 
-    moved = jax.jit(partial(jax.lax.map, adapt))(jax.random.normal(jax.random.key(1), (16, 256, 64)))
-    assert float(jnp.mean(moved**2)) == pytest.approx(1.0, abs=4.0 * np.sqrt(2.0 / moved.size))
+    q = jax.random.laplace(jax.random.key(1), (16, 256, 64))
+    moved = jax.jit(partial(jax.lax.map, adapt))((q, jax.random.split(KEY, 16)))
+    assert float(jnp.mean(moved**2)) == pytest.approx(2.0, abs=4.0 * np.sqrt(20.0 / moved.size))
+
+
+def test_lattices():
+    """The nodes of a lattice have the same lattice; a shift keeps the cell; outside, a value is alone."""
+    given = lattice.Lattice(jnp.asarray(-1.0), jnp.asarray(0.05))
+    nodes = given.through(jnp.asarray(0.31))
+    assert nodes[0] >= -1.0 and nodes[-1] < -1.0 + 0.05 * lattice.NUM_NODES
+    np.testing.assert_allclose(jax.vmap(given.through)(nodes), jnp.tile(nodes, (len(nodes), 1)), atol=1e-5)
+    shifted = jax.vmap(lambda key: given.shifted(key, jnp.asarray(0.31)))(jax.random.split(KEY, 1000))
+    assert shifted.min() >= 0.3 - 1e-6 and shifted.max() < 0.35 and np.std(shifted) > 0.013  # uniform: .0144
+    for outside in (-1.2, 2.5):
+        assert (given.through(jnp.asarray(outside)) == outside).all() and given.shifted(
+            KEY, jnp.asarray(outside)
+        ) == outside
+
+
+def in_many_dimensions(is_dear, y, prior):
+    """A scale of two data, or one inside of what is dear, behind the flow."""
+    x = numpyro.sample("x", prior)
+    shift, scale = numpyro.sample("shift", dist.Normal(0.0, 1.0)), numpyro.sample("scale", dist.HalfNormal(1.0))
+    if is_dear:
+        x = jnp.exp(-scale * jnp.square(jnp.arange(64.0)[:, None] - jnp.arange(64.0))) @ x
+    numpyro.sample("y", dist.Normal(x[:2] + shift, 0.1 if is_dear else scale).to_event(1), obs=y)
+
+
+def test_the_site_to_sum_over():
+    """The scale of Gaussian data before another scalar, if the sum is cheap; none where it is not or without a flow."""
+    prior = DiffusionPrior(Gaussian(jnp.zeros(64)))
+    for is_dear, site in ((False, "scale"), (True, None)):
+        assert lattice.site_to_sum(Record(partial(in_many_dimensions, is_dear)).at((Y, prior), {})) == site
+    assert lattice.site_to_sum(Record(hierarchical).at((SEEN,), {})) is None
+    with pytest.raises(ValueError, match="collapsed must name a continuous scalar site"):
+        quiet(pair, 16, collapsed="x").run(KEY, 3.0)
 
 
 def test_coordinates_have_the_models_density():
@@ -246,7 +308,7 @@ def test_walkers_double_where_islands_disagree():
     args = two_modes_posterior().args
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        sampled = quiet(two_modes, 16, num_draws=8, max_gradients=25_000, max_moves=8).run(KEY, *args)
+        sampled = quiet(two_modes, 16, num_draws=8, max_gradients=150_000, max_moves=8).run(KEY, *args)
     numbers = [(seen.num_walkers, seen.factor) for seen in sampled.rounds]
     assert sampled.get_samples()["x"].shape[0] == numbers[-1][0] * 8
     assert numbers[:2] == [(16, 1), (16, 2)] and numbers[-1][0] > 16

@@ -64,6 +64,16 @@ class NoiseVector:
         parts = self._in_noise.evaluate(self._reading, self._unravel(q))
         return LogDensity(parts.log_prior.astype(q.dtype), parts.log_likelihood.astype(q.dtype))
 
+    def along(self, q: jax.Array, name: str, values: jax.Array) -> LogDensity:
+        """Both parts at values of a scalar site, unconstrained, (K,), with all others as they are: two of (K,)."""
+        point = self._unravel(q)
+
+        def at(value: jax.Array) -> LogDensity:
+            parts = self._in_noise.evaluate(self._reading, {**point, name: value})
+            return LogDensity(parts.log_prior.astype(q.dtype), parts.log_likelihood.astype(q.dtype))
+
+        return jax.vmap(at)(values)
+
     def report(self, q: jax.Array) -> Point:
         """Constrained values of the model's own latent sites and its deterministic ones."""
         parts = self._in_noise.evaluate(self._reading, self._unravel(q))

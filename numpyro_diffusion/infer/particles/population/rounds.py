@@ -26,7 +26,7 @@ from numpyro_diffusion.diagnostics.nested import (
     standard_error,
 )
 from numpyro_diffusion.infer.particles.evidence import Evidence
-from numpyro_diffusion.infer.particles.walkers import Moves
+from numpyro_diffusion.infer.particles.population.walkers import Moves
 
 _CHANCE = 0.01
 """That any mean of two rounds that agree lies outside of the limit."""
@@ -87,6 +87,8 @@ class Look:
         num_gradients: of all walkers together.
         seconds: wall time.
         problems: what keeps it from counting as converged.
+        needs_draws: whether more draws of the same chains may be all that it takes: they are stationary, and rounds
+            agree.
     """
 
     num_walkers: int
@@ -102,6 +104,7 @@ class Look:
     num_gradients: int
     seconds: float
     problems: tuple[str, ...]
+    needs_draws: bool
 
     @property
     def converged(self) -> bool:
@@ -139,8 +142,7 @@ def look(this: Round, last: Round | None, names: list[str]) -> Look:
     problems = _of_islands(nested, drift)
     against = [finding for finding in found.findings if finding.counts]
     problems += [f"{f.text}. {CURE}" for f in against if not (f.cause == "slow" and nested[0] >= LARGEST_RHAT)]
-    problems += _of_rounds(this, last, distance, where)
-    problems += _of_moves(this, names)
+    others = _of_rounds(this, last, distance, where) + _of_moves(this, names)
     return Look(
         num_walkers=this.num_walkers * len(this.evidence.islands),
         factor=this.factor,
@@ -154,7 +156,8 @@ def look(this: Round, last: Round | None, names: list[str]) -> Look:
         stuck=_stuck(this),
         num_gradients=this.num_gradients,
         seconds=this.seconds,
-        problems=tuple(problems),
+        problems=(*problems, *others),
+        needs_draws=bool(problems) and not others and drift[0] < LARGEST_RHAT,
     )
 
 

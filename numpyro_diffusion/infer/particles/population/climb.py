@@ -1,0 +1,220 @@
+r"""The climb of a population from the prior to the posterior, and its chains there.
+
+At each temperature walkers are reweighted, resampled on their island, and moved (`walkers`) until they have forgotten
+where they were. At $\beta = 1$ adaptation ends, and every walker goes on as a chain. The programs are compiled once for
+all temperatures, and driven from the host.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import logsumexp
+
+from numpyro_diffusion.infer.kernel.choose import effective_size, next_temperature, without_improper
+from numpyro_diffusion.infer.kernel.compiled import Compiled
+from numpyro_diffusion.infer.model.handlers import Model, draw_prior
+from numpyro_diffusion.infer.model.record import Record
+from numpyro_diffusion.infer.noise.vector import NoiseVector, in_noise
+from numpyro_diffusion.infer.particles.evidence import resample_islands
+from numpyro_diffusion.infer.particles.mutate import least_correlation
+from numpyro_diffusion.infer.particles.population.rounds import Temperature
+from numpyro_diffusion.infer.particles.population.walkers import (
+    Moves,
+    Target,
+    Tuning,
+    Walker,
+    joined,
+    make_moves,
+    tuned,
+)
+from numpyro_diffusion.infer.particles.tempered import lag_of
+
+_AT_ONCE = 2
+"""Moves between two estimates of the metric."""
+_FIRST_STEP = 0.3
+"""Leapfrog step in units of the metric's root, to begin with."""
+
+
+class Stage(NamedTuple):
+    """The population at a temperature."""
+
+    walkers: Walker
+    log_evidence: jax.Array  # of each island so far, (islands,)
+    temperature: jax.Array  # inverse
+    tuning: Tuning
+
+
+class Settings(NamedTuple):
+    """How a population climbs."""
+
+    num_islands: int
+    num_steps: int  # leapfrog steps of a move
+    ess_threshold: float
+    correlation: float  # that counts as forgotten
+    max_moves: int
+    summed: str | None  # site that moves are summed over, see `noise.lattice`
+
+    @property
+    def gradients(self) -> int:
+        """Of the model, for a move of a walker."""
+        return self.num_steps + (self.summed is not None)
+
+
+class Climb:
+    """Programs that carry a population of a given size to the posterior.
+
+    Args:
+        model: NumPyro model.
+        settings: how.
+        number: walkers on each island.
+    """
+
+    def __init__(self, model: Model, settings: Settings, number: int) -> None:
+        self._model, self._settings, self._number = model, settings, number
+        self._compiled = Compiled(model, self._start, self._reweigh, self._at, self._move, self._report)
+
+    def bind(self, args: tuple, kwargs: dict[str, Any]) -> "Programs":
+        """The programs at the model's arguments."""
+        return Programs(*self._compiled.bind(args, kwargs), self._settings)
+
+    def _coordinates(self, args: tuple, kwargs: dict[str, Any]) -> NoiseVector:
+        return NoiseVector(Record(self._model).at(args, kwargs))
+
+    def _target(self, temperature: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Target:
+        return Target(self._coordinates(args, kwargs), temperature, self._settings.summed)
+
+    def _start(self, key: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Stage:
+        """Draws of the prior."""
+        coordinates, model, islands = self._coordinates(args, kwargs), in_noise(self._model), self._settings.num_islands
+
+        def one(key: jax.Array) -> Walker:
+            q = coordinates.flatten(draw_prior(model, key, args, kwargs))
+            log_likelihood = coordinates.log_density(q).likelihood
+            return Walker(q, jnp.zeros((), q.dtype), -q, log_likelihood)  # the gradient as if the prior were N(0, I)
+
+        walkers = jax.vmap(one)(jax.random.split(key, islands * self._number))
+        zero = jnp.zeros((), walkers.q.dtype)
+        tuning = tuned(self._target(zero, args, kwargs), walkers, jnp.asarray(_FIRST_STEP, zero.dtype), islands)
+        return Stage(walkers, jnp.zeros(islands), zero, tuning)
+
+    def _reweigh(
+        self, key: jax.Array, stage: Stage, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[Stage, jax.Array, jax.Array]:
+        """Resampled to the next temperature, the effective size, and the correlation that counts as forgotten."""
+        islands, values = self._settings.num_islands, without_improper(stage.walkers.log_likelihood)
+        new = next_temperature(values, stage.temperature, self._settings.ess_threshold)
+        log_weights = jnp.where(jnp.isfinite(values), (new - stage.temperature) * values, -jnp.inf)
+        by_island = log_weights.reshape(islands, -1)
+        ancestors = resample_islands(key, by_island).reshape(-1)
+        walkers = jax.tree.map(lambda leaf: leaf[ancestors], stage.walkers)
+        log_evidence = stage.log_evidence + logsumexp(by_island, axis=1) - jnp.log(by_island.shape[1])
+        enough = jnp.maximum(self._settings.correlation, least_correlation(walkers.q))
+        return Stage(walkers, log_evidence, new, stage.tuning), effective_size(log_weights), enough
+
+    def _at(self, key: jax.Array, stage: Stage, args: tuple, kwargs: dict[str, Any]) -> tuple[Stage, jax.Array]:
+        """The walkers at the temperature of a stage, and how many lack a gradient in each coordinate."""
+        islands, q = self._settings.num_islands, stage.walkers.q.reshape(self._settings.num_islands, self._number, -1)
+        target = self._target(stage.temperature, args, kwargs)
+        tuning = tuned(target, stage.walkers, stage.tuning.step_size, islands)
+        keys = jax.random.split(key, q.shape[:2])
+        walkers = jax.vmap(jax.vmap(target.fresh, (0, 0, None)))(keys, q, tuning.lattice)
+        walkers = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), walkers)
+        return stage._replace(walkers=walkers, tuning=tuning), jnp.sum(~jnp.isfinite(walkers.gradient), axis=0)
+
+    def _move(self, key: jax.Array, stage: Stage, origin: jax.Array, *operands: Any) -> tuple[Stage, Moves]:
+        adapting, num_moves, args, kwargs = operands
+        target, steps = self._target(stage.temperature, args, kwargs), self._settings.num_steps
+        walkers, tuning, moves = make_moves(
+            key, target, stage.walkers, origin, stage.tuning, adapting, num_moves, num_steps=steps
+        )
+        return stage._replace(walkers=walkers, tuning=tuning), moves
+
+    def _report(self, q: jax.Array, args: tuple, kwargs: dict[str, Any]) -> dict[str, jax.Array]:
+        return jax.vmap(self._coordinates(args, kwargs).report)(q)
+
+
+class Programs(NamedTuple):
+    """What is compiled: one program moves the walkers at all temperatures, and between draws."""
+
+    start: Callable[..., Any]
+    reweigh: Callable[..., Any]
+    at: Callable[..., Any]
+    move: Callable[..., Any]
+    report: Callable[..., Any]
+    settings: Settings
+
+    def climb(self, key: jax.Array, stage: Stage, factor: int) -> tuple[Stage, Temperature]:
+        """To the next temperature that the walkers allow.
+
+        Args:
+            key: random key.
+            stage: where they are.
+            factor: how many times as many moves as it takes to forget.
+        """
+        key_resample, key_at, key_moves = jax.random.split(key, 3)
+        before, effective, enough = self.reweigh(key_resample, stage)
+        stage, blind = self.at(key_at, before)
+        origin, moves, needed = stage.walkers.q, None, self.settings.max_moves
+        while (done := 0 if moves is None else int(moves.num_moves)) < needed * factor:
+            key_now = jax.random.fold_in(key_moves, done)
+            stage, some = self.move(key_now, stage, origin, np.array(True), np.int32(_AT_ONCE))
+            moves = joined(moves, some)
+            if float(moves.correlation) <= float(enough) and needed == self.settings.max_moves:
+                needed = done + _AT_ONCE
+        happened = Temperature(
+            stage.temperature,
+            effective,
+            **moves._replace(accept_prob=moves.accept_prob.mean())._asdict(),
+            step_size=stage.tuning.step_size,
+            lag=_lag(before.walkers.log_likelihood, stage.walkers.log_likelihood),
+            num_blind=blind,
+        )
+        return stage, Temperature(*map(np.asarray, happened))
+
+
+class Chains:
+    """The walkers as chains at temperature 1, with nothing adapting.
+
+    Args:
+        programs: at the model's arguments.
+        key: random key.
+        stage: the population at temperature 1.
+        between: moves between two draws.
+    """
+
+    def __init__(self, programs: Programs, key: jax.Array, stage: Stage, between: int) -> None:
+        self._programs, self._key, self._stage, self._between = programs, key, stage, between
+        self._draws: list[dict[str, np.ndarray]] = []
+        self.moves: Moves | None = None
+
+    def draw(self, number: int, tick: Callable[[], Any]) -> None:
+        """Draws of every chain; those of before are thinned, so that all draws are equally far from each other.
+
+        Args:
+            number: how many there are afterwards, too.
+            tick: is called after each.
+        """
+        first = len(self._draws)
+        for _ in range(number):
+            done = 0 if self.moves is None else int(self.moves.num_moves)
+            key, q = jax.random.fold_in(self._key, done), self._stage.walkers.q
+            self._stage, some = self._programs.move(key, self._stage, q, np.array(False), np.int32(self._between))
+            self.moves = joined(self.moves, some)
+            report = self._programs.report(self._stage.walkers.q)
+            self._draws.append({name: np.asarray(value) for name, value in report.items()})
+            tick()
+        if first:
+            self._draws, self._between = self._draws[1::2], 2 * self._between
+
+    def values(self, num_islands: int) -> dict[str, np.ndarray]:
+        """Draws by site, (islands, N / islands, draws, ...)."""
+        stacked = {name: np.stack([draw[name] for draw in self._draws], 1) for name in self._draws[0]}
+        return {name: v.reshape(num_islands, -1, *v.shape[1:]) for name, v in stacked.items()}
+
+
+@jax.jit
+def _lag(before: jax.Array, after: jax.Array) -> jax.Array:
+    return lag_of(without_improper(before), without_improper(after))

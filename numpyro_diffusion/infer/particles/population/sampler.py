@@ -1,0 +1,260 @@
+r"""A population of Hamiltonian chains in noise space, from the prior to the posterior, until it has converged.
+
+Walkers start as draws of the prior and are carried through $\pi_\beta \propto p\, L^\beta$ to $\beta = 1$, as in
+`tempered`: reweighted, resampled on their island, and moved until they have forgotten where they were. Here the moves
+are Hamiltonian trajectories in noise space (`walkers`). Their step size, and for each island a metric from the walkers
+of the others, go on from temperature to temperature. At $\beta = 1$ adaptation ends, and every walker is a chain.
+
+One run cannot show what all of its islands have in common. So a run is followed by another with twice the moves, and
+the result counts as converged if, for every site,
+
+* islands agree: nested R-hat below 1.01, and the walkers are stationary: R-hat between early and late draws too;
+* the effective sample size exceeds 400, and hardly any walker is stuck where its steps are too long;
+* both runs agree in means and in the log evidence, within their errors.
+
+If only the number of draws is wanting, the chains go on, at twice the distance between draws, up to three times. If
+walkers drift or runs disagree, the moves are doubled; if stationary islands disagree, modes are kept apart, and the
+walkers are doubled. When the budget is spent first, the run says so and why: its draws are marked as not converged.
+
+In the last phase, with nothing adapting, the chains leave the model's posterior in noise space invariant: exact for the
+prior that the flow's solver pushes forward. A model without diffusion sites serves as well: any sites whose
+priors can be drawn and whose densities can be differentiated.
+
+References:
+    Margossian et al., Nested R-hat, 2022, https://arxiv.org/abs/2110.13017.
+    Buchholz, Chopin, Jacob, Adaptive tuning of Hamiltonian Monte Carlo within sequential Monte Carlo, 2021,
+    https://arxiv.org/abs/1808.07730.
+"""
+
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_diffusion import _checks
+from numpyro_diffusion.infer.model.checks import check_continuous, check_fixed, check_names, check_walkable
+from numpyro_diffusion.infer.model.density import Status
+from numpyro_diffusion.infer.model.handlers import Model
+from numpyro_diffusion.infer.model.record import Reading, Record
+from numpyro_diffusion.infer.noise.lattice import can_be_summed, site_to_sum
+from numpyro_diffusion.infer.noise.vector import NoiseVector
+from numpyro_diffusion.infer.particles.evidence import Draws, Outcome, ParticleSampler, evidence_of
+from numpyro_diffusion.infer.particles.population.climb import Chains, Climb, Settings
+from numpyro_diffusion.infer.particles.population.rounds import CURE, Look, Round, Temperature, look
+from numpyro_diffusion.infer.particles.tempered import look_at_start, widened
+from numpyro_diffusion.infer.particles.tempering import check_climb
+from numpyro_diffusion.reparam import noise_name
+
+_LENGTHS = 4
+"""Times that the draws of a round are made, each but the first doubling their distance."""
+
+
+class PopulationHMC(ParticleSampler):
+    r"""Samples a posterior by a tempered population of Hamiltonian chains, run again until its results agree.
+
+    Args:
+        model: NumPyro model whose latent sites can all be drawn from their priors.
+        num_walkers: chains in all, at least 2 an island.
+        num_draws: draws of each chain, at least 2.
+        num_islands: independent parts of the population, at least 2.
+        num_steps: leapfrog steps of a move.
+        ess_threshold: share of the walkers that a step of the temperature leaves effective, in (0, 0.999].
+        correlation: largest correlation with their ancestors that walkers may have, in any coordinate, when the moves
+            at a temperature end, in (0, 1). Smaller ones than the noise of the estimate count as that.
+        max_moves: largest number of moves at a temperature, in the first round.
+        max_gradients: budget: no round begins that is expected to exceed this number of gradients of the model, all
+            walkers together; the first always runs.
+        max_seconds: budget in seconds of wall time, compilation included, in the same way; None for no limit.
+        collapsed: name of a scalar site, such as a noise level, that moves are summed over on a lattice of its values
+            (`noise.lattice`): the funnel between a scale and what it scales is no obstacle then. "auto" takes the scale
+            of Gaussian data, or else another scalar, if the sum costs little beside the flow; None takes none.
+        progress_bar: whether to show the progress.
+
+    Raises:
+        TypeError: if `model` is not callable.
+        ValueError: for a number out of its range; when run, for a model without latent sites, with discrete ones or
+            with one that cannot be drawn, or a likelihood that is zero at all walkers.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from numpyro_diffusion.denoise import Gaussian
+        >>> from numpyro_diffusion.distributions import DiffusionPrior
+        >>> from numpyro_diffusion.infer import PopulationHMC
+        >>> def model(y):
+        ...     x = numpyro.sample("x", DiffusionPrior(Gaussian([0.0])))
+        ...     numpyro.sample("y", dist.Normal(x[0], 1.0), obs=y)
+        >>> population = PopulationHMC(model, 256, progress_bar=False).run(jax.random.key(0), 3.0)
+        >>> bool(abs(population.get_samples()["x"].mean() - 1.5) < 0.1), population.converged
+        (True, True)
+    """
+
+    cure = CURE
+    """What `verdict` advises about chains that are too short."""
+    _members = "num_walkers"
+    status = Status("flow", True, "exact for the prior that the deterministic solver pushes forward, in its steps")
+
+    def __init__(
+        self,
+        model: Model,
+        num_walkers: int = 256,
+        num_draws: int = 24,
+        *,
+        num_islands: int = 4,
+        num_steps: int = 16,
+        ess_threshold: float = 0.5,
+        correlation: float = 0.2,
+        max_moves: int = 64,
+        max_gradients: int = 5_000_000,
+        max_seconds: float | None = None,
+        collapsed: str | None = "auto",
+        progress_bar: bool = True,
+    ) -> None:
+        super().__init__(model, num_walkers, num_islands, ess_threshold, progress_bar)
+        _checks.at_least(2, num_islands=num_islands, num_draws=num_draws)
+        _checks.at_least(1, num_steps=num_steps, max_gradients=max_gradients)
+        check_climb(ess_threshold, correlation, max_moves)
+        if max_seconds is not None:
+            _checks.positive(max_seconds=max_seconds)
+        self._num_draws, self._num_steps = num_draws, num_steps
+        self._limits = correlation, max_moves
+        self._max_gradients, self._max_seconds = max_gradients, max_seconds
+        self._collapsed, self._settings = collapsed, None
+        self._climbs: dict[int, Climb] = {}
+        self._looks: list[Look] = []
+
+    @property
+    def converged(self) -> bool:
+        """Whether the last run has converged; if not, `problems` says why."""
+        return not self.problems
+
+    @property
+    def rounds(self) -> list[Look]:
+        """What each round of the last run looked like."""
+        _ = self._ran
+        return self._looks
+
+    @property
+    def temperatures(self) -> list[Temperature]:
+        """What happened at each temperature of the last round."""
+        return self._ran.history
+
+    @property
+    def num_gradients(self) -> int:
+        """Gradients of the model in all rounds, of all walkers together."""
+        _ = self._ran
+        return sum(round.num_gradients for round in self._looks)
+
+    def _sample(self, rng_key: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Outcome:
+        reading = Record(self._model).at(args, kwargs)
+        _check(reading)
+        settings = Settings(self._shape[0], self._num_steps, self._ess_threshold, *self._limits, self._site(reading))
+        if settings != self._settings:
+            self._settings, self._climbs = settings, {}
+        names, self._started = NoiseVector(reading).names, time.monotonic()
+        number, factor, last, self._looks = self._shape[1], 1, None, []
+        while True:
+            key = jax.random.fold_in(rng_key, len(self._looks))
+            this, seen = self._round(key, number, factor, last, names, args, kwargs)
+            self._looks.append(seen)
+            last = this
+            if seen.converged:
+                break
+            if seen.is_apart and len(self._looks) > 1:  # stationary, and yet kept apart by modes
+                number *= 2
+            else:
+                factor *= 2
+            gradients = this.num_gradients * number * factor // (this.num_walkers * this.factor)
+            # a first one compiles, which is the greater part where seconds count
+            compiling = 0.0 if number in self._climbs else self._looks[0].seconds
+            if not self._affords(0, gradients, gradients * this.seconds_each + compiling):
+                break
+        values = {name: value.reshape(-1, *value.shape[3:]) for name, value in last.values.items()}
+        indices = np.arange(len(next(iter(values.values()))))
+        draws = Draws(values, indices, indices.reshape(self._shape[0], -1))
+        return Outcome(draws, last.evidence, last.history, seen.problems)
+
+    def _site(self, reading: Reading) -> str | None:
+        """The site that moves are summed over."""
+        if self._collapsed in ("auto", None):
+            return None if self._collapsed is None else site_to_sum(reading)
+        if self._collapsed not in reading.structure.latent or not can_be_summed(reading.structure, self._collapsed):
+            raise ValueError(
+                "collapsed must name a continuous scalar site, in a model with diffusion sites none of whose priors "
+                f"depends on another site, or be 'auto' or None; got {self._collapsed!r}"
+            )
+        return self._collapsed
+
+    def _affords(self, since: int, gradients: int, seconds: float) -> bool:
+        """Whether the budget suffices for so much more, after the rounds so far and `since` gradients."""
+        gradients += since + sum(look.num_gradients for look in self._looks)
+        in_time = self._max_seconds is None or time.monotonic() - self._started + seconds <= self._max_seconds
+        return gradients <= self._max_gradients and in_time
+
+    def _round(
+        self,
+        key: jax.Array,
+        number: int,
+        factor: int,
+        last: Round | None,
+        names: list[str],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> tuple[Round, Look]:
+        """From the prior to draws of the posterior, with `number` walkers on each island."""
+        started, islands = time.monotonic(), self._shape[0]
+        if number not in self._climbs:
+            self._climbs[number] = Climb(self._model, self._settings, number)
+        programs = self._climbs[number].bind(args, kwargs)
+        key_start, key_climb, key_draw = jax.random.split(key, 3)
+        stage, history, label = programs.start(key_start), [], f"round {len(self._looks) + 1}"
+        if last is None:
+            look_at_start(np.asarray(stage.walkers.log_likelihood))
+        with self._bar(1.0, f"{label}, temperature") as bar:
+            while float(stage.temperature) < 1.0:
+                stage, happened = programs.climb(jax.random.fold_in(key_climb, len(history)), stage, factor)
+                history.append(happened)
+                bar.set_postfix_str(f"ESS {happened.effective_size:.0f}, moves {happened.num_moves}", refresh=False)
+                bar.update(float(happened.temperature) - bar.n)
+        between = max(factor, -(-int(history[-1].num_moves) // self._num_draws))  # draws span as many as it took
+        evidence, drawing = widened(evidence_of(stage.log_evidence), history), time.monotonic()
+        chains, lengths = Chains(programs, key_draw, stage, between), 0
+        before, each = sum(int(h.num_moves) for h in history), self._settings.gradients * islands * number
+        while True:
+            with self._bar(self._num_draws, f"{label}, draws") as bar:
+                chains.draw(self._num_draws, partial(bar.update, 1))
+            lengths, now, moves = lengths + 1, time.monotonic(), int(chains.moves.num_moves)
+            spent = (before + moves) * each + len(history) * islands * number
+            seconds_each = (now - drawing) / (moves * each)
+            values = chains.values(islands)
+            this = Round(values, evidence, history, chains.moves, spent, now - started, seconds_each, number, factor)
+            seen = look(this, last, names)
+            goes_on = seen.needs_draws and lengths < _LENGTHS
+            if not (goes_on and self._affords(spent, moves * each, moves * each * seconds_each)):
+                return this, seen
+
+    def print_summary(self, prob: float = 0.9) -> None:
+        super().print_summary(prob)
+        for round in self.rounds:
+            print(round)
+
+
+def _check(reading: Reading) -> None:
+    """Raises unless the population can sample a model."""
+    structure = reading.structure
+    if not structure.latent:
+        raise ValueError("PopulationHMC needs a latent site; the model has none")
+    check_fixed("PopulationHMC", structure)
+    check_continuous("PopulationHMC", structure)
+    check_names("PopulationHMC", structure, map(noise_name, structure.diffusion))
+    check_walkable("PopulationHMC", reading.sites_in_the_abstract())
+    try:
+        coordinates = NoiseVector(reading)
+        jax.eval_shape(jax.grad(lambda q: sum(coordinates.log_density(q))), jnp.zeros(coordinates.size))
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(
+            "PopulationHMC needs a model that JAX can differentiate. Use TemperedSMC(model) for one that it cannot: "
+            f"{error}"
+        ) from error

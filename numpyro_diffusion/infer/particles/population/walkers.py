@@ -1,0 +1,284 @@
+r"""A population of Hamiltonian chains at one temperature: one metric and one step size for all of them.
+
+Each walker $q_i$ moves by leapfrog on $\log \pi_\beta$ in the coordinates of `noise.vector` and is accepted or
+rejected by itself, so that $\pi_\beta$ stays invariant for each. What walkers share is how: a `metric`, which an island
+has from where all the others are, and one step size $\epsilon$, which follows the mean acceptance $a$,
+
+$$\log \epsilon \leftarrow \log \epsilon + \kappa\,(a - a^*),$$
+
+and a walker's own step depends on where it is: with the gradient $g$ in the metric's coordinates,
+
+$$\epsilon(q) = \epsilon\, \Bigl(1 + \frac{|g|^2}{c D}\Bigr)^{-1/2} e^{\xi}, \qquad \xi \sim t_4 / 2.$$
+
+With $c = 10$, steps are alike but for $\xi$ where the target is as narrow as the metric says, $|g|^2 \approx D$; in a
+part that is much narrower, such as the neck of a funnel, they shrink in proportion to its width. A common step could
+not enter it at all, and every walker would miss it alike. The end $q'$ of a trajectory would have drawn the same step
+with another density, and the ratio of the two, $f(\xi') / f(\xi)$, belongs into the Metropolis test: the step is a
+variable that is drawn anew for every move. One walker has an influence of order $1/N$ on the step. On a metric of $D$
+dimensions it would be $D / N$, and variances would end some ten per cent off, but no walker has a part in its own. For
+the draws at the end nothing follows the walkers any more, and they are independent chains.
+
+Where the model has an unknown scale, moves are of all other coordinates, summed over a lattice of its values
+(`noise.lattice`), and the scale is drawn at their end. What is called $q$ above is without it then.
+
+Moves at a temperature end when the walkers have forgotten where they started, in the *worst* coordinate: a mean over
+coordinates hides the slowest, which is often a scale.
+
+References:
+    Bou-Rabee, Carpenter, Marsden, GIST: Gibbs self-tuning for locally adaptive Hamiltonian Monte Carlo, 2024,
+    https://arxiv.org/abs/2404.15253.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import logsumexp
+
+from numpyro_diffusion.infer.kernel.choose import metropolis
+from numpyro_diffusion.infer.kernel.metric import Metric, estimate
+from numpyro_diffusion.infer.noise.lattice import Lattice, lattice_of
+from numpyro_diffusion.infer.noise.vector import LogDensity, NoiseVector
+from numpyro_diffusion.infer.particles.mutate import correlations
+
+_TARGET_ACCEPTANCE = 0.7
+_GAIN = 0.5
+_STEEP = 10.0
+"""Mean square of a gradient, in the metric's coordinates, above which steps shrink."""
+_SPREAD, _FREEDOM = 0.5, 4.0
+"""Scale of the logarithm of a walker's step about the local one, and degrees of freedom."""
+_LARGE_ERROR = 1000.0
+"""Error of the energy above which a move counts as diverging, as in Stan."""
+
+
+class Walker(NamedTuple):
+    """One chain at a temperature; or many, with a leading axis."""
+
+    q: jax.Array  # (D,)
+    log_density: jax.Array  # of the tempered target
+    gradient: jax.Array  # of the same, (D,)
+    log_likelihood: jax.Array
+
+
+class Tuning(NamedTuple):
+    """How all walkers move."""
+
+    metric: Metric  # of each island, a leading axis
+    step_size: jax.Array
+    lattice: Lattice | None = None  # of each island, for the site that moves are summed over
+
+
+class Move(NamedTuple):
+    """What happened in one move."""
+
+    accept_prob: jax.Array
+    diverging: jax.Array  # whether it ended where the density is not finite, or with a large error of the energy
+
+
+class Moves(NamedTuple):
+    """What happened in some moves of all walkers."""
+
+    num_moves: jax.Array
+    correlation: jax.Array  # left between walkers and their starts in the worst coordinate
+    worst: jax.Array  # index of that coordinate
+    accept_prob: jax.Array  # of each walker, mean over moves, (N,)
+    num_diverging: jax.Array  # of all, see `Move`
+
+
+class Target:
+    """The tempered density of a model.
+
+    Args:
+        coordinates: of the model.
+        temperature: inverse, in [0, 1].
+        summed: name of the site that moves are summed over; None for none.
+    """
+
+    def __init__(self, coordinates: NoiseVector, temperature: jax.Array, summed: str | None = None) -> None:
+        self._coordinates, self._temperature, self.summed = coordinates, temperature, summed
+        self.index = None if summed is None else coordinates.names.index(summed)
+        """Of the coordinate of that site."""
+
+    def at(self, q: jax.Array) -> Walker:
+        """A walker at a point, (D,)."""
+
+        def tempered(q: jax.Array) -> tuple[jax.Array, jax.Array]:
+            parts = self._coordinates.log_density(q)
+            return self._tempered(parts).astype(q.dtype), parts.likelihood
+
+        (log_density, log_likelihood), gradient = jax.value_and_grad(tempered, has_aux=True)(q)
+        return Walker(q, log_density, gradient, log_likelihood)
+
+    def _tempered(self, parts: LogDensity) -> jax.Array:
+        return parts.prior + self._temperature * parts.likelihood
+
+    def sum_at(self, key: jax.Array, q: jax.Array, lattices: jax.Array) -> tuple[Walker, "Nodes"]:
+        """A walker whose density is summed over one of some lattices, (M, K), drawn in proportion to the sums.
+
+        The gradient in the coordinate of the site is zero, and the log-likelihood unknown until `drawn`.
+        """
+
+        def tempered(q: jax.Array) -> tuple[jax.Array, Nodes]:
+            parts = self._coordinates.along(q, self.summed, lattices.reshape(-1))
+            values = self._tempered(parts).reshape(lattices.shape)
+            sums = logsumexp(values, axis=1)
+            chosen = jax.random.categorical(key, jax.lax.stop_gradient(sums))
+            nodes = Nodes(lattices[chosen], values[chosen], parts.likelihood.reshape(lattices.shape)[chosen])
+            return sums[chosen].astype(q.dtype), nodes
+
+        (log_density, nodes), gradient = jax.value_and_grad(tempered, has_aux=True)(q)
+        gradient = gradient.at[self.index].set(0.0)
+        return Walker(q, log_density, gradient, jnp.full_like(log_density, jnp.nan)), nodes
+
+    def through(self, key: jax.Array, q: jax.Array, lattice: Lattice) -> tuple[Walker, "Nodes"]:
+        """A walker with its density summed over the lattice through its point, or that moved by a uniform shift."""
+        u = q[self.index]
+        both = jnp.stack([lattice.through(u), lattice.through(lattice.shifted(key, u))])
+        return self.sum_at(jax.random.fold_in(key, 1), q, both)
+
+    def fresh(self, key: jax.Array, q: jax.Array, lattice: Lattice | None) -> Walker:
+        """A walker at a point; where moves are summed over a site, that is drawn anew."""
+        if self.summed is None:
+            return self.at(q)
+        key_sum, key_draw = jax.random.split(key)
+        return self.drawn(key_draw, *self.through(key_sum, q, lattice))
+
+    def drawn(self, key: jax.Array, walker: Walker, nodes: "Nodes") -> Walker:
+        """The walker with the site drawn from the nodes."""
+        k = jax.random.categorical(key, nodes.log_density)
+        q = walker.q.at[self.index].set(nodes.value[k])
+        return walker._replace(q=q, log_likelihood=nodes.log_likelihood[k])
+
+
+class Nodes(NamedTuple):
+    """The lattice that a walker's density is summed over, (K,) each."""
+
+    value: jax.Array
+    log_density: jax.Array  # tempered
+    log_likelihood: jax.Array
+
+
+def trajectory(key: jax.Array, target: Target, walker: Walker, tuning: Tuning, num_steps: int) -> tuple[Walker, Move]:
+    """One move of one walker, with a metric of its own: where it is then, and what happened."""
+    key_momentum, key_step, key_accept, key_sum, key_draw = jax.random.split(key, 5)
+    momentum = jax.random.normal(key_momentum, walker.q.shape, walker.q.dtype)
+    metric, start, at = tuning.metric, (walker, None), lambda q: (target.at(q), None)
+    if target.summed is not None:
+        start = target.through(key_sum, walker.q, tuning.lattice)
+        momentum = momentum.at[target.index].set(0.0)
+        at = partial(target.sum_at, key_sum, lattices=start[1].value[None])
+    xi = _SPREAD * jax.random.t(key_step, _FREEDOM, (), walker.q.dtype)
+    log_step = _log_local(start[0], metric) + xi
+    step_size = tuning.step_size * jnp.exp(log_step)
+
+    def leapfrog(carry: tuple[Any, jax.Array], _: None) -> tuple[tuple[Any, jax.Array], None]:
+        (here, _), p = carry
+        p = p + 0.5 * step_size * metric.pull(here.gradient)
+        there, nodes = at(here.q + step_size * metric.push(p))
+        return ((there, nodes), p + 0.5 * step_size * metric.pull(there.gradient)), None
+
+    (end, momentum_there), _ = jax.lax.scan(leapfrog, (start, momentum), None, num_steps)
+    there, log_ratio = end[0], end[0].log_density - start[0].log_density
+    log_ratio += 0.5 * (jnp.sum(momentum**2) - jnp.sum(momentum_there**2))
+    of_step = _log_spread(log_step - _log_local(there, metric)) - _log_spread(xi)
+    choice = metropolis(key_accept, log_ratio + of_step, end, start, there.log_density, there.gradient)
+    moved, nodes = choice.point
+    moved = moved if nodes is None else target.drawn(key_draw, moved, nodes)
+    return moved, Move(choice.accept_prob, choice.diverging | (log_ratio < -_LARGE_ERROR))
+
+
+def _log_local(walker: Walker, metric: Metric) -> jax.Array:
+    """Logarithm of the step where a walker is, in units of the common one."""
+    steepness = jnp.mean(metric.pull(walker.gradient) ** 2) / _STEEP
+    return -0.5 * jnp.log1p(jnp.where(jnp.isfinite(steepness), steepness, 0.0))
+
+
+def _log_spread(xi: jax.Array) -> jax.Array:
+    """Log-density of a step about the local one, up to a constant."""
+    return -0.5 * (_FREEDOM + 1.0) * jnp.log1p((xi / _SPREAD) ** 2 / _FREEDOM)
+
+
+def make_moves(
+    key: jax.Array,
+    target: Target,
+    walkers: Walker,
+    origin: jax.Array,
+    tuning: Tuning,
+    adapting: jax.Array,
+    num_moves: jax.Array,
+    *,
+    num_steps: int,
+) -> tuple[Walker, Tuning, Moves]:
+    """Moves all walkers, adapting or not.
+
+    Args:
+        key: random key.
+        target: the model at a temperature.
+        walkers: at that temperature, a leading axis of N.
+        origin: points of the same walkers at an earlier time, (N, D).
+        tuning: how they move.
+        adapting: whether to estimate metric and lattice anew, once, and to let the step size follow the acceptance.
+        num_moves: how many.
+        num_steps: leapfrog steps of a move.
+
+    Returns:
+        The walkers, how they move at the end, and what happened since, with the correlation with the origin.
+    """
+    islands = len(tuning.metric.scale)
+    tuning = jax.lax.cond(adapting, lambda: tuned(target, walkers, tuning.step_size, islands), lambda: tuning)
+
+    def one(i: jax.Array, carry: tuple) -> tuple:
+        walkers, tuning, accepted, diverging = carry
+        walkers, moves = _all(jax.random.fold_in(key, i), target, walkers, tuning, num_steps)
+        gain = jnp.where(adapting, _GAIN, 0.0) * (jnp.mean(moves.accept_prob) - _TARGET_ACCEPTANCE)
+        tuning = tuning._replace(step_size=tuning.step_size * jnp.exp(gain))
+        return walkers, tuning, accepted + moves.accept_prob, diverging + moves.diverging
+
+    none = jnp.zeros(len(walkers.q)), jnp.zeros(len(walkers.q), jnp.int32)
+    first = walkers, tuning, *none
+    walkers, tuning, accepted, diverging = jax.lax.fori_loop(0, num_moves, one, first)
+    left = jnp.abs(correlations(origin, walkers.q))
+    return walkers, tuning, Moves(num_moves, left.max(), left.argmax(), accepted / num_moves, diverging.sum())
+
+
+def joined(before: Moves | None, after: Moves) -> Moves:
+    """What happened in both, with the correlation at the end."""
+    if before is None:
+        return after
+    number = before.num_moves + after.num_moves
+    accepted = (before.num_moves * before.accept_prob + after.num_moves * after.accept_prob) / number
+    diverging = before.num_diverging + after.num_diverging
+    return after._replace(num_moves=number, accept_prob=accepted, num_diverging=diverging)
+
+
+def tuned(target: Target, walkers: Walker, step_size: jax.Array, num_islands: int) -> Tuning:
+    """Each island with the metric, and the lattice, of where the walkers of the others are, not its own."""
+    others = np.array([[j for j in range(num_islands) if j != i] for i in range(num_islands)])
+
+    def of_others(leaf: jax.Array) -> jax.Array:
+        return _by_island(leaf, num_islands)[others].reshape(num_islands, -1, *leaf.shape[1:])
+
+    q, gradient, lattice = of_others(walkers.q), of_others(walkers.gradient), None
+    if target.summed is not None:
+        lattice = jax.vmap(lattice_of)(q[..., target.index])
+        q = q.at[..., target.index].set(0.0)  # moves leave it in its place
+    return Tuning(jax.vmap(estimate)(q, gradient), step_size, lattice)
+
+
+def _by_island(walkers: Any, num_islands: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf.reshape(num_islands, -1, *leaf.shape[1:]), walkers)
+
+
+def _all(key: jax.Array, target: Target, walkers: Walker, tuning: Tuning, num_steps: int) -> tuple[Walker, Move]:
+    """One move of every walker: where they are, and what happened to each."""
+    number, islands = len(walkers.q), len(tuning.metric.scale)
+    by_island = tuning._replace(step_size=jnp.broadcast_to(tuning.step_size, islands))
+    one = partial(trajectory, target=target, num_steps=num_steps)
+
+    def island(keys: jax.Array, walkers: Walker, tuning: Tuning) -> tuple[Walker, Move]:
+        return jax.vmap(lambda key, walker: one(key, walker=walker, tuning=tuning))(keys, walkers)
+
+    moved = jax.vmap(island)(*_by_island((jax.random.split(key, number), walkers), islands), by_island)
+    return jax.tree.map(lambda leaf: leaf.reshape(number, *leaf.shape[2:]), moved)
