@@ -84,7 +84,7 @@ def test_reports(joint, capsys):
     assert history[-1].temperature == 1.0 and all(np.diff([step.temperature for step in history]) > 0)
     first, last = joint.rounds[0], joint.rounds[-1]
     assert (first.num_walkers, first.factor, last.num_walkers, last.factor) == (256, 1, 256, 2)
-    draws = 24 * max(2, -(-int(history[-1].num_moves) // 24))
+    draws = 24 * -(-int(history[-1].num_moves) // 24)
     moves = sum(int(step.num_moves) for step in history) + draws
     gradients_of_a_move = 16 + 1  # the noise level is summed over a new lattice in each
     assert last.num_gradients == 256 * (gradients_of_a_move * moves + len(history))

@@ -105,7 +105,7 @@ class PopulationHMC(ParticleSampler):
         num_islands: int = 4,
         num_steps: int = 16,
         ess_threshold: float = 0.5,
-        correlation: float = 0.2,
+        correlation: float = 0.25,
         max_moves: int = 64,
         max_gradients: int = 5_000_000,
         max_seconds: float | None = None,
@@ -218,7 +218,7 @@ class PopulationHMC(ParticleSampler):
                 history.append(happened)
                 bar.set_postfix_str(f"ESS {happened.effective_size:.0f}, moves {happened.num_moves}", refresh=False)
                 bar.update(float(happened.temperature) - bar.n)
-        between = max(factor, -(-int(history[-1].num_moves) // self._num_draws))  # draws span as many as it took
+        between = -(-int(history[-1].num_moves) // self._num_draws)  # draws span as many as it took
         evidence, drawing = widened(evidence_of(stage.log_evidence), history), time.monotonic()
         chains, lengths = Chains(programs, key_draw, stage, between), 0
         before, each = sum(int(h.num_moves) for h in history), self._settings.gradients * islands * number
