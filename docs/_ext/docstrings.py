@@ -8,10 +8,23 @@ import re
 from typing import Any
 
 from docutils import nodes
-from reference import entries, names, sections
+from reference import entries, fields, names, sections
 from sphinx.addnodes import pending_xref
 
-PLAIN = {"log_prob", "sample", "solve", "fit", "save", "load", "linear", "mass", "compare", "covariance", "inside", "both"}
+PLAIN = {
+    "log_prob",
+    "sample",
+    "solve",
+    "fit",
+    "save",
+    "load",
+    "linear",
+    "mass",
+    "compare",
+    "covariance",
+    "inside",
+    "both",
+}
 """Public names that are words or names of methods too: links only together with their room, as in `train.fit`."""
 
 
@@ -29,7 +42,11 @@ def _inline(text: str) -> str:
 
 def write_docstring(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Translates a docstring in place, before napoleon sees it."""
-    text = to_rst("\n".join(lines))
+    text = "\n".join(lines)
+    if what == "class" and fields(thing) and "Args" not in sections(text):
+        said = "\n".join(f"    {name}: {comment}." for name, comment in fields(thing).items())
+        text += f"\n\nArgs:\n{said}\n"
+    text = to_rst(text)
     cited = sections(text).get("References")
     if cited:
         listed = "".join(f"    * {entry}\n" for entry in entries(cited))

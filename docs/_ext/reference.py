@@ -60,7 +60,7 @@ def rooms() -> Iterator[ModuleType]:
 
 
 def names() -> dict[str, str]:
-    """The public names, each by the shortest path below the package that has it, with the innermost room that has it."""
+    """The public names by the shortest path below the package, each with the innermost room that has it."""
     found: dict[int, str] = {}
     where: dict[str, str] = {}
     for module in sorted(rooms(), key=lambda module: module.__name__.count(".")):
@@ -141,8 +141,18 @@ def entry(path: str) -> str:
     """What autodoc is to write about a public name."""
     value = look_up(path)
     kind = "class" if inspect.isclass(value) else "function" if inspect.isfunction(value) else "data"
-    directive = f".. auto{kind}:: {path}" + ("\n   :members:" if kind == "class" else "")
-    return f"```{{eval-rst}}\n{directive}\n```"
+    hidden = ", ".join(["get_diagnostics_str", *fields(value)])
+    options = f"\n   :members:\n   :exclude-members: {hidden}{_inherited(value)}" if kind == "class" else ""
+    return f"```{{eval-rst}}\n.. auto{kind}:: {path}{options}\n```"
+
+
+def _inherited(value: type) -> str:
+    """Members of bases that have no entry of their own are documented with the class that has one."""
+    shown = {id(look_up(path)) for path in names()}
+    for base in value.__mro__[1:]:
+        if id(base) in shown or not base.__module__.startswith(PACKAGE):
+            return f"\n   :inherited-members: {base.__name__}" if base is not value.__mro__[1] else ""
+    return ""
 
 
 def bibliography() -> str:
@@ -164,6 +174,14 @@ def setup(app: Any) -> dict[str, bool]:
     """Sphinx calls this."""
     app.connect("builder-inited", lambda app: write(Path(app.srcdir) / "reference"))
     return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def fields(value: type) -> dict[str, str]:
+    """What the comments of a `NamedTuple` say of its fields, by name."""
+    if not hasattr(value, "_fields") or not value.__module__.startswith(PACKAGE):
+        return {}
+    said = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", inspect.getsource(value), re.MULTILINE))
+    return {name: said.get(name, "") for name in value._fields}
 
 
 def _is_own(value: Any, module: ModuleType) -> bool:

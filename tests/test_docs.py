@@ -1,0 +1,95 @@
+"""The site: every public name is in the reference and is described, and the code of its pages runs."""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import numpyro_diffusion
+
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "_ext" / "reference.py")
+reference = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(reference)
+NAMES = reference.names()
+
+
+def test_the_reference_has_every_public_name():
+    """Whatever the `__all__` of a room has is on a page, under one of its paths."""
+    pages = "".join(reference.page(room) for room in reference.rooms() if room is not numpyro_diffusion)
+    entries = {id(reference.look_up(path)) for path in re.findall(r"\.\. auto\w+:: (\S+)", pages)}
+    for found in pkgutil.walk_packages(numpyro_diffusion.__path__, "numpyro_diffusion."):
+        room = importlib.import_module(found.name)
+        for name in getattr(room, "__all__", ()):
+            value = getattr(room, name)
+            assert inspect.ismodule(value) or id(value) in entries, f"{found.name}.{name} is not in the reference"
+
+
+def own(value):
+    """The functions that a caller of `value` runs: it, or what makes an object of a class."""
+    if inspect.isfunction(value) or getattr(value, "_is_protocol", False):
+        return [value] * inspect.isfunction(value)
+    return [vars(value)[name] for name in ("__init__", "__post_init__", "__new__") if name in vars(value)]
+
+
+def arguments(value):
+    """What a caller gives; nothing for protocols, and for classes that another class has the `__init__` of."""
+    if inspect.isfunction(value):
+        parameters = list(inspect.signature(value).parameters)
+        return parameters if len(parameters) > 1 else []  # the first line tells of a single one
+    if hasattr(value, "_fields"):
+        return list(value._fields)
+    if getattr(value, "_is_protocol", False) or inspect.isabstract(value) or value.__init__ is object.__init__:
+        return []
+    parameters = list(inspect.signature(value.__init__).parameters)[1:]
+    return [] if parameters == ["args", "kwargs"] else parameters
+
+
+def raised(value):
+    """The errors that a function raises itself, by `raise` or by one of `_checks`."""
+    found = set()
+    for function in own(value):
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        except (OSError, TypeError):  # written by `dataclass`
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
+                found.add(node.exc.func.id)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith("_checks."):
+                found.add("ValueError")
+    return found & {"ValueError", "TypeError"}
+
+
+def described(text):
+    """The names that a section of arguments describes."""
+    return re.findall(r"^\*{0,2}(\w+):", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", NAMES)
+def test_docstrings_say_what_a_caller_must_know(path):
+    """One line; every argument by its name and no other; what comes back; what is raised."""
+    value = reference.look_up(path)
+    if not (inspect.isclass(value) or inspect.isfunction(value)):
+        return
+    assert value.__doc__, f"{path} has no docstring"
+    sections = reference.sections(value.__doc__)
+    first, _, rest = sections[""].partition("\n")
+    assert first.endswith((".", "?")), f"{path} does not begin with one line: {first}"
+    assert not rest.strip() or rest.startswith("\n"), f"{path} has no empty line below the first"
+    takes = arguments(value)
+    if takes:
+        names = described(sections.get("Args", "")) or [name for name, said in reference.fields(value).items() if said]
+        assert sorted(names) == sorted(takes), f"{path} takes {takes} and describes {names}"
+    if inspect.isfunction(value):
+        returns = inspect.signature(value).return_annotation
+        told = "Returns" in sections or returns is None or len(takes) < 2
+        assert told, f"{path} does not say what it returns"
+    for error in raised(value):
+        assert re.search(rf"^{error}:", sections.get("Raises", ""), re.MULTILINE), f"{path} raises {error} unsaid"
