@@ -1,6 +1,7 @@
 """The site: every public name is in the reference and is described, and the code of its pages runs."""
 
 import ast
+import doctest
 import importlib
 import importlib.util
 import inspect
@@ -93,3 +94,43 @@ def test_docstrings_say_what_a_caller_must_know(path):
         assert told, f"{path} does not say what it returns"
     for error in raised(value):
         assert re.search(rf"^{error}:", sections.get("Raises", ""), re.MULTILINE), f"{path} raises {error} unsaid"
+
+
+QUICK = {"start", "errors", "handlers", "exact"}
+"""Pages whose code takes few seconds."""
+PAGES = [
+    pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem not in QUICK))
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    if "```python" in page.read_text()
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_of_a_page_runs(page):
+    """All blocks of a page are one script; those with prompts print what they say."""
+    known = {"__name__": page.stem}
+    for found in re.finditer(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        code, line = found[1], page.read_text()[: found.start(1)].count("\n")
+        if ">>>" in code:
+            example = doctest.DocTestParser().get_doctest(code, known, page.name, str(page), line)
+            runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+            runner.run(example, clear_globs=False)
+            assert runner.failures == 0
+            known = example.globs
+        else:
+            exec(compile("\n" * line + code, page, "exec"), known)
+
+
+def test_links_of_the_readme_lead_somewhere():
+    readme = (ROOT / "README.md").read_text()
+    targets = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", readme)}
+    missing = [target for target in targets if not target.startswith("http") and not (ROOT / target).exists()]
+    assert len(targets) > 10 and not missing
+
+
+def test_the_command_checks_itself(capsys):
+    """`python -m numpyro_diffusion` says what there is, and that a posterior in closed form is met."""
+    assert importlib.import_module("numpyro_diffusion.__main__").main() == 0
+    printed = capsys.readouterr().out
+    for name in ("numpyro_diffusion", "numpyro", "jax", "devices", "matmul precision", "self-check"):
+        assert re.search(rf"^{name}\b", printed, re.MULTILINE), f"{name} is not in\n{printed}"

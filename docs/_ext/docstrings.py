@@ -44,7 +44,7 @@ def write_docstring(app: Any, what: str, name: str, thing: Any, options: Any, li
     """Translates a docstring in place, before napoleon sees it."""
     text = "\n".join(lines)
     if what == "class" and fields(thing) and "Args" not in sections(text):
-        said = "\n".join(f"    {name}: {comment}." for name, comment in fields(thing).items())
+        said = "\n".join(f"    {name}: {comment}.".replace("|", r"\|") for name, comment in fields(thing).items())
         text += f"\n\nArgs:\n{said}\n"
     text = to_rst(text)
     cited = sections(text).get("References")

@@ -4,6 +4,7 @@ A page has the theory of each module, which is its docstring, followed by the pu
 new name is in the reference as soon as its room hands it out. `bibliography` collects what docstrings cite.
 """
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -141,18 +142,21 @@ def entry(path: str) -> str:
     """What autodoc is to write about a public name."""
     value = look_up(path)
     kind = "class" if inspect.isclass(value) else "function" if inspect.isfunction(value) else "data"
-    hidden = ", ".join(["get_diagnostics_str", *fields(value)])
-    options = f"\n   :members:\n   :exclude-members: {hidden}{_inherited(value)}" if kind == "class" else ""
+    options = f"\n   :members: {', '.join(members(value))}" if kind == "class" and members(value) else ""
     return f"```{{eval-rst}}\n.. auto{kind}:: {path}{options}\n```"
 
 
-def _inherited(value: type) -> str:
-    """Members of bases that have no entry of their own are documented with the class that has one."""
-    shown = {id(look_up(path)) for path in names()}
-    for base in value.__mro__[1:]:
-        if id(base) in shown or not base.__module__.startswith(PACKAGE):
-            return f"\n   :inherited-members: {base.__name__}" if base is not value.__mro__[1] else ""
-    return ""
+def members(value: type) -> list[str]:
+    """Methods and properties with a docstring, those of bases that have no entry of their own among them."""
+    shown, found = {id(look_up(path)) for path in names()}, {}
+    for each in value.__mro__:
+        if each is not value and (id(each) in shown or not each.__module__.startswith(PACKAGE)):
+            break
+        for name, member in vars(each).items():
+            documented = not isinstance(member, type) and inspect.getdoc(member) and name not in fields(value)
+            if not name.startswith("_") and name != "get_diagnostics_str" and documented and hasattr(member, "__get__"):
+                found.setdefault(name)
+    return list(found)
 
 
 def bibliography() -> str:
@@ -170,9 +174,49 @@ def bibliography() -> str:
     return "# References\n\nWhat the docstrings cite, and where.\n\n" + "\n".join(lines) + "\n"
 
 
+PICTURES = {"is_it_right": "concepts/calibration.png"}
+"""Pictures of examples that another page has already; the others are in `pictures/`, by the name of the example."""
+
+
+def write_examples(folder: Path) -> None:
+    """Writes a page for each example, its docstring, its picture if there is one and its code, and an index."""
+    folder.mkdir(exist_ok=True)
+    scripts = sorted(
+        (folder.parents[1] / "examples").glob("*.py"), key=lambda path: (path.stem != "quickstart", path.stem)
+    )
+    index = ["# Examples", "Scripts that run as they are, with real data where a package ships some."]
+    for script in scripts:
+        title, _, text = inspect.cleandoc(ast.get_docstring(ast.parse(script.read_text()))).partition("\n")
+        title = title.strip().rstrip(".")
+        picture = PICTURES.get(script.stem, f"pictures/{script.stem}.png")
+        shown = f"![{title}](../{picture})" if (folder.parent / picture).exists() else ""
+        code = f'```{{literalinclude}} ../../examples/{script.name}\n:language: python\n:start-after: \'"""\'\n```'
+        text = re.sub(
+            r"(?m)^(?: {4}.*\n?)+", lambda block: f"```text\n{textwrap.dedent(block[0]).rstrip()}\n```\n", text
+        )
+        write_page(
+            folder / f"{script.stem}.md", "\n\n".join([f"# {title}", text.strip(), shown, f"## `{script.name}`", code])
+        )
+        index += [f"## [{title}]({script.stem}.md)", shown]
+    listed = "\n".join(script.stem for script in scripts)
+    write_page(folder / "index.md", "\n\n".join([*index, f"```{{toctree}}\n:hidden:\n\n{listed}\n```"]))
+
+
+def write_page(path: Path, text: str) -> None:
+    """Writes a page, unless it is there as it is: Sphinx then skips it."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def build(app: Any) -> None:
+    """All that is written before a build."""
+    write(Path(app.srcdir) / "reference")
+    write_examples(Path(app.srcdir) / "examples")
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Sphinx calls this."""
-    app.connect("builder-inited", lambda app: write(Path(app.srcdir) / "reference"))
+    app.connect("builder-inited", build)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -200,6 +244,4 @@ def write(folder: Path) -> None:
     for stale in {path.stem for path in folder.glob("*.md")} - set(pages):
         (folder / f"{stale}.md").unlink()
     for name, text in pages.items():
-        path = folder / f"{name}.md"
-        if not path.exists() or path.read_text() != text:
-            path.write_text(text)
+        write_page(folder / f"{name}.md", text)
