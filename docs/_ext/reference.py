@@ -181,22 +181,22 @@ PICTURES = {"is_it_right": "concepts/calibration.png"}
 def write_examples(folder: Path) -> None:
     """Writes a page for each example, its docstring, its picture if there is one and its code, and an index."""
     folder.mkdir(exist_ok=True)
-    scripts = sorted(
-        (folder.parents[1] / "examples").glob("*.py"), key=lambda path: (path.stem != "quickstart", path.stem)
-    )
+    scripts = sorted((folder.parents[1] / "examples").glob("*.py"))
+    scripts.sort(key=lambda path: path.stem != "quickstart")
     index = ["# Examples", "Scripts that run as they are, with real data where a package ships some."]
     for script in scripts:
-        title, _, text = inspect.cleandoc(ast.get_docstring(ast.parse(script.read_text()))).partition("\n")
-        title = title.strip().rstrip(".")
-        picture = PICTURES.get(script.stem, f"pictures/{script.stem}.png")
-        shown = f"![{title}](../{picture})" if (folder.parent / picture).exists() else ""
-        code = f'```{{literalinclude}} ../../examples/{script.name}\n:language: python\n:start-after: \'"""\'\n```'
+        tree = ast.parse(script.read_text())
+        title, _, text = ast.get_docstring(tree).partition("\n")
+        title = title.rstrip(".")
         text = re.sub(
             r"(?m)^(?: {4}.*\n?)+", lambda block: f"```text\n{textwrap.dedent(block[0]).rstrip()}\n```\n", text
         )
-        write_page(
-            folder / f"{script.stem}.md", "\n\n".join([f"# {title}", text.strip(), shown, f"## `{script.name}`", code])
-        )
+        picture = PICTURES.get(script.stem, f"pictures/{script.stem}.png")
+        shown = f"![{title}](../{picture})" if (folder.parent / picture).exists() else ""
+        included = f"```{{literalinclude}} ../../examples/{script.name}"
+        code = f"{included}\n:language: python\n:lines: {tree.body[0].end_lineno + 2}-\n```"
+        parts = [f"# {title}", text.strip(), shown, f"## `{script.name}`", code]
+        write_page(folder / f"{script.stem}.md", "\n\n".join(parts))
         index += [f"## [{title}]({script.stem}.md)", shown]
     listed = "\n".join(script.stem for script in scripts)
     write_page(folder / "index.md", "\n\n".join([*index, f"```{{toctree}}\n:hidden:\n\n{listed}\n```"]))
