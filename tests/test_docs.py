@@ -96,8 +96,8 @@ def test_docstrings_say_what_a_caller_must_know(path):
         assert re.search(rf"^{error}:", sections.get("Raises", ""), re.MULTILINE), f"{path} raises {error} unsaid"
 
 
-QUICK = {"start", "errors", "handlers", "exact"}
-"""Pages whose code takes few seconds."""
+QUICK = {"errors", "handlers", "exact"}
+"""Pages whose code compiles next to nothing."""
 PAGES = [
     pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem not in QUICK))
     for page in sorted((ROOT / "docs").glob("*.md"))
@@ -112,7 +112,7 @@ def test_code_of_a_page_runs(page):
     for found in re.finditer(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         code, line = found[1], page.read_text()[: found.start(1)].count("\n")
         if ">>>" in code:
-            example = doctest.DocTestParser().get_doctest(code, known, page.name, str(page), line)
+            example = doctest.DocTestParser().get_doctest(code, known, f"{page.name}, line {line}", str(page), line)
             runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
             runner.run(example, clear_globs=False)
             assert runner.failures == 0
