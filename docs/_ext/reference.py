@@ -104,7 +104,9 @@ def page(room: ModuleType) -> str:
     where = names()
     here = {path: defined_in(path) for path, home in where.items() if home == room.__name__}
     title, text = theory(room.__doc__)
-    parts = [f"# `{room.__name__.removeprefix(f'{PACKAGE}.')}`: {title[0].lower() + title[1:]}", text, contents(here)]
+    short = room.__name__.removeprefix(f"{PACKAGE}.")
+    title = re.sub(rf"^{short[:4]}\w*: ", "", title, flags=re.IGNORECASE)  # no "`solve`: solvers: from noise to data"
+    parts = [f"# `{short}`: {title[0].lower() + title[1:]}", text, contents(here)]
     for name in dict.fromkeys(here.values()):
         module = importlib.import_module(name)
         if module is not room:
