@@ -96,6 +96,32 @@ def test_docstrings_say_what_a_caller_must_know(path):
         assert re.search(rf"^{error}:", sections.get("Raises", ""), re.MULTILINE), f"{path} raises {error} unsaid"
 
 
+METHODS = ("infer.", "solve", "density", "guidance", "diagnostics", "train", "noise", "denoise")
+OWN = {"infer.bias_report", "infer.BiasReport", "infer.Vectorize", "infer.joint_scores", "noise.schedule_for"}
+OWN |= {"solve.Solver", "solve.sample", "solve.solve", "solve.terminal_moments", "solve.terminal_point"}
+OWN |= {
+    "diagnostics.by_level",
+    "diagnostics.to_arviz",
+    "guidance.linear",
+    "guidance.Likelihood",
+    "guidance.Observation",
+}
+"""What has no source: it is this library's, or not a method."""
+
+
+def test_methods_have_a_source():
+    """In their own docstring or in that of their module."""
+    without = set()
+    for path, room in NAMES.items():
+        value, name = reference.look_up(path), path.removeprefix("numpyro_diffusion.")
+        is_method = inspect.isfunction(value) or (inspect.isclass(value) and not hasattr(value, "_fields"))
+        if is_method and name.startswith(METHODS) and not room.endswith((".kernel", ".model")):
+            texts = [value.__doc__, importlib.import_module(value.__module__).__doc__]
+            if not any(reference.entries(reference.sections(text).get("References", "")) for text in texts):
+                without.add(name)
+    assert without == OWN, f"{sorted(without - OWN)} have no References, {sorted(OWN - without)} have"
+
+
 QUICK = {"errors", "handlers", "exact"}
 """Pages whose code compiles next to nothing."""
 PAGES = [
