@@ -80,7 +80,7 @@ def draw_picture(path: Path, truth: jax.Array, y: jax.Array, draws: np.ndarray) 
     grey = {"cmap": "gray_r", "vmin": 0, "vmax": 16}
     panels = [
         ("truth", truth, grey),
-        ("observation (blue: hidden)", observed, grey),
+        ("observed (blue: not)", observed, grey),
         ("posterior mean", draws.mean(0), grey),
         ("posterior sd", draws.std(0), {"cmap": "viridis", "vmin": 0}),
     ]

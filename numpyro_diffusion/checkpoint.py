@@ -32,6 +32,8 @@ from numpyro_diffusion import _checks, _files, nn, noise
 from numpyro_diffusion._version import __version__
 from numpyro_diffusion.denoise import NetworkDenoiser
 
+__all__ = ["load", "save"]
+
 FORMAT = 1
 _KEY = "numpyro_diffusion"
 _SCHEDULES = {

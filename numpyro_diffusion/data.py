@@ -8,6 +8,8 @@ arrays.
 import jax
 import jax.numpy as jnp
 
+__all__ = ["digits"]
+
 
 def digits(key: jax.Array, num_held_out: int = 100) -> tuple[jax.Array, jax.Array]:
     """The 1,797 handwritten digits of scikit-learn, dequantised and shuffled.

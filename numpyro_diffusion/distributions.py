@@ -41,6 +41,8 @@ from numpyro_diffusion.denoise.prediction import density_kind
 from numpyro_diffusion.denoise.wrapped import inside
 from numpyro_diffusion.solve import DPMSolverPP, Heun, Solver
 
+__all__ = ["DiffusionPrior"]
+
 Source = Literal["denoiser", "flow"]
 
 

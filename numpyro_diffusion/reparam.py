@@ -19,6 +19,8 @@ from numpyro.primitives import _PYRO_STACK
 
 from numpyro_diffusion.distributions import DiffusionPrior
 
+__all__ = ["NoiseReparam"]
+
 
 def noise_name(site: str) -> str:
     """The name of the noise site that replaces a diffusion site."""

@@ -20,6 +20,7 @@ FLOORS = {
     "distributions": 4,
     "reparam": 5,
     "infer": 6,
+    "__main__": 7,
 }
 INFER = {  # the rooms of `infer/`: each imports lower ones, never its own neighbours
     "model": 0,

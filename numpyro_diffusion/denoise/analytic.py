@@ -12,6 +12,9 @@ $$E[\varepsilon \mid x_t] = \sum_k r_k(x_t)\, \sigma_t S_k^{-1} (x_t - \alpha_t 
 Both come from the residuals $x_t - \alpha_t \mu_k$, so that the score has its digits wherever the law lies.
 Covariances are decomposed once, $\Sigma_k = U_k \Lambda_k U_k^\top$, so that no step factorises a matrix; isotropic
 and diagonal ones skip the rotation. Networks are not here: see `network`.
+
+References:
+    Efron, Tweedie's formula and selection bias, 2011, https://doi.org/10.1198/jasa.2011.tm11181.
 """
 
 import math

@@ -38,7 +38,13 @@ class Diagonal(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Covariance:
-    """The posterior covariance at one noisy point, as a linear map of `event_shape`; made by `covariance`."""
+    """The posterior covariance at one noisy point, as a linear map of `event_shape`; made by `covariance`.
+
+    Args:
+        denoiser: the model.
+        x_t: the noisy point, of `event_shape`.
+        t: its time, a scalar.
+    """
 
     denoiser: Denoiser
     x_t: jax.Array

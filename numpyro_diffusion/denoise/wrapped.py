@@ -340,7 +340,7 @@ def _cut(schedule: Schedule, lowest: float, highest: float) -> Schedule:
 
 
 def inside(denoiser: Denoiser) -> Denoiser:
-    """The denoiser inside wrappers that change its schedule or hold its condition."""
+    """The denoiser inside wrappers that change its schedule or hold its condition: any `denoiser`, or itself."""
     while isinstance(denoiser, Rescheduled | Conditioned):
         denoiser = denoiser.base
     return denoiser

@@ -30,6 +30,9 @@ def bits_per_dim(log_density: ArrayLike, num_dims: int, bin_width: float = 1.0) 
 
     Returns:
         Bits per dimension, of the shape of `log_density`.
+
+    Raises:
+        ValueError: if `num_dims` is below one or `bin_width` not positive.
     """
     _checks.at_least(1, num_dims=num_dims)
     _checks.positive(bin_width=bin_width)
@@ -46,6 +49,9 @@ def dequantize(key: jax.Array, x: ArrayLike, bin_width: float = 1.0) -> jax.Arra
 
     Returns:
         Real values of the same shape.
+
+    Raises:
+        ValueError: if `bin_width` is not positive.
     """
     _checks.positive(bin_width=bin_width)
     x = jnp.asarray(x, jnp.result_type(x, float))

@@ -162,16 +162,31 @@ def _solve(
 
 
 def clean_score(denoiser: Denoiser, x: jax.Array) -> jax.Array:
-    """The gradient of log p at a clean point of `event_shape`, taken at the smallest noise level."""
+    """The gradient of log p at a clean point, taken at the smallest noise level.
+
+    Args:
+        denoiser: the model.
+        x: clean point of `event_shape`.
+
+    Returns:
+        The gradient, of `event_shape`.
+    """
     t = denoiser.schedule.t_min
     alpha = denoiser.schedule.alpha(t).astype(x.dtype)
     return (alpha * denoiser((alpha * x).astype(x.dtype), t).score).astype(x.dtype)
 
 
 def clean_log_density(denoiser: Denoiser, x: jax.Array) -> jax.Array:
-    r"""A denoiser's own log-density at a clean point of `event_shape`, $\log p_t(\alpha_t x) + d \log \alpha_t$.
+    r"""A denoiser's own log-density at a clean point, $\log p_t(\alpha_t x) + d \log \alpha_t$.
 
     Like the flow's it is that of the law under the smallest noise; it is normalised if the denoiser's is.
+
+    Args:
+        denoiser: a model with a `log_density`.
+        x: clean point of `event_shape`.
+
+    Returns:
+        The log-density in nats, a scalar.
     """
     t = denoiser.schedule.t_min
     alpha = denoiser.schedule.alpha(t)

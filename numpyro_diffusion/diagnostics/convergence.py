@@ -12,6 +12,10 @@ the one to make: what moves badly looks like modes from afar.
 
 For the numbers see `nested`; they can be fooled by what all chains have in common, and those of a single chain by
 anything that it has not seen. For what is read of a run see `runs`.
+
+References:
+    Vehtari et al., Rank-normalization, folding, and localization: an improved R-hat, 2021,
+    https://arxiv.org/abs/1903.08008.
 """
 
 from dataclasses import dataclass, field

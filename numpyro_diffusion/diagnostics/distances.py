@@ -143,6 +143,9 @@ def energy_distance(x: Any, y: Any) -> float:
         x: draws, shape (n, ...).
         y: other draws, shape (m, ...).
 
+    Returns:
+        The estimate, which may be negative.
+
     Raises:
         ValueError: if there are fewer than two draws, one is not finite, or the events differ in size.
     """
@@ -156,6 +159,9 @@ def mmd(x: Any, y: Any, length_scale: float | None = None) -> float:
         x: draws, shape (n, ...).
         y: other draws, shape (m, ...).
         length_scale: in the units of the draws; None for the median distance of all. Results compare at the same one.
+
+    Returns:
+        The estimate, which may be negative.
 
     Raises:
         ValueError: if there are fewer than two draws, one is not finite, the events differ in size, or most draws are

@@ -50,6 +50,9 @@ def linear(matrix: ArrayLike, y: ArrayLike, scale: ArrayLike) -> Observation:
         y: shape (m,).
         scale: standard deviation, a scalar or (m,).
 
+    Returns:
+        An `Observation`, for `Guided`.
+
     Raises:
         ValueError: if shapes do not agree or a scale is not positive.
     """

@@ -55,6 +55,9 @@ class Karras(TimeGrid):
     Args:
         rho: exponent; 1 is linear in the noise level, and the limit of large values is `UniformLogSNR`.
 
+    Raises:
+        ValueError: if `rho` is not positive.
+
     References:
         Karras et al. 2022, equation 5, https://arxiv.org/abs/2206.00364.
     """
@@ -74,7 +77,17 @@ def _pin_ends(schedule: Schedule, times: jax.Array) -> jax.Array:
 
 
 def grid_from(grid: TimeGrid, schedule: Schedule, start: ArrayLike, num_times: int) -> jax.Array:
-    """The times that a grid places from exactly `start`, which may be traced, down to the cleanest."""
+    """The times that a grid places from exactly `start` down to the cleanest.
+
+    Args:
+        grid: the rule.
+        schedule: the noising process.
+        start: the noisiest of the times, which may be traced.
+        num_times: how many, at least 2.
+
+    Returns:
+        Decreasing times, shape (num_times,).
+    """
     return grid(_From(schedule, start), num_times)
 
 

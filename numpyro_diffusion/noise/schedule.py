@@ -86,7 +86,15 @@ class Schedule(abc.ABC):
 
 
 def value_and_slope(function: Callable[[jax.Array], jax.Array], t: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """A function of time and its derivative there, elementwise."""
+    """A function of time and its derivative there, elementwise.
+
+    Args:
+        function: of time, elementwise.
+        t: times, any shape.
+
+    Returns:
+        Values and slopes, each of the shape of `t`.
+    """
     t = jnp.asarray(t, dtype=jnp.result_type(float))
     return jax.jvp(function, (t,), (jnp.ones_like(t),))
 
@@ -121,6 +129,9 @@ class VP(Schedule):
         beta_max: rate of noising at t = 1.
         t_min: cleanest time used, where $\sigma$ is about 0.003 by default.
         t_max: noisiest time used.
+
+    Raises:
+        ValueError: if a rate or `t_min` is not positive, or one of the two ranges is empty.
 
     References:
         Song et al. 2021, appendix C, https://arxiv.org/abs/2011.13456.
@@ -189,6 +200,11 @@ class VE(Schedule):
     Args:
         sigma_min: smallest noise standard deviation.
         sigma_max: largest noise standard deviation; it should be well above the spread of the data.
+        t_min: cleanest time used.
+        t_max: noisiest time used.
+
+    Raises:
+        ValueError: if `sigma_min` is not positive, or one of the two ranges is empty.
 
     References:
         Song et al. 2021, appendix C, https://arxiv.org/abs/2011.13456.

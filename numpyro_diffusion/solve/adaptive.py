@@ -36,6 +36,7 @@ class AdaptiveFlow(Solver):
         rtol: relative tolerance of a step.
         atol: absolute tolerance of a step, in units of the spread of the noisy law.
         max_steps: number of steps after which it gives up; the result is then NaN.
+        grid: where `solve` starts and ends; the steps between are its own.
 
     Raises:
         ValueError: if a tolerance is not positive or `max_steps` below one.

@@ -48,6 +48,10 @@ class Solver(abc.ABC):
         law: what the walk tends to as its steps become finer: "flow", "reverse" or "marginals"; see the module.
         order: order of the error in that law: of the point for a flow, of means over draws for the others.
         evaluations_per_step: denoiser evaluations in a step; None if not known before the run.
+
+    Raises:
+        ValueError: if `num_times` is below 2.
+        TypeError: if `grid` is not a `TimeGrid`.
     """
 
     num_times: int
@@ -114,14 +118,29 @@ class Solver(abc.ABC):
 
 
 def terminal_moments(denoiser: Denoiser) -> tuple[jax.Array, jax.Array]:
-    r"""Mean, of `event_shape`, and standard deviation, a scalar, of the terminal law at `t_max`."""
+    r"""Mean and standard deviation of the terminal law, from which solvers start at `t_max`.
+
+    Args:
+        denoiser: the model, whose `location` and `scale` they follow.
+
+    Returns:
+        The mean, of `event_shape`, and the deviation, a scalar.
+    """
     alpha, sigma = (f(denoiser.schedule.t_max) for f in (denoiser.schedule.alpha, denoiser.schedule.sigma))
     mean = jnp.broadcast_to(alpha * denoiser.location, denoiser.event_shape)
     return mean, jnp.sqrt((alpha * denoiser.scale) ** 2 + sigma**2)
 
 
 def terminal_point(denoiser: Denoiser, z: jax.Array) -> jax.Array:
-    """Maps standard normal noise to the terminal law."""
+    """Maps standard normal noise to the terminal law.
+
+    Args:
+        denoiser: the model.
+        z: standard normal noise, of `event_shape`.
+
+    Returns:
+        A point at `t_max`, of `event_shape`.
+    """
     mean, deviation = terminal_moments(denoiser)
     return mean + deviation * z
 

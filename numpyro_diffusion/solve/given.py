@@ -68,7 +68,18 @@ def draw_given(solver: Solver, denoiser: Denoiser, x_t: jax.Array, t: ArrayLike,
 
 
 def flow_given(solver: Solver, denoiser: Denoiser, x_t: jax.Array, t: ArrayLike, z: jax.Array) -> jax.Array:
-    """Maps standard normal noise `z`, of `event_shape`, to a draw of `draw_given`, by a solver of law "flow"."""
+    """Maps standard normal noise to a draw of `draw_given`, smoothly.
+
+    Args:
+        solver: of law "flow".
+        denoiser: the model of p(x).
+        x_t: the noisy point, of `event_shape`.
+        t: its time, a scalar.
+        z: standard normal noise, of `event_shape`.
+
+    Returns:
+        A clean point, in the precision of `x_t`.
+    """
     given, schedule = Given(denoiser, x_t, t), denoiser.schedule
     level = jnp.minimum(_START * schedule.noise_level(t), 0.5 * schedule.noise_level(schedule.t_max))
     first, above = (
@@ -85,6 +96,13 @@ def flow_given(solver: Solver, denoiser: Denoiser, x_t: jax.Array, t: ArrayLike,
 
 
 def evaluations_given(solver: Solver) -> ArrayLike | None:
-    """Denoiser evaluations of `draw_given`; None if not known before the run."""
+    """Denoiser evaluations of `draw_given`.
+
+    Args:
+        solver: the solver that draws.
+
+    Returns:
+        Their number; None if it is not known before the run.
+    """
     evaluations = solver.evaluations()
     return evaluations if evaluations is None or solver.law == "reverse" else evaluations + 2

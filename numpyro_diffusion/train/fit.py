@@ -16,6 +16,10 @@ Only `nnx.Param` is trained. Dropout acts in training, with a fresh mask for eac
 held-out losses and the denoiser that comes back have none. Batch statistics (`nnx.BatchNorm`) are refused: a denoiser
 is a function of one point, and with them the training loss would depend on a whole batch. For backbones see `nn`, for
 the meaning of their output `denoise.network`.
+
+References:
+    Karras et al., Elucidating the design space of diffusion-based generative models, 2022,
+    https://arxiv.org/abs/2206.00364.
 """
 
 import functools

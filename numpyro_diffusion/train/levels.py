@@ -54,6 +54,8 @@ from numpyro_diffusion.noise import Schedule, value_and_slope
 from numpyro_diffusion.train import weighting as weightings
 from numpyro_diffusion.train.weighting import Weighting
 
+__all__ = ["Adaptive", "AdaptiveState", "LogNormal", "LogitNormal", "LowDiscrepancy", "NoiseLaw", "Uniform"]
+
 State = Any  # what a law has learned from the losses so far, a pytree of arrays
 
 

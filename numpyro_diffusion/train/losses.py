@@ -59,6 +59,14 @@ from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.noise import perturb
 
+__all__ = [
+    "DenoisingScoreMatching",
+    "ImplicitScoreMatching",
+    "SecondOrderScoreMatching",
+    "SlicedScoreMatching",
+    "StableTargetField",
+]
+
 Loss = Callable[..., jax.Array]  # loss(denoiser, key, x, t, cond) -> scalar
 
 

@@ -45,6 +45,8 @@ from jax.typing import ArrayLike
 from numpyro_diffusion import _checks
 from numpyro_diffusion.noise import Cosine, Schedule, value_and_slope
 
+__all__ = ["EDM", "FlowMatching", "Likelihood", "LogitNormal", "MinSNR", "Sigmoid", "Simple", "V", "Weighting", "X0"]
+
 
 class Weighting(abc.ABC):
     r"""A weight $w(\lambda)$ on the log-SNR of standardised data: a frozen dataclass of plain numbers, static.
@@ -93,6 +95,9 @@ class EDM(Weighting):
     Args:
         mean: centre of the log noise level, in units of the data's standard deviation.
         std: its standard deviation, positive.
+
+    Raises:
+        ValueError: if `mean` is not finite or `std` not positive.
 
     References:
         Karras et al., Elucidating the design space of diffusion-based generative models, 2022,
@@ -203,6 +208,9 @@ class MinSNR(_OfSchedule):
         gamma: bound on the SNR, positive.
         schedule: under which times are uniform.
 
+    Raises:
+        ValueError: if `gamma` is not positive.
+
     References:
         Hang et al., Efficient diffusion training via min-SNR weighting strategy, 2023,
         https://arxiv.org/abs/2303.09556.
@@ -226,6 +234,13 @@ class Sigmoid(Weighting):
 
     Args:
         bias: $k$, the log-SNR at which the weight is a half.
+
+    Raises:
+        ValueError: if `bias` is not finite.
+
+    References:
+        Kingma and Gao, Understanding diffusion objectives as the ELBO with simple data augmentation, 2023,
+        https://arxiv.org/abs/2303.00848.
     """
 
     bias: float = 2.0
@@ -281,6 +296,9 @@ class LogitNormal(Weighting):
     Args:
         mean: $m$; larger is noisier.
         std: $s$, positive.
+
+    Raises:
+        ValueError: if `mean` is not finite or `std` not positive.
 
     References:
         Esser et al., Scaling rectified flow transformers for high-resolution image synthesis, 2024,

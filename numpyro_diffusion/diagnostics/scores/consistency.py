@@ -35,7 +35,7 @@ _ASYMMETRY = 0.1
 class Circulation(NamedTuple):
     """Line integrals of a score round triangles, in nats; arrays of shape (levels,)."""
 
-    noise_level: np.ndarray
+    noise_level: np.ndarray  # in units of the data
     value: np.ndarray  # root mean square over the triangles
     work: np.ndarray  # the same along a single edge, for comparison
     quadrature_error: np.ndarray  # of the value, by a rule with half the points
@@ -45,14 +45,14 @@ class Circulation(NamedTuple):
 class Consistency(NamedTuple):
     """Whether the Jacobian of a denoiser is that of a posterior mean; arrays of shape (levels,)."""
 
-    noise_level: np.ndarray
+    noise_level: np.ndarray  # in units of the data
     asymmetry: np.ndarray  # the size of the antisymmetric part of J over that of J, both Frobenius; 0 to 1
     negative: np.ndarray  # share of random directions v with v'Jv < 0; 0 for a covariance, but 0 does not prove it
     lowest: np.ndarray  # least v'Jv / v'v found, times alpha: between 0 and 1 for the exact denoiser of N(m, s^2)
     variance: np.ndarray  # trace of Cov[x | x_t] per dimension by the Jacobian, mean over the points
     squared_error: np.ndarray  # mean |x - x0|^2 per dimension: the same if the denoiser is exact
     error: np.ndarray  # the standard error of their difference
-    problems: tuple[str, ...]
+    problems: tuple[str, ...]  # what is not to be trusted
 
 
 def circulation(

@@ -43,8 +43,8 @@ _FEWEST_EFFECTIVE = 100.0
 class DenoisingLosses(NamedTuple):
     """Mean squared errors of the clean point per dimension, in squared units of the data; arrays of shape (levels,)."""
 
-    noise_level: np.ndarray
-    denoiser: np.ndarray
+    noise_level: np.ndarray  # in units of the data
+    denoiser: np.ndarray  # its loss, in squared units of the data per dimension
     error: np.ndarray  # its standard error
     gaussian: np.ndarray  # of the Gaussian with the mean and covariance of the data
     constant: np.ndarray  # of the mean of the data
@@ -55,7 +55,7 @@ class DenoisingLosses(NamedTuple):
 class Divergence(NamedTuple):
     """The Fisher divergence of two models; arrays of shape (levels,)."""
 
-    noise_level: np.ndarray
+    noise_level: np.ndarray  # in units of the data
     value: np.ndarray  # E_p |s_p - s_q|^2
     error: np.ndarray  # its standard error
     kl: float  # half its integral over the squared levels given, in nats, by the trapezoidal rule
@@ -67,7 +67,7 @@ class Mass(NamedTuple):
     value: float  # 1 for a normalised density
     error: float  # its standard error
     effective_size: float  # of the weights: below 100, neither of the two can be trusted
-    problems: tuple[str, ...]
+    problems: tuple[str, ...]  # what is not to be trusted
 
 
 def denoising_losses(

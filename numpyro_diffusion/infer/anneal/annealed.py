@@ -99,6 +99,7 @@ class AnnealedLangevin(AnnealedKernel):
         guidance: what stands for the likelihood of noisy points, see `infer.at_clean_point`, or one of
             `guidance.GUIDANCES` such as "mmps", for one site with Gaussian data; None takes the likelihood at the
             predicted clean point.
+        init_strategy: where chains start, as in NumPyro; None draws the priors.
         metropolis: whether to test each step. Needs priors with a density at every level.
 
     Raises:

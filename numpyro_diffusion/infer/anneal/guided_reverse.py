@@ -65,6 +65,7 @@ class GuidedReverse(AnnealedKernel):
         guidance: what stands for the likelihood of noisy points, see `infer.at_clean_point`, or one of
             `guidance.GUIDANCES` such as "mmps", for one site with Gaussian data; None takes the likelihood at the
             predicted clean point.
+        init_strategy: where chains start, as in NumPyro; None draws the priors.
 
     Raises:
         ValueError: for a number out of its range; when run, for a model without a latent `DiffusionPrior` site, with

@@ -42,7 +42,19 @@ site, to a scalar: the logarithm of the likelihood of the noisy points."""
 
 
 def at_clean_point(log_likelihood: Callable[[Point], jax.Array], predictions: Mapping[str, Prediction]) -> jax.Array:
-    """The guidance of DPS: the likelihood of the predicted clean points, as if they were known."""
+    """The guidance of DPS: the likelihood of the predicted clean points, as if they were known.
+
+    Args:
+        log_likelihood: log-density of the rest of the model at clean points, a dict by site.
+        predictions: what the denoisers predict at the noisy points, by site.
+
+    Returns:
+        What stands for the log-likelihood of the noisy points, a scalar.
+
+    References:
+        Chung et al., Diffusion posterior sampling for general noisy inverse problems, 2023,
+        https://arxiv.org/abs/2209.14687.
+    """
     return log_likelihood({name: prediction.x0 for name, prediction in predictions.items()})
 
 

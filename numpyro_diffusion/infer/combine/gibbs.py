@@ -5,6 +5,10 @@ as NumPyro's `Gibbs` does it, and brought up to date (`refresh`) when the other 
 diffusion sites do not depend on the other sites, the block of the others runs on the model without these priors, since
 $p(\theta \mid x, y) \propto p(\theta)\, p(y \mid x, \theta)$ does not contain $p(x)$: no probability flow is solved
 to move a noise level.
+
+References:
+    Geman and Geman, Stochastic relaxation, Gibbs distributions, and the Bayesian restoration of images, 1984,
+    https://doi.org/10.1109/TPAMI.1984.4767596.
 """
 
 from collections.abc import Callable, Iterable

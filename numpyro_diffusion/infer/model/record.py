@@ -112,7 +112,13 @@ class _Arguments:
 
 
 class Reading:
-    """A model at its arguments; made by `Record.at`."""
+    """A model at its arguments; made by `Record.at`.
+
+    Args:
+        record: the record of the run.
+        args: the model's arguments.
+        kwargs: its keyword arguments.
+    """
 
     def __init__(self, record: Record, args: tuple, kwargs: dict[str, Any]) -> None:
         self._record, self.args, self.kwargs = record, args, kwargs

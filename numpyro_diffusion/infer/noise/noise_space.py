@@ -16,6 +16,10 @@ after warm-up, and a chain by itself adapts as in NumPyro.
 
 The state holds the original sites: the flow is solved once per draw, in the step, and not again by post-processing,
 `Predictive`, `log_likelihood` or ArviZ.
+
+References:
+    Hoffman et al., NeuTra-lizing bad geometry in Hamiltonian Monte Carlo using neural transport, 2019,
+    https://arxiv.org/abs/1903.03704.
 """
 
 import math

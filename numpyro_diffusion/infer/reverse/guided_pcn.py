@@ -108,6 +108,7 @@ class GuidedPCN(WalkKernel):
         num_proposals: candidates per step, walked in one batch.
         global_fraction: share of steps with a log-uniform level, in [0, 1].
         target_accept_prob: acceptance to which the centre of the levels adapts, in (0, 1).
+        init_strategy: where chains start, as in NumPyro; None draws the priors.
 
     Raises:
         ValueError: for a number out of its range or an unknown guidance; when run, for a model with other latent sites,

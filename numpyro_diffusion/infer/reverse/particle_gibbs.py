@@ -101,6 +101,7 @@ class ParticleGibbs(WalkKernel):
         observation: what is observed of a point of the denoiser's own space (of several sites: of a dict of them);
             None reads the model. It steers; the weights are the model's.
         solver: a solver whose steps have a density; None takes the priors' own `sampler`.
+        init_strategy: where chains start, as in NumPyro; None draws the priors.
 
     Raises:
         ValueError: for `num_particles` below 2 or an unknown guidance; when run, for a model with other latent sites,
