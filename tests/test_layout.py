@@ -18,7 +18,7 @@ FLOORS = {
     **dict.fromkeys(["solve", "checkpoint", "diagnostics"], 2),
     **dict.fromkeys(["density", "guidance", "train", "plots"], 3),
     "distributions": 4,
-    "reparam": 5,
+    **dict.fromkeys(["reparam", "learned"], 5),
     "infer": 6,
 }
 INFER = {  # the rooms of `infer/`: each imports lower ones, never its own neighbours
@@ -164,6 +164,7 @@ DEAR = (
     "infer.gradient",
     "nn.unet",
     "train.fit",
+    "learned",
     "diagnostics",
 )
 """Modules whose examples take seconds to compile."""
