@@ -192,8 +192,8 @@ def support_of(name: str, given: Any, shape: tuple[int, ...]) -> Constraint:
         given = given.support
     if not isinstance(given, Constraint):
         raise TypeError(
-            f"the support of site {name!r} must be a constraint of numpyro.distributions, or a distribution that has it; "
-            f"got {given!r}"
+            f"the support of site {name!r} must be a constraint of numpyro.distributions, or a distribution that has "
+            f"it; got {given!r}"
         )
     if given.is_discrete:
         raise TypeError(f"site {name!r} is discrete ({given}); a diffusion learns continuous ones. Leave it out")

@@ -212,8 +212,8 @@ class _Sequel:
             result = self.model(*args, **kwargs)
         if missing := [name for name, each in given.items() if not each.used]:
             raise ValueError(
-                f"the model must have latent sites {list(given)}; {missing} are missing. Rename sites by rename=, or leave "
-                "them out of the draws that the prior is learned from"
+                f"the model must have latent sites {list(given)}; {missing} are missing. Rename sites by rename=, or "
+                "leave them out of the draws that the prior is learned from"
             )
         return result
 

@@ -67,8 +67,8 @@ def measure(u: np.ndarray, weights: np.ndarray | None, entries: Sequence[str]) -
     if values[0] < _SMALLEST:
         tied = [entry for entry, v in zip(entries, vectors[:, 0], strict=True) if abs(v) > 0.1]
         raise ValueError(
-            f"draws must vary in all directions; {', '.join(tied[:5])} determine each other. Leave out what is computed "
-            "from the others, such as deterministic sites, or give the support that ties them"
+            f"draws must vary in all directions; {', '.join(tied[:5])} determine each other. Leave out what is "
+            "computed from the others, such as deterministic sites, or give the support that ties them"
         )
     root = (vectors * np.sqrt(values)) @ vectors.T
     return mean, deviation[:, None] * root
