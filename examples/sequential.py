@@ -2,8 +2,8 @@
 
 1. Regression of the disease's progress on ten measurements. The posterior of the first half of the patients is learned,
    and is the prior for the second half: the result is to be the posterior of all patients.
-2. A common factor behind five of the measurements. Without an outcome its sign is free: the posterior of the first study
-   has two modes. A small second study also has the outcome, which rises with the factor: one mode is left.
+2. A common factor behind five of the measurements. Without an outcome its sign is free: the posterior of the first
+   study has two modes. A small second study also has the outcome, which rises with the factor: one mode is left.
 
 Beside the learned prior stands the multivariate normal with the mean and covariance of the same draws, in the same
 unconstrained coordinates: right for the first, where the posterior is nearly normal, wrong for the second.
