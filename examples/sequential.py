@@ -34,6 +34,8 @@ from numpyro_diffusion.infer import NoiseSpace
 from numpyro_diffusion.learned import LearnedPrior
 
 OUTPUT = Path(__file__).parent / "output"
+NUM_DRAWS, NUM_STEPS = 6000, 3000
+"""Of each posterior, and of training."""
 SECOND_STUDY = 40
 """Patients whose outcome the second factor study has."""
 Draws = dict[str, np.ndarray]
@@ -184,7 +186,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="little training, few draws")
     parser.add_argument("--seed", type=int, default=0, help="of chains and training")
     options = parser.parse_args()
-    sizes = (800, 300) if options.fast else (6000, 3000)
+    sizes = (800, 300) if options.fast else (NUM_DRAWS, NUM_STEPS)
     found = {name: look(name, options.seed, *sizes)[0] for name in STUDIES}
     draw(found, OUTPUT / ("sequential-fast.png" if options.fast else "sequential.png"))
 

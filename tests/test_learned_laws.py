@@ -1,4 +1,4 @@
-"""What a learned prior is worth: weights, bounds, modes, poor laws that say so, and studies in sequence on real data."""
+"""What a learned prior is worth: weights, bounds, modes, poor laws that say so, and studies in sequence."""
 
 import importlib.util
 import warnings
@@ -73,7 +73,7 @@ def test_bounds_modes_and_dependence():
 
 
 def test_a_poor_law_says_so():
-    """Two modes after a few steps: the normal law is kept, and the report, the warning and its lines say that it is poor."""
+    """Two modes after a few steps: the normal law is kept, and report and warning say that it is poor."""
     x = modes(np.random.default_rng(7), 1000)
     with pytest.warns(UserWarning, match="the learned prior is not that of the draws: a classifier is right in"):
         prior = prior_from_samples({"x": x}, num_steps=5)
@@ -97,10 +97,9 @@ def test_normal_draws_stay_normal_and_forgotten_supports_are_named():
 
 @pytest.mark.slow
 def test_studies_in_sequence():
-    """The example: first posterior and second data give the posterior of all, where the normal law fails with two modes."""
-    spec = importlib.util.spec_from_file_location(
-        "sequential", Path(__file__).parents[1] / "examples" / "sequential.py"
-    )
+    """The example: first posterior and second data give the posterior of all; the normal law fails with two modes."""
+    path = Path(__file__).parents[1] / "examples" / "sequential.py"
+    spec = importlib.util.spec_from_file_location("sequential", path)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     for name in example.STUDIES:
