@@ -1,5 +1,6 @@
 """A posterior as a prior: the map from noise to named sites, its density, models, files, and what is refused."""
 
+import inspect
 import pickle
 
 import arviz as az
@@ -265,6 +266,7 @@ REFUSED = {
     "weights vanish": ({"weights": np.zeros(COUNT)}, ValueError, "weights must not all vanish"),
     "few effective": ({"weights": np.arange(COUNT) < 50}, ValueError, "at least 100 draws; got 50.0 of 400"),
     "fraction": ({"held_out_fraction": 1.0}, ValueError, "held_out_fraction must lie in"),
+    "option": ({"held_out": np.ones((9, 6))}, TypeError, "must not be held_out"),
     "leading dimensions": ({"batch_ndims": 2}, ValueError, "'share' must have 2 leading dimensions"),
 }
 
@@ -312,7 +314,9 @@ def test_models_without_the_sites(options, args, match):
 
 def test_idata():
     """By chain, some variables, with weights by chain; a wrong name says what there is."""
-    idata = az.from_dict(**{"posterior": {n: v.reshape(4, -1, *v.shape[1:]) for n, v in DRAWS.items()}})
+    groups = {"posterior": {n: v.reshape(4, -1, *v.shape[1:]) for n, v in DRAWS.items()}}
+    old = "posterior" in inspect.signature(az.from_dict).parameters  # ArviZ 0.23; 1.x takes one dictionary
+    idata = az.from_dict(**groups) if old else az.from_dict(groups)
     found = prior_from_idata(idata, ["x", "rate"], {"rate": constraints.positive}, num_steps=20, report=False)
     assert repr(found) == "LearnedPrior(x[2], rate[1])"
     np.testing.assert_allclose(found.units.location[:2], DRAWS["x"].mean(0), rtol=1e-5)

@@ -95,6 +95,8 @@ def prior_from_samples(
     """
     if not 0.0 < held_out_fraction < 1.0:
         raise ValueError(f"held_out_fraction must lie in (0, 1); got {held_out_fraction}")
+    if taken := sorted({"held_out", "validation_fraction", "cond", "target"} & options.keys()):
+        raise TypeError(f"options of fit must not be {', '.join(taken)}: the draws held out are a share of samples")
     draws = _check_draws(samples, batch_ndims)
     weights = _check_weights(weights, draws, jnp.shape(next(iter(samples.values())))[:batch_ndims])
     layout = _layout(draws, supports or {})
