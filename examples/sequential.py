@@ -30,12 +30,14 @@ from sklearn.datasets import load_diabetes
 
 from numpyro_diffusion import DiffusionPrior, prior_from_samples
 from numpyro_diffusion.denoise import Gaussian
-from numpyro_diffusion.infer import NoiseSpace
+from numpyro_diffusion.diagnostics import verdict
+from numpyro_diffusion.infer import NoiseSpace, PopulationHMC
 from numpyro_diffusion.learned import LearnedPrior
 
 OUTPUT = Path(__file__).parent / "output"
 NUM_DRAWS, NUM_STEPS = 6000, 3000
 """Of each posterior, and of training."""
+MAX_GRADIENTS = 400_000
 SECOND_STUDY = 40
 """Patients whose outcome the second factor study has."""
 Draws = dict[str, np.ndarray]
@@ -130,9 +132,15 @@ def factors(seed: int, num: int, num_steps: int) -> tuple[dict[str, Draws], Lear
     sign = np.random.default_rng(seed).choice(np.float32([-1.0, 1.0]), (len(first["loading"]), 1))
     found["first study"] = first = {**first, "loading": sign * first["loading"]}  # the posterior is symmetric
     learned = prior_from_samples(first, {"spread": constraints.positive}, key=jax.random.key(seed), num_steps=num_steps)
-    for name, prior, kernel in ("learned prior", learned, NoiseSpace), ("normal prior", normal_like(learned), NUTS):
-        sequel = prior.in_place_of_priors(factor_and_outcome)
-        found[name] = sample(sequel, none, second, seed=seed + 2, num=num, kernel=kernel)
+    sequels = {
+        name: prior.in_place_of_priors(factor_and_outcome)
+        for name, prior in {"learned prior": learned, "normal prior": normal_like(learned)}.items()
+    }
+    population = PopulationHMC(sequels["learned prior"], max_gradients=MAX_GRADIENTS, progress_bar=False)
+    population.run(jax.random.key(seed + 2), none, second)  # the prior has two modes, chains would stay in one
+    print(verdict(population))
+    found["learned prior"] = {name: np.asarray(values) for name, values in population.get_samples().items()}
+    found["normal prior"] = sample(sequels["normal prior"], none, second, seed=seed + 2, num=num)
     return found, learned
 
 

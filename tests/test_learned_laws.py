@@ -72,6 +72,7 @@ def test_bounds_modes_and_dependence():
     assert abs(told[1] - told[0]) < 0.05 and told[0] > 0.3
 
 
+@pytest.mark.slow
 def test_a_poor_law_says_so():
     """Two modes after a few steps: the normal law is kept, and report and warning say that it is poor."""
     x = modes(np.random.default_rng(7), 1000)
