@@ -37,7 +37,8 @@ from numpyro_diffusion.learned import LearnedPrior
 OUTPUT = Path(__file__).parent / "output"
 NUM_DRAWS, NUM_STEPS = 6000, 3000
 """Of each posterior, and of training."""
-MAX_GRADIENTS = 400_000
+GRADIENTS_PER_DRAW = 70
+"""At most, of the population."""
 SECOND_STUDY = 40
 """Patients whose outcome the second factor study has."""
 Draws = dict[str, np.ndarray]
@@ -136,7 +137,7 @@ def factors(seed: int, num: int, num_steps: int) -> tuple[dict[str, Draws], Lear
         name: prior.in_place_of_priors(factor_and_outcome)
         for name, prior in {"learned prior": learned, "normal prior": normal_like(learned)}.items()
     }
-    population = PopulationHMC(sequels["learned prior"], max_gradients=MAX_GRADIENTS, progress_bar=False)
+    population = PopulationHMC(sequels["learned prior"], max_gradients=GRADIENTS_PER_DRAW * num, progress_bar=False)
     population.run(jax.random.key(seed + 2), none, second)  # the prior has two modes, chains would stay in one
     print(verdict(population))
     found["learned prior"] = {name: np.asarray(values) for name, values in population.get_samples().items()}
