@@ -8,7 +8,7 @@
 Beside the learned prior stands the multivariate normal with the mean and covariance of the same draws, in the same
 unconstrained coordinates: right for the first, where the posterior is nearly normal, wrong for the second.
 
-    python examples/sequential.py          # a minute or two
+    python examples/sequential.py          # some minutes
     python examples/sequential.py --fast   # little training, few draws: to test the installation
 
 Writes examples/output/sequential.png.
