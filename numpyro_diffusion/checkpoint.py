@@ -10,6 +10,9 @@ and loading rebuilds the network from the JSON, checks the name, shape and preci
 the digest against all that was read. What loads is what was saved, bit for bit, and saving it again gives the same
 bytes. Weights that are not finite are refused in both directions, before they can cause errors elsewhere.
 
+A law made of a denoiser and more, such as a `LearnedPrior`, is saved with its own arrays and plain values in the same
+file; its class says how (`saved_with_denoiser`).
+
 Files may come from strangers: nothing is unpickled, and no class is imported by a name from a file. Names of networks
 and schedules are looked up among this library's own; a user's network is given by its class. States of optimisers are
 not saved (see `fit(checkpoint=)` for a run that goes on), nor are exact denoisers: those are a line of code.
@@ -21,7 +24,7 @@ References:
 import dataclasses
 import json
 import os
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,16 +43,39 @@ _SCHEDULES = {
     cls.__name__: cls for cls in (noise.VP, noise.SubVP, noise.VE, noise.Cosine, noise.Rectified, noise.Tabulated)
 }
 _BACKBONES = {cls.__name__: cls for cls in (nn.MLP, nn.UNet)}
+_HELD = "held/"
+_HOLDERS: dict[str, type] = {}
 _PRECISIONS = ("bfloat16", "float16", "float32", "float64")
 
 
-def save(path: str | os.PathLike, denoiser: NetworkDenoiser) -> None:
-    """Writes a learned denoiser to a safetensors file, replacing what was there in one move.
+class Holder(Protocol):
+    """What is made of a denoiser and more."""
+
+    def to_saved(self) -> tuple[NetworkDenoiser, dict[str, Any], dict[str, Any]]:
+        """Its denoiser, plain JSON values, and arrays by name."""
+
+    @classmethod
+    def from_saved(cls, denoiser: NetworkDenoiser, described: dict[str, Any], arrays: dict[str, np.ndarray]) -> Any:
+        """The same again of its three parts; `ValueError`, `KeyError` or `TypeError` if they do not agree."""
+
+
+Held = TypeVar("Held", bound=type[Holder])
+
+
+def saved_with_denoiser(cls: Held) -> Held:
+    """Class decorator: `save` and `load` know this class of the library, a `Holder`, by its name."""
+    _HOLDERS[cls.__name__] = cls
+    return cls
+
+
+def save(path: str | os.PathLike, denoiser: NetworkDenoiser | Holder) -> None:
+    """Writes a learned denoiser, or a learned prior, to a safetensors file, replacing what was there in one move.
 
     Args:
         path: file to write, in a folder that exists.
-        denoiser: a `NetworkDenoiser`. Its backbone is one of `numpyro_diffusion.nn`, or has a `config` of plain JSON
-            values from which `type(backbone)(**config, rngs=...)` rebuilds it.
+        denoiser: a `NetworkDenoiser`, or a `LearnedPrior`, which has one. Its backbone is one of
+            `numpyro_diffusion.nn`, or has a `config` of plain JSON values from which `type(backbone)(**config,
+            rngs=...)` rebuilds it.
 
     Raises:
         TypeError: if `denoiser` is not a `NetworkDenoiser`, or its backbone has no `config`.
@@ -69,10 +95,15 @@ def save(path: str | os.PathLike, denoiser: NetworkDenoiser) -> None:
         ...     float(checkpoint.load(path).scale)
         3.0
     """
+    holder, held = type(denoiser).__name__, {}
+    if _HOLDERS.get(holder) is type(denoiser):
+        denoiser, values, held = denoiser.to_saved()
     if not isinstance(denoiser, NetworkDenoiser):
-        raise TypeError(f"denoiser must be a NetworkDenoiser to be saved; got {type(denoiser).__name__}")
+        known = ", ".join(["NetworkDenoiser", *_HOLDERS])
+        raise TypeError(f"denoiser must be one of {known} to be saved; got {type(denoiser).__name__}")
     tensors = {name: np.asarray(leaf) for name, leaf in _named_leaves(denoiser).items()}
-    for name, tensor in tensors.items():
+    held = {_HELD + name: np.asarray(leaf) for name, leaf in held.items()}
+    for name, tensor in (tensors | held).items():
         if str(tensor.dtype) not in _PRECISIONS:
             raise ValueError(f"{name} must be one of {', '.join(_PRECISIONS)} to be saved; got {tensor.dtype}")
         _checks.finite(name, tensor, "The training diverged: train again with a lower learning rate")
@@ -81,18 +112,20 @@ def save(path: str | os.PathLike, denoiser: NetworkDenoiser) -> None:
         _check_tensors(tensors, _rebuild(description, type(denoiser.backbone)), description["dtype"])
     except ValueError as error:
         raise ValueError(f"denoiser could not be loaded again: {error}") from error
-    _files.write(path, _KEY, description, tensors)
+    if held:
+        description["holder"] = {"class": holder, "config": values}
+    _files.write(path, _KEY, description, tensors | held)
 
 
-def load(path: str | os.PathLike, *, backbone_class: type[nnx.Module] | None = None) -> NetworkDenoiser:
-    """Reads a denoiser that `save` wrote.
+def load(path: str | os.PathLike, *, backbone_class: type[nnx.Module] | None = None) -> NetworkDenoiser | Any:
+    """Reads a denoiser, or a learned prior, that `save` wrote.
 
     Args:
         path: file to read.
         backbone_class: class of the network, for one that is not in `numpyro_diffusion.nn`.
 
     Returns:
-        The denoiser, frozen.
+        The denoiser, frozen, or the `LearnedPrior`: what was saved.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -100,18 +133,31 @@ def load(path: str | os.PathLike, *, backbone_class: type[nnx.Module] | None = N
             network that it describes, or has a weight that is not finite; the message says which.
     """
     try:
-        description, tensors = _read(path)
+        description, everything = _read(path)
+        held = {name: tensor for name, tensor in everything.items() if name.startswith(_HELD)}
+        tensors = {name: tensor for name, tensor in everything.items() if name not in held}
         template = _rebuild(description, backbone_class or _look_up("network", description, _BACKBONES))
         _check_tensors(tensors, template, description["dtype"])
         try:
-            _files.check(description, tensors)
+            _files.check(description, everything)
         except ValueError as error:
             raise ValueError(f"{error}. Copy or save it again") from error
-        for name, tensor in tensors.items():
+        for name, tensor in everything.items():
             _checks.finite(name, tensor, "The training diverged before it was saved")
+        denoiser = _fill(template, tensors)
+        return denoiser if "holder" not in description else _restore(denoiser, description, held)
     except ValueError as error:
         raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
-    return _fill(template, tensors)
+
+
+def _restore(denoiser: NetworkDenoiser, description: dict[str, Any], held: dict[str, np.ndarray]) -> Any:
+    """What was saved with the denoiser that it is made of."""
+    cls = _look_up("holder", description, _HOLDERS)
+    arrays = {name.removeprefix(_HELD): tensor for name, tensor in held.items()}
+    try:
+        return cls.from_saved(denoiser, description["holder"]["config"], arrays)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its description of a {cls.__name__} is damaged ({error!r})") from error
 
 
 def _describe(denoiser: NetworkDenoiser, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -159,8 +205,12 @@ def _check_fields(description: dict[str, Any]) -> None:
     named = {
         f"{kind}.{part}": description[kind][part] for kind in ("network", "schedule") for part in ("class", "config")
     }
+    if "holder" in description:
+        named |= {f"holder.{part}": description["holder"][part] for part in ("class", "config")}
     expected = {"network.class": str, "network.config": dict, "schedule.class": str, "schedule.config": dict}
-    for name, kind in (expected | {"target": str, "event_shape": list, "dtype": str | dict}).items():
+    expected |= {"target": str, "event_shape": list, "dtype": str | dict}
+    expected |= {"holder.class": str, "holder.config": dict} if "holder" in description else {}
+    for name, kind in expected.items():
         value = (named | description)[name]
         if not isinstance(value, kind):
             raise TypeError(f"{name} is {value!r}")

@@ -18,7 +18,7 @@ FLOORS = {
     **dict.fromkeys(["solve", "checkpoint", "diagnostics"], 2),
     **dict.fromkeys(["density", "guidance", "train", "plots"], 3),
     "distributions": 4,
-    "reparam": 5,
+    **dict.fromkeys(["reparam", "learned"], 5),
     "infer": 6,
     "__main__": 7,
 }
@@ -165,6 +165,7 @@ DEAR = (
     "infer.gradient",
     "nn.unet",
     "train.fit",
+    "learned",
     "diagnostics",
 )
 """Modules whose examples take seconds to compile."""
