@@ -252,7 +252,7 @@ def _check_shape(covariances: Any, count: int, dimension: int) -> None:
 def _decompose(numpy: Any, covariances: Any, count: int, dimension: int) -> tuple[Any, jax.Array | None]:
     """Eigenvalues (K, d) and eigenvectors (K, d, d), the latter None where covariances are diagonal."""
     if covariances.ndim == 3:
-        values, vectors = numpy.linalg.eigh(covariances)
-        return values, jnp.asarray(vectors)
+        values, vectors = jnp.linalg.eigh(jnp.asarray(covariances))  # NumPy's has other signs: other draws of a key
+        return numpy.asarray(values), vectors
     rows = covariances if covariances.ndim == 2 else covariances.reshape(-1, 1)
     return numpy.broadcast_to(rows, (count, dimension)), None
