@@ -78,10 +78,10 @@ def test_caches_belong_to_the_point(make):
 def test_a_point_from_outside(make):
     """A composite kernel moves the point and refreshes: steps far too long are rejected, at the new point's density."""
     kernel = make([MALA(pair, step_size=1e3, target_accept_prob=None)])
+    step = jax.jit(lambda state: kernel.sample(state, (3.0,), {}))
     state = kernel.init(jax.random.key(0), 0, {"x": jnp.array(1.0), "s": jnp.array(0.0)}, (3.0,), {})
-    state = kernel.sample(state, (3.0,), {})
-    state = kernel.refresh(state._replace(z={"x": jnp.array(2.0), "s": jnp.array(1.0)}), (3.0,), {})
-    state = kernel.sample(state, (3.0,), {})
+    state = step(state)._replace(z={"x": jnp.array(2.0), "s": jnp.array(1.0)})
+    state = step(jax.jit(lambda state: kernel.refresh(state, (3.0,), {}))(state))
     assert state.z["x"] == 2.0 and state.kernel_index == 0
     cached = state.kernel_states[0].evaluation.log_density
     np.testing.assert_allclose(cached, 3.0 * dist.Normal().log_prob(1.0), rtol=1e-6)

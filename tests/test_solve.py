@@ -99,13 +99,23 @@ def one_step(solver, denoiser, x_t, memory, t, s):
     return jax.vmap(lambda x_t, memory: solver.step(denoiser, x_t, memory, t, s))(x_t, memory)
 
 
+@jax.jit
+def at_the_start(solver, denoiser, x):
+    return solver.times(denoiser), jax.vmap(partial(solver.init, denoiser))(x)
+
+
+@jax.jit
+def at_the_end(denoiser, x, t):
+    return jax.vmap(lambda x: denoiser(x, t).x0)(x)
+
+
 def walk(solver, denoiser, x):
     """What `solve` does, by hand: one compiled step serves every number of times."""
-    stepper, times = dataclasses.replace(solver, num_times=2), np.asarray(solver.times(denoiser))
-    memory = jax.vmap(partial(solver.init, denoiser))(x)
+    stepper, (times, memory) = dataclasses.replace(solver, num_times=2), at_the_start(solver, denoiser, x)
+    times = np.asarray(times)
     for t, s in zip(times[:-1], times[1:], strict=True):
         x, memory = one_step(stepper, denoiser, x, memory, t, s)
-    return jax.vmap(lambda x: denoiser(x, times[-1]).x0)(x)
+    return at_the_end(denoiser, x, times[-1])
 
 
 NUM_TIMES = (33, 129)

@@ -62,6 +62,11 @@ def expressed(denoisers, x_t, t):
     return jax.vmap(one)(x_t)
 
 
+@jax.jit
+def expected_of(truth, u_t, t):
+    return jax.vmap(lambda u_t: answers(truth(u_t, t)))(u_t)
+
+
 CASES = [("Gaussian", 2, VE(0.05, 20.0)), ("mixture", 2, Rectified()), ("mixture", 8, VP())]
 CASES += [("Gaussian", 32, Cosine()), ("mixture", 32, VE(0.05, 20.0))]
 
@@ -76,11 +81,12 @@ def test_every_target_expressed_in_every_other(law, d, schedule, x64):
     truth = GaussianMixture([0.2, 0.3, 0.5][:count], rng.normal(size=(count, d)), covariances[:count], schedule)
     options = {"schedule": schedule, "location": LOCATION, "scale": SCALE}
     denoisers = {name: NetworkDenoiser(Asked(truth, name), target=name, **options) for name in TARGETS}
-    u = truth.sample(jax.random.key(0), (3,))
+    u = np.asarray(truth.sample(jax.random.key(0), (3,)))
     for t in (0.2, 0.5, 0.8):
-        u_t = schedule.alpha(t) * u + schedule.sigma(t) * rng.normal(size=u.shape)
-        x_t = SCALE * u_t + schedule.alpha(t) * LOCATION
-        expected = jax.vmap(lambda u_t, t=t: answers(truth(u_t, t)))(u_t)
+        alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
+        u_t = alpha * u + sigma * rng.normal(size=u.shape)
+        x_t = SCALE * u_t + alpha * LOCATION
+        expected = expected_of(truth, u_t, t)
         means, others, again = expressed(denoisers, x_t, t)
         for name in TARGETS:
             np.testing.assert_allclose(means[name], expected["x0"], rtol=1e-8, atol=1e-9, err_msg=name)

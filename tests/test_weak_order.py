@@ -58,10 +58,10 @@ def weak_errors(solver, monkeypatch):
             one = lambda x, z: stepper.step(law, x[None], (), t, s, z[None])[0][0]  # noqa: E731
             return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(x, noises)
 
-        times = np.asarray(solver.times(law))
+        times = np.asarray(jax.jit(lambda: solver.times(law))())
         levels = np.asarray(law.schedule.noise_level(times))
         x = points(levels[-1])
-        x0 = np.asarray(jax.vmap(lambda x: law(x[None], times[-1]).x0[0])(x))
+        x0 = np.asarray(jax.jit(jax.vmap(lambda x: law(x[None], times[-1]).x0[0]))(x))
         values = np.stack([f(x0) for f in FUNCTIONS], 1)
         truth = trapezoid(values * noisy_density(x, levels[-1])[:, None], x, axis=0)
         for k in reversed(range(len(times) - 1)):

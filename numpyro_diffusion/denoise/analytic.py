@@ -19,6 +19,8 @@ References:
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,20 +61,22 @@ class GaussianMixture:
         self, weights: ArrayLike, means: ArrayLike, covariances: ArrayLike = 1.0, schedule: Schedule | None = None
     ) -> None:
         with _as_known(weights, means, covariances):
-            self._build(*(jnp.asarray(a, jnp.result_type(float)) for a in (weights, means, covariances)), schedule)
+            numpy, arrays = _numpy_for(weights, means, covariances)
+            self._build(numpy, *(numpy.asarray(a, jnp.result_type(float)) for a in arrays), schedule)
 
-    def _build(self, weights: jax.Array, means: jax.Array, covariances: jax.Array, schedule: Schedule | None) -> None:
+    def _build(self, numpy: Any, weights: Any, means: Any, covariances: Any, schedule: Schedule | None) -> None:
         if means.ndim != 2:
             raise ValueError(f"means must have shape (components, dimensions); got {means.shape}")
         count, dimension = means.shape
         if weights.shape != (count,):
             raise ValueError(f"weights must have shape ({count},), one for each of the means; got {weights.shape}")
-        self.log_weights = jax.nn.log_softmax(jnp.log(weights))
-        self.means = means
-        self.variances, self.rotations = _decompose(covariances, count, dimension)
+        _check_shape(covariances, count, dimension)
         self._check_values({"weights": weights, "means": means, "covariances": covariances})
-        present = jnp.isfinite(self.log_weights)[:, None]
-        narrowest = jnp.sqrt(jnp.min(jnp.where(present, self.variances, jnp.inf)))
+        with np.errstate(divide="ignore"):
+            self.log_weights = jnp.asarray(numpy.log(weights / numpy.sum(weights)))
+        variances, self.rotations = _decompose(numpy, covariances, count, dimension)
+        self.means, self.variances = jnp.asarray(means), jnp.asarray(variances)
+        narrowest = numpy.sqrt(numpy.min(numpy.where(weights[:, None] > 0, variances, math.inf)))
         self._schedule = schedule_for(self.scale, narrowest, schedule)
 
     def _check_values(self, given: dict[str, jax.Array]) -> None:
@@ -101,39 +105,26 @@ class GaussianMixture:
     @property
     def location(self) -> jax.Array:
         """The mean of the mixture, shape (d,)."""
-        return jnp.dot(jnp.exp(self.log_weights), self.means, precision="highest")
+        numpy, (log_weights, means) = _numpy_for(self.log_weights, self.means)
+        return jnp.asarray(numpy.sum(numpy.exp(log_weights)[:, None] * means, axis=0))
 
     @property
     def scale(self) -> jax.Array:
         """The root mean square distance to the mean per dimension, a scalar."""
-        spread = jnp.mean((self.means - self.location) ** 2 + self.variances, axis=-1)
-        return jnp.sqrt(jnp.dot(jnp.exp(self.log_weights), spread, precision="highest"))
+        numpy, (log_weights, means, variances) = _numpy_for(self.log_weights, self.means, self.variances)
+        weights = numpy.exp(log_weights)
+        spread = numpy.mean((means - numpy.sum(weights[:, None] * means, axis=0)) ** 2 + variances, axis=-1)
+        return jnp.asarray(numpy.sqrt(numpy.sum(weights * spread)))
 
-    def _rotate(self, x: jax.Array) -> jax.Array:
-        return x if self.rotations is None else jnp.einsum("kij,ki->kj", self.rotations, x, precision="highest")
-
-    def _unrotate(self, x: jax.Array) -> jax.Array:
-        return x if self.rotations is None else jnp.einsum("kij,kj->ki", self.rotations, x, precision="highest")
-
-    def _components(self, x_t: jax.Array, t: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Log of weight times density of each component at `x_t`, (K,); its pull and its noise there, both (K, d).
-
-        The pull is how far its posterior mean lies from its mean.
-        """
+    def _at(self, x_t: jax.Array, t: ArrayLike) -> tuple:
+        """What the density and its means are computed from."""
         if jnp.shape(x_t) != self.event_shape:
             raise ValueError(f"x_t must be one point of shape {self.event_shape}; got {jnp.shape(x_t)}. Use jax.vmap")
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        variances = alpha**2 * self.variances + sigma**2
-        residual = self._rotate(x_t - alpha * self.means)
-        quadratic = jnp.sum(residual**2 / variances + jnp.log(2.0 * math.pi * variances), axis=-1)
-        whitened = residual / variances
-        pulls, noises = alpha * self.variances * whitened, sigma * whitened
-        return self.log_weights - 0.5 * quadratic, self._unrotate(pulls), self._unrotate(noises)
+        return self.log_weights, self.means, self.variances, self.rotations, x_t, alpha, sigma
 
     def __call__(self, x_t: jax.Array, t: ArrayLike) -> Prediction:
-        log_joint, pulls, noises = self._components(x_t, t)
-        x0, eps = (_weighted(jax.nn.softmax(log_joint), v) for v in (self.means + pulls, noises))
-        return Prediction(x0, eps, x_t, t, self.schedule)
+        return Prediction(*_means(*self._at(x_t, t)), x_t, t, self.schedule)
 
     def log_density(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
         r"""The diffused log-density $\log p_t(x_t)$, normalised, in nats.
@@ -145,7 +136,7 @@ class GaussianMixture:
         Returns:
             A scalar.
         """
-        return jax.nn.logsumexp(self._components(x_t, t)[0])
+        return _log_density(*self._at(x_t, t))
 
     def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
         """Exact draws of the clean law, shape `sample_shape + (d,)`."""
@@ -183,11 +174,59 @@ class Gaussian(GaussianMixture):
 
     def __init__(self, mean: ArrayLike, covariance: ArrayLike = 1.0, schedule: Schedule | None = None) -> None:
         with _as_known(mean, covariance):
-            mean, covariance = jnp.asarray(mean), jnp.asarray(covariance)
+            numpy, arrays = _numpy_for(mean, covariance)
+            mean, covariance = map(numpy.asarray, arrays)
             if mean.ndim != 1:
                 raise ValueError(f"mean must have shape (dimensions,); got {mean.shape}")
             covariances = covariance if covariance.ndim == 0 else covariance[None]
             super().__init__(np.ones(1), mean[None], covariances, schedule)
+
+
+@partial(jax.jit, inline=True)
+def _components(
+    log_weights: jax.Array,
+    means: jax.Array,
+    variances: jax.Array,
+    rotations: jax.Array | None,
+    x_t: jax.Array,
+    alpha: jax.Array,
+    sigma: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log of weight times density of each component at `x_t`, (K,); its pull and its noise there, both (K, d).
+
+    The pull is how far its posterior mean lies from its mean.
+    """
+
+    def turn(subscripts: str, x: jax.Array) -> jax.Array:
+        return x if rotations is None else jnp.einsum(subscripts, rotations, x, precision="highest")
+
+    noisy = alpha**2 * variances + sigma**2
+    residual = turn("kij,ki->kj", x_t - alpha * means)
+    quadratic = jnp.sum(residual**2 / noisy + jnp.log(2.0 * math.pi * noisy), axis=-1)
+    whitened = residual / noisy
+    pulls, noises = alpha * variances * whitened, sigma * whitened
+    return log_weights - 0.5 * quadratic, turn("kij,kj->ki", pulls), turn("kij,kj->ki", noises)
+
+
+@partial(jax.jit, inline=True)
+def _means(log_weights: jax.Array, means: jax.Array, *rest: Any) -> tuple[jax.Array, jax.Array]:
+    """E[x | x_t] and E[eps | x_t], each of shape (d,)."""
+    log_joint, pulls, noises = _components(log_weights, means, *rest)
+    weights = jax.nn.softmax(log_joint)
+    return _weighted(weights, means + pulls), _weighted(weights, noises)
+
+
+@partial(jax.jit, inline=True)
+def _log_density(*parts: Any) -> jax.Array:
+    """The log of the mixture's density, a scalar."""
+    return jax.nn.logsumexp(_components(*parts)[0])
+
+
+def _numpy_for(*arrays: ArrayLike) -> tuple[Any, tuple]:
+    """NumPy and the arrays in it if all are known, since it compiles nothing; else JAX's and the arrays as they are."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays)):
+        return jnp, arrays
+    return np, tuple(np.asarray(array) for array in arrays)
 
 
 def _as_known(*arrays: ArrayLike) -> AbstractContextManager:
@@ -201,17 +240,22 @@ def _weighted(weights: jax.Array, values: jax.Array) -> jax.Array:
     return values[0] if len(values) == 1 else jnp.dot(weights, values, precision="highest")
 
 
-def _decompose(covariances: jax.Array, count: int, dimension: int) -> tuple[jax.Array, jax.Array | None]:
-    """Eigenvalues (K, d) and eigenvectors (K, d, d), the latter None where covariances are diagonal."""
+def _check_shape(covariances: Any, count: int, dimension: int) -> None:
     if covariances.ndim == 3:
         _checks.shape("covariances", covariances, (count, dimension, dimension))
-        return jnp.linalg.eigh(covariances)
-    if covariances.ndim == 2:
+    elif covariances.ndim == 2:
         _checks.shape("covariances", covariances, (count, dimension), "a full covariance is (components, d, d)")
-        return covariances, None
-    if covariances.shape not in ((), (count,)):
+    elif covariances.shape not in ((), (count,)):
         raise ValueError(
             f"covariances must be a scalar or have shape ({count},), ({count}, {dimension}) or "
             f"({count}, {dimension}, {dimension}); got {covariances.shape}"
         )
-    return jnp.broadcast_to(covariances.reshape(-1, 1), (count, dimension)), None
+
+
+def _decompose(numpy: Any, covariances: Any, count: int, dimension: int) -> tuple[Any, jax.Array | None]:
+    """Eigenvalues (K, d) and eigenvectors (K, d, d), the latter None where covariances are diagonal."""
+    if covariances.ndim == 3:
+        values, vectors = jnp.linalg.eigh(jnp.asarray(covariances))  # NumPy's has other signs: other draws of a key
+        return numpy.asarray(values), vectors
+    rows = covariances if covariances.ndim == 2 else covariances.reshape(-1, 1)
+    return numpy.broadcast_to(rows, (count, dimension)), None

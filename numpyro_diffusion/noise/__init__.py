@@ -1,6 +1,6 @@
 """The noising process and the times at which it is looked at."""
 
-from numpyro_diffusion.noise.adapted import schedule_for
+from numpyro_diffusion.noise.adapted import check_decreasing, schedule_for
 from numpyro_diffusion.noise.grid import Karras, TimeGrid, UniformLogSNR, UniformTime, grid_from
 from numpyro_diffusion.noise.schedule import (
     VE,
@@ -10,7 +10,6 @@ from numpyro_diffusion.noise.schedule import (
     Scaled,
     Schedule,
     SubVP,
-    check_decreasing,
     perturb,
     value_and_slope,
 )

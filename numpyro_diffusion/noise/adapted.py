@@ -16,12 +16,15 @@ log-density by `Heun(64)` is off by .06 and .16 nats at its centre: give `densit
 """
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from numpyro_diffusion.noise.schedule import VE, Scaled, Schedule, check_decreasing
+from numpyro_diffusion.noise.schedule import VE, Scaled, Schedule
 
 
 def schedule_for(scale: ArrayLike, narrowest: ArrayLike | None = None, schedule: Schedule | None = None) -> Schedule:
@@ -50,8 +53,7 @@ def schedule_for(scale: ArrayLike, narrowest: ArrayLike | None = None, schedule:
     if not isinstance(schedule, Scaled):  # a scale may be traced, and does not change whether the log-SNR falls
         check_decreasing(schedule)
     if known:
-        with jax.ensure_compile_time_eval():
-            lowest = float(schedule.noise_level(schedule.t_min))
+        lowest = _lowest_noise_level(schedule)
         if lowest > float(narrowest):
             raise ValueError(
                 f"the lowest noise level of schedule must lie below the narrowest standard deviation of the law, "
@@ -59,4 +61,43 @@ def schedule_for(scale: ArrayLike, narrowest: ArrayLike | None = None, schedule:
                 f"VE(sigma_min={0.002 * float(narrowest):.1g}, sigma_max={80.0 * float(scale):.1g}), or leave schedule "
                 "out: the default follows the scale"
             )
+    return schedule
+
+
+def _remembered(function: Callable[[Schedule], float]) -> Callable[[Schedule], float]:
+    """Keeps the answers for schedules that have a hash: each takes a dozen small programs to find."""
+    kept = lru_cache(maxsize=256)(function)
+
+    def answer(schedule: Schedule) -> float:
+        try:
+            hash(schedule)
+        except TypeError:
+            return function(schedule)
+        return kept(schedule)
+
+    return answer
+
+
+@_remembered
+def _falls(schedule: Schedule) -> bool:
+    with jax.ensure_compile_time_eval():
+        log_snr = np.asarray(schedule.log_snr(jnp.linspace(schedule.t_min, schedule.t_max, 33)))
+    return bool((np.diff(log_snr) < 0).all())
+
+
+@_remembered
+def _lowest_noise_level(schedule: Schedule) -> float:
+    """The noise level at the cleanest time, of a schedule that is not traced."""
+    with jax.ensure_compile_time_eval():
+        return float(schedule.noise_level(schedule.t_min))
+
+
+def check_decreasing(schedule: Schedule) -> Schedule:
+    """The schedule, if its log-SNR falls from `t_min` to `t_max` as that of a noising process must.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if not _falls(schedule):
+        raise ValueError(f"the log-SNR of schedule must decrease from t_min to t_max; that of {schedule} does not")
     return schedule

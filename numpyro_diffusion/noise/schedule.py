@@ -30,7 +30,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
@@ -97,19 +96,6 @@ def value_and_slope(function: Callable[[jax.Array], jax.Array], t: ArrayLike) ->
     """
     t = jnp.asarray(t, dtype=jnp.result_type(float))
     return jax.jvp(function, (t,), (jnp.ones_like(t),))
-
-
-def check_decreasing(schedule: Schedule) -> Schedule:
-    """The schedule, if its log-SNR falls from `t_min` to `t_max` as that of a noising process must.
-
-    Raises:
-        ValueError: if it does not.
-    """
-    with jax.ensure_compile_time_eval():
-        log_snr = np.asarray(schedule.log_snr(jnp.linspace(schedule.t_min, schedule.t_max, 33)))
-    if not (np.diff(log_snr) < 0).all():
-        raise ValueError(f"the log-SNR of schedule must decrease from t_min to t_max; that of {schedule} does not")
-    return schedule
 
 
 def _check_range(t_min: float, t_max: float) -> None:

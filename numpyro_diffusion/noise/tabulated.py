@@ -20,6 +20,7 @@ References:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -92,10 +93,7 @@ class Tabulated(Schedule):
         return cls(np.interp(np.linspace(1.0, 0.0, num_knots), mass / mass[-1], edges))
 
     def log_snr(self, t: ArrayLike) -> jax.Array:
-        knots = jnp.asarray(self.knots, jnp.result_type(float))
-        place = jnp.asarray(t) * (len(self.knots) - 1)
-        k = jnp.clip(jnp.floor(place).astype(int), 0, len(self.knots) - 2)
-        return knots[k] + (place - k) * (knots[k + 1] - knots[k])
+        return _log_snr(np.asarray(self.knots, jnp.result_type(float)), t)
 
     def alpha(self, t: ArrayLike) -> jax.Array:
         return jnp.exp(0.5 * jax.nn.log_sigmoid(self.log_snr(t)))
@@ -104,7 +102,18 @@ class Tabulated(Schedule):
         return jnp.exp(0.5 * jax.nn.log_sigmoid(-self.log_snr(t)))
 
     def inverse_log_snr(self, log_snr: ArrayLike) -> jax.Array:
-        rising = jnp.asarray(self.knots[::-1], jnp.result_type(float))
-        k = jnp.clip(jnp.searchsorted(rising, log_snr, side="right") - 1, 0, len(self.knots) - 2)
-        place = k + (jnp.asarray(log_snr) - rising[k]) / (rising[k + 1] - rising[k])
-        return 1.0 - place / (len(self.knots) - 1)
+        return _inverse_log_snr(np.asarray(self.knots[::-1], jnp.result_type(float)), log_snr)
+
+
+@partial(jax.jit, inline=True)
+def _log_snr(knots: ArrayLike, t: ArrayLike) -> jax.Array:
+    place = jnp.asarray(t) * (len(knots) - 1)
+    k = jnp.clip(jnp.floor(place).astype(int), 0, len(knots) - 2)
+    return knots[k] + (place - k) * (knots[k + 1] - knots[k])
+
+
+@partial(jax.jit, inline=True)
+def _inverse_log_snr(rising: ArrayLike, log_snr: ArrayLike) -> jax.Array:
+    k = jnp.clip(jnp.searchsorted(rising, log_snr, side="right") - 1, 0, len(rising) - 2)
+    place = k + (jnp.asarray(log_snr) - rising[k]) / (rising[k + 1] - rising[k])
+    return 1.0 - place / (len(rising) - 1)
