@@ -1,0 +1,192 @@
+"""Flows distilled into one to four evaluations, in noise space, on the quickstart's digits.
+
+    python benchmarks/distilled.py --json OUT
+
+For each number of evaluations and training seed, how far the map is from its teacher. For each held-out digit (the
+upper half observed with noise of deviation 1, the deviation unknown too): NUTS in noise space with the teacher's flow,
+DPM-Solver++ in ten evaluations; with the map's; and `DelayedAcceptance`, which moves by the map and has the teacher's
+law. The same chains, warm-up and depth of trees for all; the smallest effective sample size of all pixels and the
+noise, the largest split R-hat, CPU seconds of warm-up and draws without compilation, and how far the means and standard
+deviations of the hidden pixels are from those under the teacher, in posterior standard deviations. Then the coverage of
+90 % intervals under the map, by `PopulationHMC`, with as many digits as asked for.
+
+The keys of the JSON: `noise_space_ess_ratio` (median over digits of effective samples per CPU second, map over
+teacher), `delayed_ess_ratio` (the same of delayed acceptance), `coverage`, `coverage_error`, `maps`, `runs`.
+`moves_ratio` and `variance_error` are of the one-call noise-denoise move, which is not built: None.
+"""
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
+from numpyro.infer import MCMC, NUTS
+
+from numpyro_diffusion import checkpoint
+from numpyro_diffusion.data import digits
+from numpyro_diffusion.diagnostics import verdict
+from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.infer import DelayedAcceptance, NoiseSpace, PopulationHMC
+from numpyro_diffusion.solve import DPMSolverPP, FlowMap
+from numpyro_diffusion.train import distill
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from quickstart import OUTPUT, ROWS, model, trained
+
+TEACHER = DPMSolverPP(10)
+
+
+def maps_of(denoiser: Any, evaluations: list[int], seeds: int, fast: bool) -> tuple[dict[int, FlowMap], list[dict]]:
+    """A map for each number of evaluations, of the first seed, kept on disk; and a row for each that is trained."""
+    made, rows = {}, []
+    short = {"num_pairs": 500, "num_steps": 50, "num_test_draws": 100} if fast else {}
+    for k in evaluations:
+        for seed in range(seeds):
+            path, started = OUTPUT / f"flow-map-{k}-{seed}{'-fast' if fast else ''}.safetensors", time.process_time()
+            if path.exists() and not fast:
+                made.setdefault(k, checkpoint.load(path))
+                continue
+            result = distill(jax.random.key(seed), denoiser, TEACHER, num_evaluations=k, progress_bar=False, **short)
+            seconds = time.process_time() - started
+            checkpoint.save(path, result.flow_map)
+            made.setdefault(k, result.flow_map)
+            rows.append({"evaluations": k, "seed": seed, "cpu_seconds": seconds, **result.quality._asdict()})
+            print(f"{k} evaluations, seed {seed}, {seconds:.0f} CPU s: {result.quality}", flush=True)
+    return made, rows
+
+
+def run(make: Any, key: jax.Array, y: jax.Array, prior: DiffusionPrior, sizes: dict[str, int]) -> dict[str, Any]:
+    """Chains of a kernel, compiled before they are timed."""
+
+    def sampled(key: jax.Array, y: jax.Array, prior: DiffusionPrior) -> tuple:
+        mcmc = MCMC(make(model), **sizes, chain_method="vectorized", progress_bar=False)
+        mcmc.run(key, y, prior)
+        return mcmc.get_samples(group_by_chain=True), mcmc.get_extra_fields(group_by_chain=True)
+
+    program = jax.jit(sampled).lower(key, y, prior).compile()
+    started = time.process_time()
+    draws, fields = jax.block_until_ready(program(key, y, prior))
+    seconds = time.process_time() - started
+    flat = np.concatenate([np.asarray(v).reshape(*v.shape[:2], -1) for v in draws.values()], -1)
+    hidden = np.asarray(draws["x"])[:, :, ROWS:].reshape(-1, ROWS * 8)
+    ess = float(np.nanmin(effective_sample_size(flat)))
+    return {
+        "ess": ess,
+        "r_hat": float(np.nanmax(split_gelman_rubin(flat))),
+        "cpu_seconds": seconds,
+        "ess_per_second": ess / seconds,
+        "accept_prob": float(np.mean(fields["accept_prob"])),
+        "steps_per_draw": float(np.mean(fields["num_steps"])),
+        "mean": hidden.mean(0),
+        "deviation": hidden.std(0),
+    }
+
+
+def compare(denoiser: Any, maps: dict[int, FlowMap], y: jax.Array, key: jax.Array, options: Any) -> list[dict]:
+    """The rows of one observation: the teacher first."""
+    prior = DiffusionPrior(denoiser, flow_solver=TEACHER)
+    sizes = {"num_warmup": options.warmup, "num_samples": options.draws, "num_chains": options.chains}
+    nuts = {"inner": NUTS, "max_tree_depth": options.depth}
+    rows = [{"method": "teacher", **run(partial(NoiseSpace, **nuts), key, y, prior, sizes)}]
+    for k, flow_map in maps.items():
+        found = run(partial(NoiseSpace, **nuts), key, y, prior.with_flow(flow_map), sizes)
+        rows.append({"method": f"map of {k}", **found})
+        for moves in options.moves:
+            make = partial(DelayedAcceptance, surrogate=flow_map, num_moves=moves, **nuts)
+            rows.append({"method": f"delayed, map of {k}, {moves} moves", **run(make, key, y, prior, sizes)})
+    first = rows[0]
+    for row in rows:
+        row["mean_off"] = float(np.sqrt(np.mean(((row["mean"] - first["mean"]) / first["deviation"]) ** 2)))
+        row["log_deviation_off"] = float(np.sqrt(np.mean(np.log(row["deviation"] / first["deviation"]) ** 2)))
+    for row in rows:
+        del row["mean"], row["deviation"]
+        row["ratio"] = row["ess_per_second"] / first["ess_per_second"]
+        print({name: v if isinstance(v, str) else round(v, 3) for name, v in row.items()}, flush=True)
+    return rows
+
+
+def coverage_of(prior: DiffusionPrior, held_out: np.ndarray, count: int, fast: bool) -> tuple[list[float], int]:
+    """Share of the hidden pixels inside their 90 % intervals, of each digit whose run converged; and the other runs."""
+    sampler = PopulationHMC(model, 64, 4, max_gradients=1) if fast else PopulationHMC(model)
+    shares, failed = [], 0
+    for i in range(count):
+        key_noise, key_run = jax.random.split(jax.random.fold_in(jax.random.key(7), i))
+        truth = held_out[i]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the verdict is counted
+            sampler.run(key_run, truth[:ROWS] + jax.random.normal(key_noise, (ROWS, 8)), prior)
+        if not (verdict(sampler).converged or fast):
+            failed += 1
+            continue
+        low, high = np.quantile(np.asarray(sampler.get_samples()["x"])[:, ROWS:], [0.05, 0.95], axis=0)
+        shares.append(float(np.mean((low <= truth[ROWS:]) & (truth[ROWS:] <= high))))
+    return shares, failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--evaluations", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seeds", type=int, default=1, help="training seeds of each map; chains use the first")
+    parser.add_argument("--digits", type=int, default=3, help="how many held-out digits for the chains")
+    parser.add_argument("--coverage", type=int, default=20, help="how many held-out digits for the coverage")
+    parser.add_argument("--moves", type=int, nargs="*", default=[1], help="moves between tests of delayed acceptance")
+    parser.add_argument("--warmup", type=int, default=200)
+    parser.add_argument("--draws", type=int, default=200)
+    parser.add_argument("--chains", type=int, default=8)
+    parser.add_argument("--depth", type=int, default=5, help="largest depth of NUTS's trees")
+    parser.add_argument("--fast", action="store_true", help="everything tiny, to test that it runs")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    options = parser.parse_args()
+    if options.fast:
+        options.digits = options.coverage = options.seeds = 1
+        options.warmup = options.draws = 4
+        options.evaluations, options.chains, options.depth = [1], 2, 2
+
+    images, held_out = digits(jax.random.key(42))
+    name, num_steps = ("quickstart-fast", 200) if options.fast else ("quickstart", 3000)
+    denoiser = trained(images, num_steps, OUTPUT / f"{name}.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        maps, trained_maps = maps_of(denoiser, options.evaluations, options.seeds, options.fast)
+    runs = []
+    for i in range(options.digits):
+        key_noise, key_run = jax.random.split(jax.random.fold_in(jax.random.key(7), i))
+        y = held_out[i][:ROWS] + jax.random.normal(key_noise, (ROWS, 8))
+        runs += [{"digit": i, **row} for row in compare(denoiser, maps, y, key_run, options)]
+
+    def median(start: str) -> float | None:
+        by_method: dict[str, list[float]] = {}
+        for row in runs:
+            if row["method"].startswith(start):
+                by_method.setdefault(row["method"], []).append(row["ratio"])
+        return max((float(np.median(v)) for v in by_method.values()), default=None)
+
+    flow_map = maps[options.evaluations[0]]
+    prior = DiffusionPrior(denoiser, flow_solver=flow_map)
+    shares, failed = coverage_of(prior, held_out, options.coverage, options.fast)
+    results = {
+        "noise_space_ess_ratio": median("map"),
+        "delayed_ess_ratio": median("delayed"),
+        "moves_ratio": None,
+        "variance_error": None,
+        "coverage": float(np.mean(shares)) if shares else None,
+        "coverage_error": float(np.std(shares, ddof=1) / np.sqrt(len(shares))) if len(shares) > 1 else None,
+        "coverage_digits": len(shares),
+        "not_converged": failed,
+        "maps": trained_maps,
+        "runs": runs,
+    }
+    print({name: value for name, value in results.items() if not isinstance(value, list)})
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
