@@ -3,16 +3,19 @@
     python benchmarks/distilled.py --json OUT
 
 For each number of evaluations and training seed, how far the map is from its teacher. For each held-out digit (the
-upper half observed with noise of deviation 1, the deviation unknown too): NUTS in noise space with the teacher's flow,
-DPM-Solver++ in ten evaluations; with the map's; and `DelayedAcceptance`, which moves by the map and has the teacher's
-law. The same chains, warm-up and depth of trees for all; the smallest effective sample size of all pixels and the
-noise, the largest split R-hat, CPU seconds of warm-up and draws without compilation, and how far the means and standard
-deviations of the hidden pixels are from those under the teacher, in posterior standard deviations. Then the coverage of
-90 % intervals under the map, by `PopulationHMC`, with as many digits as asked for.
+upper half observed with noise of deviation 1, the deviation unknown too): `PopulationHMC` and NUTS in noise space with
+the teacher's flow, DPM-Solver++ in ten evaluations, and with the map's; and `DelayedAcceptance`, which moves by the map
+and has the teacher's law. Chains start at draws of the teacher's population, and all methods have the same number of
+them, warm-up and depth of trees. Of the chains: the smallest effective sample size of all pixels and the noise, the
+largest split R-hat, CPU seconds of warm-up and draws without compilation, and how far the means and standard deviations
+of the hidden pixels are from those of the teacher's chains, in posterior standard deviations (rms). Of populations: CPU
+seconds to their own verdict, with compilation in the first, and coverage of 90 % intervals of the hidden pixels, for
+the runs that converged.
 
-The keys of the JSON: `noise_space_ess_ratio` (median over digits of effective samples per CPU second, map over
-teacher), `delayed_ess_ratio` (the same of delayed acceptance), `coverage`, `coverage_error`, `maps`, `runs`.
-`moves_ratio` and `variance_error` are of the one-call noise-denoise move, which is not built: None.
+The keys of the JSON: `noise_space_ess_ratio` (median over digits of effective samples per CPU second of chains, map
+over teacher; of the best map), `delayed_ess_ratio` (the same of delayed acceptance), `coverage`, `coverage_error`,
+`teacher_coverage` (of the digits of the chains), `maps`, `runs`, `populations`. `moves_ratio` and `variance_error` are
+of the one-call noise-denoise move, which is not built: None.
 """
 
 import argparse
@@ -62,17 +65,17 @@ def maps_of(denoiser: Any, evaluations: list[int], seeds: int, fast: bool) -> tu
     return made, rows
 
 
-def run(make: Any, key: jax.Array, y: jax.Array, prior: DiffusionPrior, sizes: dict[str, int]) -> dict[str, Any]:
+def run(make: Any, key: jax.Array, start: dict, y: jax.Array, prior: DiffusionPrior, sizes: dict) -> dict[str, Any]:
     """Chains of a kernel, compiled before they are timed."""
 
-    def sampled(key: jax.Array, y: jax.Array, prior: DiffusionPrior) -> tuple:
+    def sampled(key: jax.Array, start: dict, y: jax.Array, prior: DiffusionPrior) -> tuple:
         mcmc = MCMC(make(model), **sizes, chain_method="vectorized", progress_bar=False)
-        mcmc.run(key, y, prior)
+        mcmc.run(key, y, prior, init_params=start)
         return mcmc.get_samples(group_by_chain=True), mcmc.get_extra_fields(group_by_chain=True)
 
-    program = jax.jit(sampled).lower(key, y, prior).compile()
+    program = jax.jit(sampled).lower(key, start, y, prior).compile()
     started = time.process_time()
-    draws, fields = jax.block_until_ready(program(key, y, prior))
+    draws, fields = jax.block_until_ready(program(key, start, y, prior))
     seconds = time.process_time() - started
     flat = np.concatenate([np.asarray(v).reshape(*v.shape[:2], -1) for v in draws.values()], -1)
     hidden = np.asarray(draws["x"])[:, :, ROWS:].reshape(-1, ROWS * 8)
@@ -89,18 +92,20 @@ def run(make: Any, key: jax.Array, y: jax.Array, prior: DiffusionPrior, sizes: d
     }
 
 
-def compare(denoiser: Any, maps: dict[int, FlowMap], y: jax.Array, key: jax.Array, options: Any) -> list[dict]:
-    """The rows of one observation: the teacher first."""
+def compare(
+    denoiser: Any, maps: dict[int, FlowMap], start: dict, y: jax.Array, key: jax.Array, options: Any
+) -> list[dict]:
+    """The rows of chains on one observation: the teacher first."""
     prior = DiffusionPrior(denoiser, flow_solver=TEACHER)
     sizes = {"num_warmup": options.warmup, "num_samples": options.draws, "num_chains": options.chains}
     nuts = {"inner": NUTS, "max_tree_depth": options.depth}
-    rows = [{"method": "teacher", **run(partial(NoiseSpace, **nuts), key, y, prior, sizes)}]
+    rows = [{"method": "teacher", **run(partial(NoiseSpace, **nuts), key, start, y, prior, sizes)}]
     for k, flow_map in maps.items():
-        found = run(partial(NoiseSpace, **nuts), key, y, prior.with_flow(flow_map), sizes)
+        found = run(partial(NoiseSpace, **nuts), key, start, y, prior.with_flow(flow_map), sizes)
         rows.append({"method": f"map of {k}", **found})
         for moves in options.moves:
             make = partial(DelayedAcceptance, surrogate=flow_map, num_moves=moves, **nuts)
-            rows.append({"method": f"delayed, map of {k}, {moves} moves", **run(make, key, y, prior, sizes)})
+            rows.append({"method": f"delayed, map of {k}, {moves} moves", **run(make, key, start, y, prior, sizes)})
     first = rows[0]
     for row in rows:
         row["mean_off"] = float(np.sqrt(np.mean(((row["mean"] - first["mean"]) / first["deviation"]) ** 2)))
@@ -112,22 +117,30 @@ def compare(denoiser: Any, maps: dict[int, FlowMap], y: jax.Array, key: jax.Arra
     return rows
 
 
-def coverage_of(prior: DiffusionPrior, held_out: np.ndarray, count: int, fast: bool) -> tuple[list[float], int]:
-    """Share of the hidden pixels inside their 90 % intervals, of each digit whose run converged; and the other runs."""
-    sampler = PopulationHMC(model, 64, 4, max_gradients=1) if fast else PopulationHMC(model)
-    shares, failed = [], 0
-    for i in range(count):
-        key_noise, key_run = jax.random.split(jax.random.fold_in(jax.random.key(7), i))
-        truth = held_out[i]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the verdict is counted
-            sampler.run(key_run, truth[:ROWS] + jax.random.normal(key_noise, (ROWS, 8)), prior)
-        if not (verdict(sampler).converged or fast):
-            failed += 1
-            continue
-        low, high = np.quantile(np.asarray(sampler.get_samples()["x"])[:, ROWS:], [0.05, 0.95], axis=0)
-        shares.append(float(np.mean((low <= truth[ROWS:]) & (truth[ROWS:] <= high))))
-    return shares, failed
+def observation(held_out: jax.Array, i: int) -> tuple[jax.Array, jax.Array]:
+    """What is seen of a digit, and a key for its sampler."""
+    key_noise, key_run = jax.random.split(jax.random.fold_in(jax.random.key(7), i))
+    return held_out[i][:ROWS] + jax.random.normal(key_noise, (ROWS, 8)), key_run
+
+
+def population(sampler: PopulationHMC, prior: DiffusionPrior, held_out: jax.Array, i: int) -> dict[str, Any]:
+    """The row of a population on one digit."""
+    y, key = observation(held_out, i)
+    started = time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the verdict is in the row
+        sampler.run(key, y, prior)
+    seconds, said, truth = time.process_time() - started, verdict(sampler), held_out[i][ROWS:]
+    low, high = np.quantile(np.asarray(sampler.get_samples()["x"])[:, ROWS:], [0.05, 0.95], axis=0)
+    return {
+        "digit": i,
+        "converged": said.converged,
+        "r_hat": said.r_hat,
+        "ess": said.ess,
+        "gradients": sampler.num_gradients,
+        "cpu_seconds": seconds,
+        "coverage": float(np.mean((low <= truth) & (truth <= high))),
+    }
 
 
 def main() -> None:
@@ -135,11 +148,12 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seeds", type=int, default=1, help="training seeds of each map; chains use the first")
     parser.add_argument("--digits", type=int, default=3, help="how many held-out digits for the chains")
+    parser.add_argument("--first", type=int, default=0, help="number of the first of these digits")
     parser.add_argument("--coverage", type=int, default=20, help="how many held-out digits for the coverage")
     parser.add_argument("--moves", type=int, nargs="*", default=[1], help="moves between tests of delayed acceptance")
-    parser.add_argument("--warmup", type=int, default=200)
-    parser.add_argument("--draws", type=int, default=200)
-    parser.add_argument("--chains", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=100)
+    parser.add_argument("--draws", type=int, default=250)
+    parser.add_argument("--chains", type=int, default=20)
     parser.add_argument("--depth", type=int, default=5, help="largest depth of NUTS's trees")
     parser.add_argument("--fast", action="store_true", help="everything tiny, to test that it runs")
     parser.add_argument("--json", type=Path, help="where to write the results")
@@ -155,33 +169,45 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         maps, trained_maps = maps_of(denoiser, options.evaluations, options.seeds, options.fast)
-    runs = []
-    for i in range(options.digits):
-        key_noise, key_run = jax.random.split(jax.random.fold_in(jax.random.key(7), i))
-        y = held_out[i][:ROWS] + jax.random.normal(key_noise, (ROWS, 8))
-        runs += [{"digit": i, **row} for row in compare(denoiser, maps, y, key_run, options)]
+    prior = DiffusionPrior(denoiser, flow_solver=TEACHER)
+    flows = {"teacher": prior, "map": prior.with_flow(maps[options.evaluations[0]])}
+    short = {"num_walkers": 64, "num_draws": 4, "max_gradients": 1} if options.fast else {}
+    samplers = {name: PopulationHMC(model, **short, progress_bar=False) for name in flows}
+    runs, populations = [], []
+    for number in range(max(options.digits, options.coverage)):
+        i = options.first + number
+        wanted = {"teacher": number < options.digits, "map": number < options.coverage}
+        for name in filter(wanted.get, flows):
+            populations.append({"flow": name, **population(samplers[name], flows[name], held_out, i)})
+            print({k: v if isinstance(v, str) else round(v, 3) for k, v in populations[-1].items()}, flush=True)
+        if number < options.digits:
+            y, key = observation(held_out, i)
+            start = samplers["teacher"].init_params(options.chains)
+            runs += [{"digit": i, **row} for row in compare(denoiser, maps, start, y, key, options)]
 
-    def median(start: str) -> float | None:
+    def best(kind: str) -> float | None:
         by_method: dict[str, list[float]] = {}
         for row in runs:
-            if row["method"].startswith(start):
+            if row["method"].startswith(kind):
                 by_method.setdefault(row["method"], []).append(row["ratio"])
         return max((float(np.median(v)) for v in by_method.values()), default=None)
 
-    flow_map = maps[options.evaluations[0]]
-    prior = DiffusionPrior(denoiser, flow_solver=flow_map)
-    shares, failed = coverage_of(prior, held_out, options.coverage, options.fast)
+    def shares(flow: str) -> list[float]:
+        return [p["coverage"] for p in populations if p["flow"] == flow and (p["converged"] or options.fast)]
+
+    covered = shares("map")
     results = {
-        "noise_space_ess_ratio": median("map"),
-        "delayed_ess_ratio": median("delayed"),
+        "noise_space_ess_ratio": best("map"),
+        "delayed_ess_ratio": best("delayed"),
         "moves_ratio": None,
         "variance_error": None,
-        "coverage": float(np.mean(shares)) if shares else None,
-        "coverage_error": float(np.std(shares, ddof=1) / np.sqrt(len(shares))) if len(shares) > 1 else None,
-        "coverage_digits": len(shares),
-        "not_converged": failed,
+        "coverage": float(np.mean(covered)) if covered else None,
+        "coverage_error": float(np.std(covered, ddof=1) / np.sqrt(len(covered))) if len(covered) > 1 else None,
+        "teacher_coverage": float(np.mean(shares("teacher"))) if shares("teacher") else None,
+        "not_converged": sum(not p["converged"] for p in populations),
         "maps": trained_maps,
         "runs": runs,
+        "populations": populations,
     }
     print({name: value for name, value in results.items() if not isinstance(value, list)})
     if options.json:

@@ -359,7 +359,11 @@ class Steps(noise.Rectified):
 @pytest.mark.parametrize(
     ("error", "message", "build"),
     [
-        (TypeError, "denoiser must be a NetworkDenoiser to be saved; got Gaussian", lambda: Gaussian(jnp.zeros(2))),
+        (
+            TypeError,
+            "denoiser must be a NetworkDenoiser or a FlowMap to be saved; got Gaussian",
+            lambda: Gaussian(jnp.zeros(2)),
+        ),
         (
             TypeError,
             "backbone must have a dict `config` to be saved; Silent has none",
