@@ -2,20 +2,20 @@
 
     python benchmarks/distilled.py --json OUT
 
-For each number of evaluations and training seed, how far the map is from its teacher. For each held-out digit (the
-upper half observed with noise of deviation 1, the deviation unknown too): `PopulationHMC` and NUTS in noise space with
+*Maps*: for each number of evaluations and training seed, how far the map is from its teacher. *Chains*, for each
+held-out digit (the upper half observed with noise of deviation 1, the deviation unknown too): NUTS in noise space with
 the teacher's flow, DPM-Solver++ in ten evaluations, and with the map's; and `DelayedAcceptance`, which moves by the map
-and has the teacher's law. Chains start at draws of the teacher's population, and all methods have the same number of
-them, warm-up and depth of trees. Of the chains: the smallest effective sample size of all pixels and the noise, the
+and has the teacher's law. All start at draws of one round of a population under the first map, and have the same number
+of chains, warm-up and depth of trees. Rows have the smallest effective sample size of all pixels and the noise, the
 largest split R-hat, CPU seconds of warm-up and draws without compilation, and how far the means and standard deviations
-of the hidden pixels are from those of the teacher's chains, in posterior standard deviations (rms). Of populations: CPU
-seconds to their own verdict, with compilation in the first, and coverage of 90 % intervals of the hidden pixels, for
-the runs that converged.
+of the hidden pixels are from those of the teacher's chains, in posterior standard deviations (rms). *Populations*:
+`PopulationHMC` under both flows, to its own verdict: CPU seconds (with compilation in the first run of each), effective
+sample size, and coverage of 90 % intervals of the hidden pixels, for runs that converged.
 
 The keys of the JSON: `noise_space_ess_ratio` (median over digits of effective samples per CPU second of chains, map
-over teacher; of the best map), `delayed_ess_ratio` (the same of delayed acceptance), `coverage`, `coverage_error`,
-`teacher_coverage` (of the digits of the chains), `maps`, `runs`, `populations`. `moves_ratio` and `variance_error` are
-of the one-call noise-denoise move, which is not built: None.
+over teacher; of the best map), `delayed_ess_ratio` (the same of delayed acceptance), `population_ess_ratio` (of
+populations after their first run), `coverage`, `coverage_error`, `teacher_coverage`, `maps`, `runs`, `populations`.
+`moves_ratio` and `variance_error` are of the one-call noise-denoise move, which is not built: None.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from numpyro_diffusion.diagnostics import verdict
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import DelayedAcceptance, NoiseSpace, PopulationHMC
 from numpyro_diffusion.solve import DPMSolverPP, FlowMap
-from numpyro_diffusion.train import distill
+from numpyro_diffusion.train import distill, map_quality
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from quickstart import OUTPUT, ROWS, model, trained
@@ -47,21 +47,24 @@ TEACHER = DPMSolverPP(10)
 
 
 def maps_of(denoiser: Any, evaluations: list[int], seeds: int, fast: bool) -> tuple[dict[int, FlowMap], list[dict]]:
-    """A map for each number of evaluations, of the first seed, kept on disk; and a row for each that is trained."""
+    """A map for each number of evaluations, of the first seed, kept on disk; and a row for each of all."""
     made, rows = {}, []
     short = {"num_pairs": 500, "num_steps": 50, "num_test_draws": 100} if fast else {}
     for k in evaluations:
         for seed in range(seeds):
             path, started = OUTPUT / f"flow-map-{k}-{seed}{'-fast' if fast else ''}.safetensors", time.process_time()
+            seconds = None
             if path.exists() and not fast:
-                made.setdefault(k, checkpoint.load(path))
-                continue
-            result = distill(jax.random.key(seed), denoiser, TEACHER, num_evaluations=k, progress_bar=False, **short)
-            seconds = time.process_time() - started
-            checkpoint.save(path, result.flow_map)
-            made.setdefault(k, result.flow_map)
-            rows.append({"evaluations": k, "seed": seed, "cpu_seconds": seconds, **result.quality._asdict()})
-            print(f"{k} evaluations, seed {seed}, {seconds:.0f} CPU s: {result.quality}", flush=True)
+                flow_map = checkpoint.load(path)
+                quality = map_quality(jax.random.key(seed), flow_map, denoiser, TEACHER)
+            else:
+                options = {"num_evaluations": k, "progress_bar": False, **short}
+                flow_map, quality, *_ = distill(jax.random.key(seed), denoiser, TEACHER, **options)
+                seconds = time.process_time() - started
+                checkpoint.save(path, flow_map)
+            made.setdefault(k, flow_map)
+            rows.append({"evaluations": k, "seed": seed, "cpu_seconds": seconds, **quality._asdict()})
+            print(f"{k} evaluations, seed {seed}, trained in {seconds} CPU s: {quality}", flush=True)
     return made, rows
 
 
@@ -149,17 +152,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="training seeds of each map; chains use the first")
     parser.add_argument("--digits", type=int, default=3, help="how many held-out digits for the chains")
     parser.add_argument("--first", type=int, default=0, help="number of the first of these digits")
-    parser.add_argument("--coverage", type=int, default=20, help="how many held-out digits for the coverage")
+    parser.add_argument("--coverage", type=int, default=20, help="how many for populations under the map")
+    parser.add_argument("--teacher", type=int, default=3, help="how many for populations under the teacher's flow")
     parser.add_argument("--moves", type=int, nargs="*", default=[1], help="moves between tests of delayed acceptance")
-    parser.add_argument("--warmup", type=int, default=100)
-    parser.add_argument("--draws", type=int, default=250)
+    parser.add_argument("--warmup", type=int, default=60)
+    parser.add_argument("--draws", type=int, default=120)
     parser.add_argument("--chains", type=int, default=20)
-    parser.add_argument("--depth", type=int, default=5, help="largest depth of NUTS's trees")
+    parser.add_argument("--depth", type=int, default=4, help="largest depth of NUTS's trees")
     parser.add_argument("--fast", action="store_true", help="everything tiny, to test that it runs")
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()
     if options.fast:
-        options.digits = options.coverage = options.seeds = 1
+        options.digits = options.coverage = options.teacher = options.seeds = 1
         options.warmup = options.draws = 4
         options.evaluations, options.chains, options.depth = [1], 2, 2
 
@@ -173,16 +177,19 @@ def main() -> None:
     flows = {"teacher": prior, "map": prior.with_flow(maps[options.evaluations[0]])}
     short = {"num_walkers": 64, "num_draws": 4, "max_gradients": 1} if options.fast else {}
     samplers = {name: PopulationHMC(model, **short, progress_bar=False) for name in flows}
+    starter = PopulationHMC(model, **{**short, "max_gradients": 1}, progress_bar=False)
     runs, populations = [], []
-    for number in range(max(options.digits, options.coverage)):
-        i = options.first + number
-        wanted = {"teacher": number < options.digits, "map": number < options.coverage}
+    for i in range(options.first, options.first + max(options.digits, options.teacher, options.coverage)):
+        wanted = {"teacher": i < options.first + options.teacher, "map": i < options.first + options.coverage}
         for name in filter(wanted.get, flows):
             populations.append({"flow": name, **population(samplers[name], flows[name], held_out, i)})
             print({k: v if isinstance(v, str) else round(v, 3) for k, v in populations[-1].items()}, flush=True)
-        if number < options.digits:
+        if i < options.first + options.digits:
             y, key = observation(held_out, i)
-            start = samplers["teacher"].init_params(options.chains)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # one round, which has not converged
+                starter.run(key, y, flows["map"])
+            start = starter.init_params(options.chains)
             runs += [{"digit": i, **row} for row in compare(denoiser, maps, start, y, key, options)]
 
     def best(kind: str) -> float | None:
@@ -195,10 +202,15 @@ def main() -> None:
     def shares(flow: str) -> list[float]:
         return [p["coverage"] for p in populations if p["flow"] == flow and (p["converged"] or options.fast)]
 
-    covered = shares("map")
+    def speed(flow: str) -> float:
+        later = [p["ess"] / p["cpu_seconds"] for p in populations if p["flow"] == flow][1:]
+        return float(np.median(later)) if later else float("nan")
+
+    covered, population_ratio = shares("map"), speed("map") / speed("teacher")
     results = {
         "noise_space_ess_ratio": best("map"),
         "delayed_ess_ratio": best("delayed"),
+        "population_ess_ratio": population_ratio if np.isfinite(population_ratio) else None,
         "moves_ratio": None,
         "variance_error": None,
         "coverage": float(np.mean(covered)) if covered else None,

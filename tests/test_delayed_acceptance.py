@@ -92,6 +92,7 @@ def test_a_flow_as_a_surrogate_counts_its_own_evaluations():
     assert prior.flow_solver == DPMSolverPP(10)
 
 
+@pytest.mark.slow
 def test_warm_up_adapts_to_the_surrogate_and_then_rests():
     kernel = DelayedAcceptance(at, shifted, NUTS, num_moves=3)
     _, fields = run(kernel, 0.0, num_samples=20, num_chains=4, num_warmup=30)

@@ -94,7 +94,8 @@ def test_more_evaluations_from_the_teachers_weights_are_closer():
     assert rms[1] < 0.8 * rms[0] < 0.12
 
 
-def test_the_prior_of_a_map_is_exact_in_noise_space(distilled):
+@pytest.mark.slow
+def test_the_prior_of_a_map_is_exact_in_noise_space():
     """Posterior of the map's own law by quadrature over the noise; `sample` and `log_prob` stay the teacher's."""
     backbone = MLP((1,), features=8, num_blocks=1, rngs=nnx.Rngs(0))
     bent = NetworkDenoiser(backbone, location=[0.5], scale=1.5)

@@ -164,6 +164,8 @@ DEAR = (
     "infer.gradient",
     "nn.unet",
     "train.fit",
+    "train.distill",
+    "infer.noise.delayed_acceptance",
     "diagnostics",
 )
 """Modules whose examples take seconds to compile."""
