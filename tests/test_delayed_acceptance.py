@@ -69,18 +69,25 @@ def test_nothing_is_evaluated_where_the_screen_rejects():
     np.testing.assert_allclose(fields["accept_prob"], 1.0, atol=1e-5)
 
 
+PRIOR = DiffusionPrior(Gaussian([0.5], 2.25, VE(0.02, 40.0)), flow_solver=DPMSolverPP(10))
+
+
+@pytest.mark.slow
 def test_a_flow_as_a_surrogate_counts_its_own_evaluations():
-    """`with_flow` changes the flow alone, in plates too; a step takes ten of the dear flow, two of a map."""
-    prior = DiffusionPrior(Gaussian([0.5], 2.25, VE(0.02, 40.0)), flow_solver=DPMSolverPP(10))
+    """A step takes ten evaluations of the model's own flow, and two of a map for each evaluation of the surrogate."""
     network = NetworkDenoiser(MLP((1,), features=8, rngs=nnx.Rngs(0)), location=[0.5], scale=1.5)
     kernel = DelayedAcceptance(seen, FlowMap(network, (1.0,)), LEAP)
-    _, fields = run(kernel, 1.0, prior, num_samples=4, num_chains=2)
+    _, fields = run(kernel, 1.0, PRIOR, num_samples=4, num_chains=2)
     evaluations = 10 * fields["num_likelihood_evals"] + 2 * fields["num_surrogate_evals"]
     np.testing.assert_array_equal(fields["num_score_evals"], evaluations)
 
+
+def test_with_flow_changes_the_flow_alone():
+    """In plates too; draws stay what they were."""
+
     def in_plate():
         with numpyro.plate("rows", 3):
-            numpyro.sample("x", prior)
+            numpyro.sample("x", PRIOR)
 
     def flows(model):
         sites = numpyro.handlers.trace(numpyro.handlers.seed(model, 0)).get_trace()
@@ -89,7 +96,7 @@ def test_a_flow_as_a_surrogate_counts_its_own_evaluations():
     (before, x), (after, same) = flows(in_plate), flows(with_flow(in_plate, Ancestral(3, eta=0.0)))
     assert (before, after) == (DPMSolverPP(10), Ancestral(3, eta=0.0))
     np.testing.assert_array_equal(x, same)
-    assert prior.flow_solver == DPMSolverPP(10)
+    assert PRIOR.flow_solver == DPMSolverPP(10)
 
 
 @pytest.mark.slow
