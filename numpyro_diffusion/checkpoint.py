@@ -1,4 +1,4 @@
-r"""Saving a trained denoiser to one file, and getting back exactly the same one.
+r"""Saving a trained denoiser, or a flow distilled from one, to one file, and getting back exactly the same one.
 
 A denoiser is more than its weights: the same numbers under another schedule, target or scale are a different, wrong
 denoiser, and nothing would say so. So one safetensors file carries the whole definition,
@@ -6,9 +6,10 @@ denoiser, and nothing would say so. So one safetensors file carries the whole de
 $$\text{file} = \{\text{weights}, m, c\} \;+\; \mathrm{JSON}\{\text{schedule and its constants},\ \text{target},\
 \text{network and its sizes},\ \text{event shape},\ \text{precision},\ \text{versions},\ \text{digest}\},$$
 
-and loading rebuilds the network from the JSON, checks the name, shape and precision of every tensor against it, and
-the digest against all that was read. What loads is what was saved, bit for bit, and saving it again gives the same
-bytes. Weights that are not finite are refused in both directions, before they can cause errors elsewhere.
+with the levels of its evaluations for a `FlowMap`, and loading rebuilds the network from the JSON, checks the name,
+shape and precision of every tensor against it, and the digest against all that was read. What loads is what was saved,
+bit for bit, and saving it again gives the same bytes. Weights that are not finite are refused in both directions,
+before they can cause errors elsewhere.
 
 A law made of a denoiser and more, such as a `LearnedPrior`, is saved with its own arrays and plain values in the same
 file; its class says how (`saved_with_denoiser`).
@@ -34,10 +35,12 @@ from flax import nnx
 from numpyro_diffusion import _checks, _files, nn, noise
 from numpyro_diffusion._version import __version__
 from numpyro_diffusion.denoise import NetworkDenoiser
+from numpyro_diffusion.solve import FlowMap
 
 __all__ = ["load", "save"]
 
-FORMAT = 1
+FORMAT = 2
+"""The newest format that this version reads; a denoiser's is 1, a flow map's 2."""
 _KEY = "numpyro_diffusion"
 _SCHEDULES = {
     cls.__name__: cls for cls in (noise.VP, noise.SubVP, noise.VE, noise.Cosine, noise.Rectified, noise.Tabulated)
@@ -68,17 +71,17 @@ def saved_with_denoiser(cls: Held) -> Held:
     return cls
 
 
-def save(path: str | os.PathLike, denoiser: NetworkDenoiser | Holder) -> None:
-    """Writes a learned denoiser, or a learned prior, to a safetensors file, replacing what was there in one move.
+def save(path: str | os.PathLike, denoiser: NetworkDenoiser | FlowMap | Holder) -> None:
+    """Writes a learned denoiser, flow map or prior to a safetensors file, replacing what was there in one move.
 
     Args:
         path: file to write, in a folder that exists.
-        denoiser: a `NetworkDenoiser`, or a `LearnedPrior`, which has one. Its backbone is one of
+        denoiser: a `NetworkDenoiser`, or a `FlowMap` or `LearnedPrior`, which have one. Its backbone is one of
             `numpyro_diffusion.nn`, or has a `config` of plain JSON values from which `type(backbone)(**config,
             rngs=...)` rebuilds it.
 
     Raises:
-        TypeError: if `denoiser` is not a `NetworkDenoiser`, or its backbone has no `config`.
+        TypeError: if `denoiser` is none of these, or its backbone has no `config`.
         ValueError: if a weight is not finite or of an unknown precision, the schedule is not one of `noise`, or the
             backbone cannot be rebuilt from its `config`.
 
@@ -96,10 +99,13 @@ def save(path: str | os.PathLike, denoiser: NetworkDenoiser | Holder) -> None:
         3.0
     """
     holder, held = type(denoiser).__name__, {}
-    if _HOLDERS.get(holder) is type(denoiser):
+    flow_map = denoiser if isinstance(denoiser, FlowMap) else None
+    if flow_map is not None:
+        denoiser = flow_map.network
+    elif _HOLDERS.get(holder) is type(denoiser):
         denoiser, values, held = denoiser.to_saved()
     if not isinstance(denoiser, NetworkDenoiser):
-        known = ", ".join(["NetworkDenoiser", *_HOLDERS])
+        known = ", ".join(["NetworkDenoiser", "FlowMap", *_HOLDERS])
         raise TypeError(f"denoiser must be one of {known} to be saved; got {type(denoiser).__name__}")
     tensors = {name: np.asarray(leaf) for name, leaf in _named_leaves(denoiser).items()}
     held = {_HELD + name: np.asarray(leaf) for name, leaf in held.items()}
@@ -108,6 +114,8 @@ def save(path: str | os.PathLike, denoiser: NetworkDenoiser | Holder) -> None:
             raise ValueError(f"{name} must be one of {', '.join(_PRECISIONS)} to be saved; got {tensor.dtype}")
         _checks.finite(name, tensor, "The training diverged: train again with a lower learning rate")
     description = _describe(denoiser, tensors)
+    if flow_map is not None:
+        description |= {"format": 2, "flow_map": {"noise_levels": list(flow_map.noise_levels)}}
     try:
         _check_tensors(tensors, _rebuild(description, type(denoiser.backbone)), description["dtype"])
     except ValueError as error:
@@ -117,15 +125,15 @@ def save(path: str | os.PathLike, denoiser: NetworkDenoiser | Holder) -> None:
     _files.write(path, _KEY, description, tensors | held)
 
 
-def load(path: str | os.PathLike, *, backbone_class: type[nnx.Module] | None = None) -> NetworkDenoiser | Any:
-    """Reads a denoiser, or a learned prior, that `save` wrote.
+def load(path: str | os.PathLike, *, backbone_class: type[nnx.Module] | None = None) -> NetworkDenoiser | FlowMap | Any:
+    """Reads a denoiser, a flow map or a learned prior that `save` wrote.
 
     Args:
         path: file to read.
         backbone_class: class of the network, for one that is not in `numpyro_diffusion.nn`.
 
     Returns:
-        The denoiser, frozen, or the `LearnedPrior`: what was saved.
+        The denoiser or the flow map, frozen, or the `LearnedPrior`: what was saved.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -145,6 +153,8 @@ def load(path: str | os.PathLike, *, backbone_class: type[nnx.Module] | None = N
         for name, tensor in everything.items():
             _checks.finite(name, tensor, "The training diverged before it was saved")
         denoiser = _fill(template, tensors)
+        if "flow_map" in description:
+            return FlowMap(denoiser, description["flow_map"]["noise_levels"])
         return denoiser if "holder" not in description else _restore(denoiser, description, held)
     except ValueError as error:
         raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
@@ -170,7 +180,7 @@ def _describe(denoiser: NetworkDenoiser, tensors: dict[str, np.ndarray]) -> dict
         raise TypeError(f"backbone must have a dict `config` to be saved; {type(backbone).__name__} has none")
     dtypes = {name: str(tensor.dtype) for name, tensor in tensors.items()}
     description = {
-        "format": FORMAT,
+        "format": 1,
         "version": __version__,
         "network": {"class": type(backbone).__name__, "config": backbone.config},
         "schedule": {
@@ -202,6 +212,8 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray
 
 def _check_fields(description: dict[str, Any]) -> None:
     """Raises `TypeError` unless everything is there and of the right kind."""
+    if not isinstance(description.get("flow_map", {"noise_levels": []})["noise_levels"], list):
+        raise TypeError(f"flow_map is {description['flow_map']!r}")
     named = {
         f"{kind}.{part}": description[kind][part] for kind in ("network", "schedule") for part in ("class", "config")
     }

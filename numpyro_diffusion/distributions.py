@@ -23,6 +23,7 @@ $\log p(x) = \log p_u(T^{-1}(x)) - \log |\det \partial T / \partial u|$.
 The three laws agree up to the solvers' errors, not bit for bit. `infer` and `reparam` condition a prior on data.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -39,7 +40,8 @@ from numpyro_diffusion.denoise import Conditioned, Denoiser, Product, require_de
 from numpyro_diffusion.denoise.batched import over_points, with_batch
 from numpyro_diffusion.denoise.prediction import density_kind
 from numpyro_diffusion.denoise.wrapped import inside
-from numpyro_diffusion.solve import DPMSolverPP, Heun, Solver
+from numpyro_diffusion.solve import DPMSolverPP, FlowMap, Heun, Solver
+from numpyro_diffusion.solve.flow import check_flow
 
 __all__ = ["DiffusionPrior"]
 
@@ -60,7 +62,8 @@ class DiffusionPrior(dist.Distribution):
             `cond_shape`; if it does not say, `cond` is one condition.
         transform: a bijection from the denoiser's space to the support, for constrained sites.
         sampler: a stochastic solver for `sample`, and for the kernels whose `solver` is None.
-        flow_solver: a deterministic solver for `flow`.
+        flow_solver: a deterministic solver for `flow`, or a `solve.FlowMap` that has learned one (`train.distill`) for
+            this law, so not with `cond`.
         density: where `log_prob` comes from. "denoiser" is the denoiser's own log-density at the smallest noise level;
             that of an energy is known up to a constant, which depends on the condition. "flow" is the density of the
             probability flow. "auto" takes the denoiser's own if it is normalised, and else the flow's. "none" refuses.
@@ -92,7 +95,7 @@ class DiffusionPrior(dist.Distribution):
     arg_constraints = {}
     # One field on purpose: NumPyro gathers several through a set, whose order changes between processes.
     pytree_data_fields = ("_parts",)
-    pytree_aux_fields = ("sampler", "flow_solver", "density", "density_solver", "density_probes")
+    pytree_aux_fields = ("sampler", "density", "density_solver", "density_probes")
 
     def __init__(
         self,
@@ -102,7 +105,7 @@ class DiffusionPrior(dist.Distribution):
         cond_batch_dims: int | None = None,
         transform: Transform | None = None,
         sampler: Solver = DPMSolverPP(64, eta=1.0),  # noqa: B008
-        flow_solver: Solver = Heun(),  # noqa: B008
+        flow_solver: Solver | FlowMap = Heun(),  # noqa: B008
         density: Literal["auto", "denoiser", "flow", "none"] = "auto",
         density_solver: Heun = Heun(64),  # noqa: B008
         density_probes: int | None = None,
@@ -113,16 +116,15 @@ class DiffusionPrior(dist.Distribution):
             raise TypeError(f"transform must be a NumPyro Transform; got {type(transform).__name__}")
         if not (isinstance(sampler, Solver) and sampler.stochastic):
             raise TypeError(f"sampler must be a stochastic solver such as solve.DPMSolverPP(eta=1.0); got {sampler!r}")
-        if not (isinstance(flow_solver, Solver) and not flow_solver.stochastic):
-            raise TypeError(f"flow_solver must be a deterministic solver such as solve.Heun(); got {flow_solver!r}")
         if not isinstance(density_solver, Heun) or density_solver.stochastic:
             raise TypeError(f"density_solver must be solve.Heun with its grid; got {density_solver!r}")
         if density_probes is not None:
             _checks.at_least(1, density_probes=density_probes)
         _check_density(density, denoiser)
         denoiser, batch_shape = with_batch(denoiser if cond is None else Conditioned(denoiser, cond), cond_batch_dims)
-        self._parts = (denoiser, transform)
-        self.sampler, self.flow_solver = sampler, flow_solver
+        check_flow(flow_solver, tuple(denoiser.event_shape), conditional=cond is not None or bool(batch_shape))
+        self._parts = (denoiser, transform, flow_solver)
+        self.sampler = sampler
         self.density, self.density_solver, self.density_probes = density, density_solver, density_probes
         event_shape = tuple(denoiser.event_shape)
         if transform is not None:
@@ -152,6 +154,18 @@ class DiffusionPrior(dist.Distribution):
     def transform(self) -> Transform | None:
         """The bijection from the denoiser's space to the support, or None."""
         return self._parts[1]
+
+    @property
+    def flow_solver(self) -> Solver | FlowMap:
+        """What maps noise to points."""
+        return self._parts[2]
+
+    def with_flow(self, flow_solver: Solver | FlowMap) -> "DiffusionPrior":
+        """The same prior with another flow."""
+        check_flow(flow_solver, self.noise_shape, conditional=bool(self.batch_shape))
+        other = copy.copy(self)
+        other._parts = (*self._parts[:2], flow_solver)
+        return other
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
@@ -209,7 +223,7 @@ class DiffusionPrior(dist.Distribution):
         return self._constrain(_draw(self.sampler, self.denoisers, key, tuple(sample_shape), self.batch_shape))
 
     def flow(self, z: jax.Array) -> jax.Array:
-        """Maps standard normal noise to points by the deterministic solver.
+        """Maps standard normal noise to points by the deterministic solver, or by the map that has learned it.
 
         Args:
             z: noise of shape `(..., *noise_shape)`; its leading dimensions broadcast with the `batch_shape`.
@@ -309,11 +323,8 @@ def _draw(
 
 
 @partial(jax.jit, static_argnums=3)
-def _flow(solver: Solver, denoiser: Denoiser, z: jax.Array, batch_shape: tuple[int, ...]) -> jax.Array:
-    def one(denoiser: Denoiser, z: jax.Array) -> jax.Array:
-        return solve.solve(solver, denoiser, solve.terminal_point(denoiser, z))
-
-    return _over_all(one, denoiser, z, batch_shape)
+def _flow(solver: Solver | FlowMap, denoiser: Denoiser, z: jax.Array, batch_shape: tuple[int, ...]) -> jax.Array:
+    return _over_all(partial(solve.push_forward, solver), denoiser, z, batch_shape)
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5))

@@ -285,7 +285,7 @@ def edit_missing(description, tensors):
     ("edit", "message"),
     [
         (edit_schedule, "the content is not what was saved: the file is corrupt. Copy or save it again"),
-        (edit_format, "it has format 7; this version reads up to 1. Upgrade numpyro_diffusion"),
+        (edit_format, "it has format 7; this version reads up to 2. Upgrade numpyro_diffusion"),
         (
             edit_shape,
             r"weights/input_layer/kernel must be float32 of shape \(6, 8\); got float32 of shape \(8, 6\)",
@@ -361,7 +361,7 @@ class Steps(noise.Rectified):
     [
         (
             TypeError,
-            "denoiser must be one of NetworkDenoiser, LearnedPrior to be saved; got Gaussian",
+            "denoiser must be one of NetworkDenoiser, FlowMap, LearnedPrior to be saved; got Gaussian",
             lambda: Gaussian(jnp.zeros(2)),
         ),
         (

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import laws
 import numpy as np
+import numpyro
 import numpyro.distributions as dist
 import pytest
 from laws import EXP, SAMPLER, SQUARED, TABLE, assert_ranks, mixture_posterior, mixture_prior, normal_data, standard
@@ -22,6 +23,7 @@ from numpyro_diffusion.infer import (
     MALA,
     CrankNicolson,
     Cycle,
+    DelayedAcceptance,
     DiffusionGibbs,
     DiffusionPCN,
     DiffusiveGibbs,
@@ -39,7 +41,7 @@ from numpyro_diffusion.infer import (
     with_density,
 )
 from numpyro_diffusion.noise import VE
-from numpyro_diffusion.solve import DPMSolverPP, Heun, StochasticHeun
+from numpyro_diffusion.solve import Ancestral, DPMSolverPP, Heun, StochasticHeun
 
 SLOW = pytest.mark.slow
 LINE = LineIntegral(5, circulation=False)
@@ -80,6 +82,18 @@ def mixture(model):
     return Mixture([LEAP, WALK], [0.3, 0.7], model=model)
 
 
+def off_pair(y, scale=1.0):
+    """A surrogate of `laws.pair` with another prior, a shift of the data and too much noise."""
+    s = numpyro.sample("s", dist.Normal(0.4, 1.2))
+    x = numpyro.sample("x", dist.Normal(0.8 * s, 1.1))
+    numpyro.sample("y", dist.Normal(x + 0.5, 1.4 * scale), obs=y)
+
+
+def without_wall(nan_below):
+    """A surrogate of `laws.half_line` that knows of no wall."""
+    numpyro.sample("x", dist.Normal(0.3, 1.2))
+
+
 WIDE = dist.StudentT(5.0, 2.0, 1.5)
 PAIR, COUNT = laws.pair_posterior(), laws.count_posterior()
 ON_MIXTURE, ON_LEARNED, ROUGHLY = (mixture_posterior(p) for p in (EXACT, LEARNED, mixture_prior(sampler=SAMPLER)))
@@ -92,6 +106,7 @@ QUICK = {
     "mala": (WALK, JOINT),
     "hmc_partial": (partial(SWING, momentum_refresh=0.3), ON_LEARNED),
     "independence_priors": (Independence, PAIR),
+    "delayed_acceptance": (partial(DelayedAcceptance, surrogate=off_pair, inner=LEAP, num_moves=2), PAIR),
     "parallel_tempering": (partial(ParallelTempering, kernel=LEAP, temperatures=(0.0, 0.1, 0.4, 1.0)), TEMPERED),
     "diffusive_gibbs_in_one_mode": (partial(DiffusiveGibbs, **{**MANY, "noise_levels": (1.0,), "num_steps": 1}), PAIR),
 }
@@ -133,6 +148,23 @@ LONGER = {
     "crank_nicolson_without_gradient": (partial(CrankNicolson, gradient=False, step_size=0.2), PAIR),
     "noise_space_crank_nicolson": (partial(NoiseSpace, inner=CrankNicolson), normal_data(ROUGH, noise_space=True)),
     "noise_space_crank_nicolson_beside_nuts": (partial(NoiseSpace, inner=beside), normal_data(ROUGH, noise_space=True)),
+    "delayed_acceptance_nuts_coarse_flow": (
+        partial(DelayedAcceptance, surrogate=Ancestral(3, eta=0.0), inner=TREE, num_moves=2),
+        normal_data(ROUGH, noise_space=True),
+    ),
+    "delayed_acceptance_crank_nicolson": (
+        partial(DelayedAcceptance, surrogate=off_pair, inner=partial(CrankNicolson, step_size=0.3)),
+        PAIR,
+    ),
+    "delayed_acceptance_elliptical_slice": (
+        partial(DelayedAcceptance, surrogate=off_pair, inner=EllipticalSlice, num_moves=3),
+        PAIR,
+    ),
+    "delayed_acceptance_in_gibbs": (
+        partial(blocks, partial(DelayedAcceptance, surrogate=off_pair, inner=LEAP)),
+        PAIR,
+    ),
+    "delayed_acceptance_mixture": (partial(DelayedAcceptance, surrogate=off_pair, inner=mixture), PAIR),
     "noise_space_nuts": (partial(NoiseSpace, inner=TREE), normal_data(ROUGH, noise_space=True)),
     "noise_space_mala": (partial(NoiseSpace, inner=cycle), normal_data(ROUGH, noise_space=True)),
     "gibbs_positive": (DiffusionGibbs, normal_data(POSITIVE)),
@@ -179,6 +211,7 @@ DEAR = {  # chains and steps of the kernels that walk or flow
     GuidedPCN: (5_000, 3),
     ParticleGibbs: (2_500, 3),
     NoiseSpace: (5_000, 3),
+    DelayedAcceptance: (10_000, 3),
     DiffusionGibbs: (5_000, 3),
 }
 
@@ -229,6 +262,7 @@ WALLS = {
     "elliptical_slice": (EllipticalSlice, None),
     "crank_nicolson": (CrankNicolson, None),
     "mala": (partial(MALA, step_size=0.2, adapt_mass_matrix=False), None),
+    "delayed_acceptance": (partial(DelayedAcceptance, surrogate=without_wall, inner=LEAP), None),
     "parallel_tempering": (partial(ParallelTempering, kernel=WALK, temperatures=(0.0, 0.5, 1.0)), None),
 }
 

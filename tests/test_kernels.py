@@ -24,6 +24,7 @@ from numpyro_diffusion.infer import (
     AnnealedLangevin,
     CrankNicolson,
     Cycle,
+    DelayedAcceptance,
     DiffusionGibbs,
     DiffusionPCN,
     DiffusiveGibbs,
@@ -42,7 +43,7 @@ from numpyro_diffusion.infer import (
 )
 from numpyro_diffusion.infer.noise.reference import ReferenceKernel
 from numpyro_diffusion.noise import VE
-from numpyro_diffusion.solve import DPMSolverPP
+from numpyro_diffusion.solve import Ancestral, DPMSolverPP
 
 SLOW = pytest.mark.slow
 Y = jnp.array([3.0, -1.0])
@@ -91,6 +92,10 @@ KERNELS = {
     "parallel_tempering_pcn": (partial(ParallelTempering, kernel=DiffusionPCN, num_temperatures=3), alone),
     "cycle": (lambda model: Cycle([DiffusionPCN, MALA], model=model), alone),
     "mixture": (lambda model: Mixture([DiffusionPCN, MALA], [0.5, 0.5], model=model), alone),
+    "delayed_acceptance": (
+        partial(DelayedAcceptance, surrogate=Ancestral(4, eta=0.0), num_moves=2, max_tree_depth=2),
+        with_noise,
+    ),
     "vectorize": (lambda model: Vectorize(BarkerMH(model)), with_noise),
 }
 TABLE = [pytest.param(make, model, id=name) for name, (make, model) in KERNELS.items()]

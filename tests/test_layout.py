@@ -15,8 +15,8 @@ FLOORS = {
     **dict.fromkeys(["_checks", "_files", "_precision", "_version"], -1),  # the ground, which every floor stands on
     **dict.fromkeys(["noise", "nn"], 0),
     **dict.fromkeys(["denoise", "data"], 1),
-    **dict.fromkeys(["solve", "checkpoint", "diagnostics"], 2),
-    **dict.fromkeys(["density", "guidance", "train", "plots"], 3),
+    **dict.fromkeys(["solve", "diagnostics"], 2),
+    **dict.fromkeys(["checkpoint", "density", "guidance", "train", "plots"], 3),
     "distributions": 4,
     **dict.fromkeys(["reparam", "learned"], 5),
     "infer": 6,
@@ -166,6 +166,8 @@ DEAR = (
     "nn.unet",
     "train.fit",
     "learned",
+    "train.distill",
+    "infer.noise.delayed_acceptance",
     "diagnostics",
 )
 """Modules whose examples take seconds to compile."""

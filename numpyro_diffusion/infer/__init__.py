@@ -4,8 +4,17 @@ from numpyro_diffusion.infer.anneal import AnnealedLangevin, GuidedReverse, at_c
 from numpyro_diffusion.infer.combine import Cycle, DiffusionGibbs, Mixture, ParallelTempering, Vectorize
 from numpyro_diffusion.infer.gradient import MALA, ULA, DiffusiveGibbs, JointScores, ScoreHMC, Tweedie, joint_scores
 from numpyro_diffusion.infer.kernel import DiffusionKernel
-from numpyro_diffusion.infer.model import Density, LineIntegral, LogPrior, Score, Status, drop_prior, with_density
-from numpyro_diffusion.infer.noise import CrankNicolson, EllipticalSlice, NoiseSpace
+from numpyro_diffusion.infer.model import (
+    Density,
+    LineIntegral,
+    LogPrior,
+    Score,
+    Status,
+    drop_prior,
+    with_density,
+    with_flow,
+)
+from numpyro_diffusion.infer.noise import CrankNicolson, DelayedAcceptance, EllipticalSlice, NoiseSpace
 from numpyro_diffusion.infer.particles import PopulationHMC, TemperedSMC, TwistedSMC
 from numpyro_diffusion.infer.reverse import DiffusionPCN, GuidedPCN, Independence, ParticleGibbs, SplitGibbs
 from numpyro_diffusion.infer.trust import SBC, BiasReport, bias_report
@@ -18,6 +27,7 @@ __all__ = [
     "BiasReport",
     "CrankNicolson",
     "Cycle",
+    "DelayedAcceptance",
     "Density",
     "DiffusionGibbs",
     "DiffusionKernel",
@@ -48,4 +58,5 @@ __all__ = [
     "drop_prior",
     "joint_scores",
     "with_density",
+    "with_flow",
 ]

@@ -4,7 +4,7 @@ from numpyro_diffusion.solve.adams import Adams
 from numpyro_diffusion.solve.adaptive import AdaptiveFlow
 from numpyro_diffusion.solve.base import Solver, sample, solve, terminal_moments, terminal_point
 from numpyro_diffusion.solve.corrector import PredictorCorrector
-from numpyro_diffusion.solve.flow import Heun
+from numpyro_diffusion.solve.flow import FlowMap, Heun, push_forward
 from numpyro_diffusion.solve.gaussian import Ancestral, DPMSolverPP, EulerMaruyama, ExponentialEuler, GaussianSolver
 from numpyro_diffusion.solve.given import draw_given, evaluations_given, flow_given
 from numpyro_diffusion.solve.stochastic import StochasticHeun
@@ -16,6 +16,7 @@ __all__ = [
     "DPMSolverPP",
     "EulerMaruyama",
     "ExponentialEuler",
+    "FlowMap",
     "GaussianSolver",
     "Heun",
     "PredictorCorrector",
@@ -24,6 +25,7 @@ __all__ = [
     "draw_given",
     "evaluations_given",
     "flow_given",
+    "push_forward",
     "sample",
     "solve",
     "terminal_moments",

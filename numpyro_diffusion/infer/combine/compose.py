@@ -31,6 +31,7 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffusion.infer.combine.composed import Composed, ComposedState, Factory
 from numpyro_diffusion.infer.kernel.contract import shared
+from numpyro_diffusion.infer.kernel.inner import is_reversible
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
 
@@ -135,6 +136,11 @@ class Mixture(Composed):
         if abs(p.sum() - 1.0) > 1e-6:
             raise ValueError(f"probabilities must sum to 1; got {p.tolist()}, of sum {p.sum():.6g}. Divide by the sum")
         self._probabilities = p
+
+    @property
+    def reversible(self) -> bool:
+        """Whether all kernels are: the one that moves is drawn whatever the point is."""
+        return all(map(is_reversible, self._given))
 
     def _deal(self) -> np.ndarray:
         """The index of every move of warm-up: at all times as near to the proportions as whole numbers can be."""

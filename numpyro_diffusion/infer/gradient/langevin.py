@@ -252,6 +252,7 @@ class MALA(MetropolisKernel):
     """
 
     statistics = ("accept_prob", "potential_energy", "step_size", "circulation", "num_score_evals")
+    reversible = True
 
     def __init__(
         self,

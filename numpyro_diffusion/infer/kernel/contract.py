@@ -97,6 +97,9 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
     takes_point: ClassVar[bool] = False
     """Whether a state continues from another `z` after `refresh`, as `Cycle` and `Mixture` need it to."""
 
+    reversible: ClassVar[bool] = False
+    """Whether a step, while nothing adapts, is known to be reversible with respect to the law that it keeps."""
+
     holds_values: ClassVar[bool] = False
     """Whether the sample field has values on the supports."""
 

@@ -84,6 +84,11 @@ def takes_point(kernel: MCMCKernel) -> bool:
     return getattr(kernel, "takes_point", isinstance(kernel, HMC))
 
 
+def is_reversible(kernel: MCMCKernel) -> bool:
+    """Whether a kernel is known to be reversible with respect to the law that it leaves invariant."""
+    return getattr(kernel, "reversible", isinstance(kernel, HMC))
+
+
 def on_stand_in(kernel: MCMCKernel, model: Model) -> MCMCKernel:
     """A kernel of NumPyro's on a stand-in of a model in the same coordinates; kernels of this library as they are."""
     return kernel if hasattr(kernel, "held") else kernel.wrap_model(lambda _: Unconstrained(model))

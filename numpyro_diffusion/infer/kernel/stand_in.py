@@ -69,6 +69,11 @@ class StandIn(abc.ABC):
     def __init__(self, model: Model) -> None:
         self._model, self._record = model, None
 
+    @property
+    def model(self) -> Model:
+        """The model in its own coordinates."""
+        return self._model
+
     def use(self, reading: Reading) -> None:
         """Reads the model through the record of a run."""
         self._record = reading.record

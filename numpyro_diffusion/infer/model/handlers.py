@@ -19,6 +19,7 @@ where $\beta$ is one of the keyword arguments, so that it can change without a c
 any temperature. `draw_prior` draws the first.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ from numpyro.handlers import seed, trace
 from numpyro.primitives import Messenger
 
 from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.solve import FlowMap, Solver
 
 Model = Callable[..., Any]
 _DROPPED = "_diffusion_prior_dropped"
@@ -60,6 +62,44 @@ class drop_prior(Messenger):  # noqa: N801
         if is_diffusion_site(msg) and _DROPPED not in msg["infer"]:
             msg["infer"] = {**msg["infer"], _DROPPED: True}
             msg["fn"] = msg["fn"].mask(False)
+
+
+class with_flow(Messenger):  # noqa: N801
+    """Handler: the same model, with another flow from noise to the points of its latent diffusion sites.
+
+    Args:
+        fn: the model.
+        flow_solver: a deterministic solver, or a `solve.FlowMap` that has learned one; for all sites.
+
+    Example:
+        >>> import numpyro
+        >>> from numpyro.handlers import seed, trace
+        >>> from numpyro_diffusion.denoise import Gaussian
+        >>> from numpyro_diffusion.distributions import DiffusionPrior
+        >>> from numpyro_diffusion.infer import with_flow
+        >>> from numpyro_diffusion.solve import DPMSolverPP
+        >>> def model():
+        ...     numpyro.sample("x", DiffusionPrior(Gaussian([0.0])))
+        >>> trace(seed(with_flow(model, DPMSolverPP(5)), 0)).get_trace()["x"]["fn"].flow_solver.num_times
+        5
+    """
+
+    def __init__(self, fn: Model, flow_solver: Solver | FlowMap) -> None:
+        self.flow_solver = flow_solver
+        super().__init__(fn)
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if is_diffusion_site(msg):
+            msg["fn"] = _with_flow(msg["fn"], self.flow_solver)
+
+
+def _with_flow(fn: Any, flow_solver: Solver | FlowMap) -> Any:
+    """A distribution with another flow of the `DiffusionPrior` inside."""
+    if isinstance(fn, DiffusionPrior):
+        return fn.with_flow(flow_solver)
+    fn = copy.copy(fn)
+    fn.base_dist = _with_flow(fn.base_dist, flow_solver)
+    return fn
 
 
 def prior_inside(fn: Any, through_masks: bool = False) -> DiffusionPrior | None:

@@ -98,6 +98,7 @@ class CrankNicolson(ReferenceKernel):
     """
 
     statistics = ("accept_prob", "potential_energy", "step_size")
+    reversible = True
 
     def __init__(
         self,

@@ -76,6 +76,7 @@ class EllipticalSlice(ReferenceKernel):
     """
 
     statistics = ("accept_prob", "potential_energy", "num_steps")
+    reversible = True
 
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> EllipticalSliceState:
         key, key_start = jax.random.split(key)

@@ -136,9 +136,19 @@ class NoiseSpace(DiffusionKernel):
     def _build_inner(self) -> None:
         inner, options = self._inner_given
         self._in_noise = InNoise(self._model)
-        self._as_given = self._inner = build("inner", inner, self._in_noise, **options)
+        law = self._inner_law()
+        self._as_given = self._inner = build("inner", inner, law, **options)
         free = _leaves_metric_open(inner, options)
-        self._dense = build("inner", inner, self._in_noise, **options, dense_mass=True) if free else None
+        self._dense = build("inner", inner, law, **options, dense_mass=True) if free else None
+
+    def _inner_law(self) -> InNoise:
+        """The model that the inner kernel leaves invariant."""
+        return self._in_noise
+
+    @property
+    def _inner_warmup(self) -> int:
+        """Steps of the inner kernel in warm-up."""
+        return self._num_warmup
 
     def _hand_on(self, reading: Reading) -> None:
         self._inner = self._as_given
@@ -172,7 +182,7 @@ class NoiseSpace(DiffusionKernel):
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inner_params)
 
         def start_inner(key: jax.Array, params: dict | None) -> Any:
-            return bound(self._inner, key, self._num_warmup, params, reading.args, inside(reading.kwargs))
+            return bound(self._inner, key, self._inner_warmup, params, reading.args, inside(reading.kwargs))
 
         bind(start_inner, [self._inner], key, zeros)
 
@@ -220,11 +230,13 @@ class NoiseSpace(DiffusionKernel):
         noise = {noise_name(name): noise_behind(site, site.to_denoiser(z[name])) for name, site in sites.items()}
         return {**{name: value for name, value in z.items() if name not in sites}, **noise}
 
-    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> NoiseSpaceState:
+    def _start_inner(self, key: jax.Array, init_params: dict | None, reading: Reading) -> Any:
         begin = started if keeps_arguments(self._inner) else bound
         inner_params = self._inner_params(key, init_params, reading)
-        state = begin(self._inner, key, self._num_warmup, inner_params, reading.args, inside(reading.kwargs))
-        return self._report(state, reading)
+        return begin(self._inner, key, self._inner_warmup, inner_params, reading.args, inside(reading.kwargs))
+
+    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> NoiseSpaceState:
+        return self._report(self._start_inner(key, init_params, reading), reading)
 
     def _check_start(self, state: NoiseSpaceState) -> None:
         bad = int(jnp.sum(~jnp.isfinite(state.potential_energy)))
