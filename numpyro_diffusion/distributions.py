@@ -13,9 +13,8 @@ the smallest noise level, and an energy network has one up to a constant. Any ot
 flow, by one solve, with the score as gradient. Both are of the law smoothed by the smallest noise level.
 
 A conditional denoiser stands for a family of laws, and `cond=` picks one, $p(x \mid c)$. The condition may be another
-quantity of the model: `flow`, `log_prob` and `sample` all depend on it, and the first two are differentiable in it.
-If conditions have leading dimensions, each of them has its own law $p(x_i \mid c_i)$, and these dimensions are the
-`batch_shape`, as with the parameters of any NumPyro distribution.
+quantity of the model: `flow` and `log_prob` are differentiable in it. Each of the leading dimensions of a condition has
+its own law $p(x_i \mid c_i)$; they are the `batch_shape`, as with the parameters of any NumPyro distribution.
 
 With a `transform` $T$ the diffusion lives on $u = T^{-1}(x)$, in its own unconstrained space, and
 $\log p(x) = \log p_u(T^{-1}(x)) - \log |\det \partial T / \partial u|$.
@@ -51,8 +50,8 @@ Source = Literal["denoiser", "flow"]
 class DiffusionPrior(dist.Distribution):
     r"""A diffusion model as a distribution over points of the denoiser's `event_shape`.
 
-    A registered pytree: its leaves are the denoiser's arrays (and the transform's, if it has any), so that a prior
-    passed as a model argument brings new weights without a recompilation.
+    A registered pytree: its leaves are the arrays of the denoiser, the transform and a `FlowMap`, so that a prior passed
+    as a model argument brings new weights without a recompilation.
 
     Args:
         denoiser: the model, learned or exact.
@@ -62,8 +61,7 @@ class DiffusionPrior(dist.Distribution):
             `cond_shape`; if it does not say, `cond` is one condition.
         transform: a bijection from the denoiser's space to the support, for constrained sites.
         sampler: a stochastic solver for `sample`, and for the kernels whose `solver` is None.
-        flow_solver: a deterministic solver for `flow`, or a `solve.FlowMap` that has learned one (`train.distill`) for
-            this law, so not with `cond`.
+        flow_solver: a deterministic solver for `flow`, or a `solve.FlowMap` for this law, so not with `cond`.
         density: where `log_prob` comes from. "denoiser" is the denoiser's own log-density at the smallest noise level;
             that of an energy is known up to a constant, which depends on the condition. "flow" is the density of the
             probability flow. "auto" takes the denoiser's own if it is normalised, and else the flow's. "none" refuses.

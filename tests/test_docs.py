@@ -98,6 +98,7 @@ def test_docstrings_say_what_a_caller_must_know(path):
 
 METHODS = ("infer.", "solve", "density", "guidance", "diagnostics", "train", "noise", "denoise")
 OWN = {"infer.bias_report", "infer.BiasReport", "infer.Vectorize", "infer.joint_scores", "noise.schedule_for"}
+OWN |= {"noise.check_decreasing"}
 OWN |= {"solve.Solver", "solve.sample", "solve.solve", "solve.terminal_moments", "solve.terminal_point"}
 OWN |= {
     "diagnostics.by_level",

@@ -189,7 +189,16 @@ class FlowMap:
 
 
 def push_forward(flow_solver: Solver | FlowMap, denoiser: Denoiser, z: jax.Array) -> jax.Array:
-    """The point at noise `z`, of `event_shape`: by a solver of law "flow", or by a map that has learned one."""
+    """The point at given noise, by a solver of law "flow" or by a map that has learned one.
+
+    Args:
+        flow_solver: the solver, or the map.
+        denoiser: of the law; a map does without.
+        z: noise, of `event_shape`.
+
+    Returns:
+        The point, of `event_shape`.
+    """
     if isinstance(flow_solver, FlowMap):
         return flow_solver(z)
     return solve(flow_solver, denoiser, terminal_point(denoiser, z))
