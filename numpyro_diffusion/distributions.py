@@ -50,8 +50,8 @@ Source = Literal["denoiser", "flow"]
 class DiffusionPrior(dist.Distribution):
     r"""A diffusion model as a distribution over points of the denoiser's `event_shape`.
 
-    A registered pytree: its leaves are the arrays of the denoiser, the transform and a `FlowMap`, so that a prior passed
-    as a model argument brings new weights without a recompilation.
+    A registered pytree: its leaves are the arrays of the denoiser, the transform and a `FlowMap`, so that a prior as an
+    argument of a model brings new weights without a recompilation.
 
     Args:
         denoiser: the model, learned or exact.
