@@ -31,8 +31,9 @@ from numpyro_diffusion.infer import (
     TemperedSMC,
     TwistedSMC,
 )
-from numpyro_diffusion.infer.particles import rounds, tempered
+from numpyro_diffusion.infer.particles import tempered
 from numpyro_diffusion.infer.particles.evidence import Draws, Evidence, Outcome
+from numpyro_diffusion.infer.particles.population import rounds
 from numpyro_diffusion.infer.particles.twisted import Level
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.reparam import NoiseReparam

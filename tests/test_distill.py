@@ -204,7 +204,7 @@ REFUSED = [
         "flow_solver must be a solver for a prior with a condition",
     ),
     (lambda: DiffusionPrior(TEACHER, sampler=FlowMap(network())), TypeError, "sampler must be a stochastic solver"),
-    (lambda: checkpoint.save("x", TEACHER), TypeError, "NetworkDenoiser or a FlowMap"),
+    (lambda: checkpoint.save("x", TEACHER), TypeError, "NetworkDenoiser, FlowMap"),
 ]
 
 

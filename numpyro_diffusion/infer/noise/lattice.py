@@ -16,7 +16,8 @@ The flow is solved once for all values: where nothing but the likelihood and the
 site, a sum over the lattice costs as many evaluations of those.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,8 @@ from numpyro_diffusion.infer.noise.vector import NoiseVector
 NUM_NODES = 64
 _DEAREST = 1.5
 """Cost of a sum over the lattice, in evaluations at one value, up to which it is worth it."""
+_LINEAR_ALGEBRA = dict.fromkeys(["cholesky", "triangular_solve", "lu", "qr", "eigh", "svd", "householder_product"], 1e3)
+"""What a number takes that a library is called for, many small calls on a lattice."""
 _MARGIN = 0.1
 
 
@@ -83,8 +86,29 @@ def _is_positive(site: LatentSite) -> bool:
 
 
 def _relative_cost(coordinates: NoiseVector, name: str) -> float:
-    """How many times as many operations the likelihood takes on a lattice as at one value."""
+    """How many times as many operations the model takes on a lattice as at one value."""
     q, nodes = jnp.zeros(coordinates.size), jnp.zeros(NUM_NODES)
-    one = jax.jit(lambda q: sum(coordinates.log_density(q))).lower(q).cost_analysis()
-    all_of_them = jax.jit(lambda q, nodes: sum(coordinates.along(q, name, nodes))).lower(q, nodes).cost_analysis()
-    return all_of_them["flops"] / max(one["flops"], 1.0)
+    one = jax.make_jaxpr(lambda q: sum(coordinates.log_density(q)))(q)
+    on_lattice = jax.make_jaxpr(lambda q, nodes: sum(coordinates.along(q, name, nodes)))(q, nodes)
+    return _operations(on_lattice.jaxpr) / _operations(one.jaxpr)
+
+
+def _operations(program: Any) -> float:
+    """Roughly: numbers that are computed, times what a number of such a kind takes."""
+    total = 1.0
+    for equation in program.eqns:
+        name, size = equation.primitive.name, sum(getattr(out.aval, "size", 1) for out in equation.outvars)
+        inner = [leaf for leaf in jax.tree.leaves(equation.params, is_leaf=_is_program) if _is_program(leaf)]
+        if inner:
+            each = max if name == "cond" else sum
+            total += equation.params.get("length", 1) * each(_operations(getattr(p, "jaxpr", p)) for p in inner)
+        elif name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += 2.0 * size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        else:
+            total += _LINEAR_ALGEBRA.get(name, 1.0) * size
+    return total
+
+
+def _is_program(leaf: Any) -> bool:
+    return hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")
