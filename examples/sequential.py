@@ -137,8 +137,10 @@ def factors(seed: int, num: int, num_steps: int) -> tuple[dict[str, Draws], Lear
         name: prior.in_place_of_priors(factor_and_outcome)
         for name, prior in {"learned prior": learned, "normal prior": normal_like(learned)}.items()
     }
-    population = PopulationHMC(sequels["learned prior"], max_gradients=GRADIENTS_PER_DRAW * num, progress_bar=False)
-    population.run(jax.random.key(seed + 2), none, second)  # the prior has two modes, chains would stay in one
+    # the prior has two modes: chains would stay in one, and the walkers never forget in which they are
+    limits = {"max_moves": 4, "max_gradients": GRADIENTS_PER_DRAW * num}
+    population = PopulationHMC(sequels["learned prior"], **limits, progress_bar=False)
+    population.run(jax.random.key(seed + 2), none, second)
     print(verdict(population))
     found["learned prior"] = {name: np.asarray(values) for name, values in population.get_samples().items()}
     found["normal prior"] = sample(sequels["normal prior"], none, second, seed=seed + 2, num=num)
