@@ -100,7 +100,7 @@ def test_normal_draws_stay_normal_and_forgotten_supports_are_named():
 def test_studies_in_sequence():
     """The example: first posterior and second data give that of all; a normal law fails where there are two modes.
 
-    With two modes the means are within .3 posterior sd, not .1 (.22 measured, one seed): what the learned law is off by.
+    With two modes the means are within .3 posterior sd, not .1: .22 measured, one seed.
     """
     path = Path(__file__).parents[1] / "examples" / "sequential.py"
     spec = importlib.util.spec_from_file_location("sequential", path)
