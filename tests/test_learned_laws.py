@@ -100,7 +100,7 @@ def test_normal_draws_stay_normal_and_forgotten_supports_are_named():
 def test_studies_in_sequence():
     """The example: first posterior and second data give that of all; a normal law fails where there are two modes.
 
-    With two modes the learned law is not within .1 (means .22 and .41 in two runs): ten times nearer than the normal one.
+    With two modes the learned law is not within .1 (.22, .41 in two runs): ten times nearer than the normal one.
     """
     path = Path(__file__).parents[1] / "examples" / "sequential.py"
     spec = importlib.util.spec_from_file_location("sequential", path)
