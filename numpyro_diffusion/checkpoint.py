@@ -6,13 +6,12 @@ denoiser, and nothing would say so. So one safetensors file carries the whole de
 $$\text{file} = \{\text{weights}, m, c\} \;+\; \mathrm{JSON}\{\text{schedule and its constants},\ \text{target},\
 \text{network and its sizes},\ \text{event shape},\ \text{precision},\ \text{versions},\ \text{digest}\},$$
 
-with the levels of its evaluations for a `FlowMap`, and loading rebuilds the network from the JSON, checks the name,
-shape and precision of every tensor against it, and the digest against all that was read. What loads is what was saved,
-bit for bit, and saving it again gives the same bytes. Weights that are not finite are refused in both directions,
-before they can cause errors elsewhere.
+and loading rebuilds the network from the JSON, checks the name, shape and precision of every tensor against it, and
+the digest against all that was read. What loads is what was saved, bit for bit, and saving it again gives the same
+bytes. Weights that are not finite are refused in both directions, before they can cause errors elsewhere.
 
-A law made of a denoiser and more, such as a `LearnedPrior`, is saved with its own arrays and plain values in the same
-file; its class says how (`saved_with_denoiser`).
+What is made of a denoiser and more, a `FlowMap` or a `LearnedPrior`, is saved with its own arrays and plain values in
+the same file; its class says how (`Holder`).
 
 Files may come from strangers: nothing is unpickled, and no class is imported by a name from a file. Names of networks
 and schedules are looked up among this library's own; a user's network is given by its class. States of optimisers are
@@ -40,14 +39,14 @@ from numpyro_diffusion.solve import FlowMap
 __all__ = ["load", "save"]
 
 FORMAT = 2
-"""The newest format that this version reads; a denoiser's is 1, a flow map's 2."""
+"""The newest format that this version reads: a denoiser's is 1, that of what is made of one 2."""
 _KEY = "numpyro_diffusion"
 _SCHEDULES = {
     cls.__name__: cls for cls in (noise.VP, noise.SubVP, noise.VE, noise.Cosine, noise.Rectified, noise.Tabulated)
 }
 _BACKBONES = {cls.__name__: cls for cls in (nn.MLP, nn.UNet)}
 _HELD = "held/"
-_HOLDERS: dict[str, type] = {}
+_HOLDERS: dict[str, type] = {"FlowMap": FlowMap}
 _PRECISIONS = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -98,14 +97,12 @@ def save(path: str | os.PathLike, denoiser: NetworkDenoiser | FlowMap | Holder) 
         ...     float(checkpoint.load(path).scale)
         3.0
     """
-    holder, held = type(denoiser).__name__, {}
-    flow_map = denoiser if isinstance(denoiser, FlowMap) else None
-    if flow_map is not None:
-        denoiser = flow_map.network
-    elif _HOLDERS.get(holder) is type(denoiser):
-        denoiser, values, held = denoiser.to_saved()
+    holder, held = type(denoiser), {}
+    is_held = _HOLDERS.get(holder.__name__) is holder
+    if is_held:
+        denoiser, config, held = denoiser.to_saved()
     if not isinstance(denoiser, NetworkDenoiser):
-        known = ", ".join(["NetworkDenoiser", "FlowMap", *_HOLDERS])
+        known = ", ".join(["NetworkDenoiser", *_HOLDERS])
         raise TypeError(f"denoiser must be one of {known} to be saved; got {type(denoiser).__name__}")
     tensors = {name: np.asarray(leaf) for name, leaf in _named_leaves(denoiser).items()}
     held = {_HELD + name: np.asarray(leaf) for name, leaf in held.items()}
@@ -114,14 +111,12 @@ def save(path: str | os.PathLike, denoiser: NetworkDenoiser | FlowMap | Holder) 
             raise ValueError(f"{name} must be one of {', '.join(_PRECISIONS)} to be saved; got {tensor.dtype}")
         _checks.finite(name, tensor, "The training diverged: train again with a lower learning rate")
     description = _describe(denoiser, tensors)
-    if flow_map is not None:
-        description |= {"format": 2, "flow_map": {"noise_levels": list(flow_map.noise_levels)}}
     try:
         _check_tensors(tensors, _rebuild(description, type(denoiser.backbone)), description["dtype"])
     except ValueError as error:
         raise ValueError(f"denoiser could not be loaded again: {error}") from error
-    if held:
-        description["holder"] = {"class": holder, "config": values}
+    if is_held:
+        description |= {"format": 2, "holder": {"class": holder.__name__, "config": config}}
     _files.write(path, _KEY, description, tensors | held)
 
 
@@ -153,8 +148,6 @@ def load(path: str | os.PathLike, *, backbone_class: type[nnx.Module] | None = N
         for name, tensor in everything.items():
             _checks.finite(name, tensor, "The training diverged before it was saved")
         denoiser = _fill(template, tensors)
-        if "flow_map" in description:
-            return FlowMap(denoiser, description["flow_map"]["noise_levels"])
         return denoiser if "holder" not in description else _restore(denoiser, description, held)
     except ValueError as error:
         raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
@@ -212,8 +205,6 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray
 
 def _check_fields(description: dict[str, Any]) -> None:
     """Raises `TypeError` unless everything is there and of the right kind."""
-    if not isinstance(description.get("flow_map", {"noise_levels": []})["noise_levels"], list):
-        raise TypeError(f"flow_map is {description['flow_map']!r}")
     named = {
         f"{kind}.{part}": description[kind][part] for kind in ("network", "schedule") for part in ("class", "config")
     }

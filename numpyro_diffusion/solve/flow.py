@@ -178,6 +178,15 @@ class FlowMap:
             held = network((schedule.alpha(t) * u).astype(z.dtype), t).x0
         return held.astype(z.dtype)
 
+    def to_saved(self) -> tuple[NetworkDenoiser, dict[str, Any], dict[str, Any]]:
+        """Its network, plain JSON values and further arrays, for `checkpoint.save`."""
+        return self.network, {"noise_levels": list(self.noise_levels)}, {}
+
+    @classmethod
+    def from_saved(cls, network: NetworkDenoiser, described: dict[str, Any], arrays: dict[str, Any]) -> "FlowMap":
+        """What `to_saved` was given."""
+        return cls(network, described["noise_levels"])
+
     def tree_flatten(self):
         return (self.network,), self.noise_levels
 

@@ -76,7 +76,8 @@ class PopulationHMC(ParticleSampler):
     Raises:
         TypeError: if `model` is not callable.
         ValueError: for a number out of its range; when run, for a model without latent sites, with discrete ones or
-            with one that cannot be drawn, or a likelihood that is zero at all walkers.
+            with one that cannot be drawn, a `collapsed` that is none of its scalars, or a likelihood that is zero at
+            all walkers.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
