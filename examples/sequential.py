@@ -137,13 +137,12 @@ def factors(seed: int, num: int, num_steps: int) -> tuple[dict[str, Draws], Lear
         name: prior.in_place_of_priors(factor_and_outcome)
         for name, prior in {"learned prior": learned, "normal prior": normal_like(learned)}.items()
     }
-    # the prior has two modes: chains would stay in one, and the walkers never forget in which they are
-    limits = {"max_moves": 4, "max_gradients": GRADIENTS_PER_DRAW * num}
-    population = PopulationHMC(sequels["learned prior"], **limits, progress_bar=False)
-    population.run(jax.random.key(seed + 2), none, second)
-    print(verdict(population))
-    found["learned prior"] = {name: np.asarray(values) for name, values in population.get_samples().items()}
-    found["normal prior"] = sample(sequels["normal prior"], none, second, seed=seed + 2, num=num)
+    # with two modes chains would stay in one, and the walkers never forget in which they are
+    limits = {"max_moves": 4, "max_gradients": GRADIENTS_PER_DRAW * num, "progress_bar": False}
+    for name, sequel in sequels.items():
+        population = PopulationHMC(sequel, **limits).run(jax.random.key(seed + 2), none, second)
+        print(f"{name}: {verdict(population)}")
+        found[name] = {site: np.asarray(values) for site, values in population.get_samples().items()}
     return found, learned
 
 
@@ -182,8 +181,8 @@ def draw(found: dict[str, dict[str, Draws]], path: Path) -> None:
             truth, values = draws["all data"][site][:1500], draws[panel][site][:1500]
             ax.plot(truth[:, first], truth[:, second], ".", color="0.6", ms=3, label="all data at once")
             ax.plot(values[:, first], values[:, second], ".", color="tab:red", ms=2, alpha=0.4, label="here")
-            title = "posterior of the first study" if panel == "first study" else f"{panel}, then the second study"
-            ax.set(title=f"{name}: {title}", xlabel=across)
+            ax.set_title(f"{name}: {panel}" if panel == "first study" else f"{panel} and second study", fontsize=10)
+            ax.set_xlabel(across)
         row[0].set_ylabel(up)
         row[0].legend(loc="upper right", fontsize=8, markerscale=4)
     path.parent.mkdir(exist_ok=True)
