@@ -63,7 +63,7 @@ def programs(request):
         forget()
         jax.config.update("jax_disable_most_optimizations", False)
     yield
-    if optimised or DOUBLE:
+    if optimised:
         forget()
         DOUBLE.clear()
         jax.config.update("jax_disable_most_optimizations", True)

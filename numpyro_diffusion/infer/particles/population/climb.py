@@ -20,14 +20,18 @@ from numpyro_diffusion.infer.model.record import Record
 from numpyro_diffusion.infer.noise.vector import NoiseVector, in_noise
 from numpyro_diffusion.infer.particles.evidence import resample_islands
 from numpyro_diffusion.infer.particles.mutate import least_correlation
+from numpyro_diffusion.infer.particles.population.parts import Parts
 from numpyro_diffusion.infer.particles.population.rounds import Temperature
 from numpyro_diffusion.infer.particles.population.walkers import (
+    Move,
     Moves,
     Target,
     Tuning,
     Walker,
+    followed,
     joined,
     make_moves,
+    summary,
     tuned,
 )
 from numpyro_diffusion.infer.particles.tempered import lag_of
@@ -74,11 +78,13 @@ class Climb:
 
     def __init__(self, model: Model, settings: Settings, number: int) -> None:
         self._model, self._settings, self._number = model, settings, number
-        self._compiled = Compiled(model, self._start, self._reweigh, self._at, self._move, self._report)
+        self._parts = Parts(settings.num_islands)
+        by_all, by_part = (self._start, self._reweigh, self._tune), (self._fresh, self._move, self._report)
+        self._compiled = Compiled(model, *by_all, self._judge, *by_part)
 
     def bind(self, args: tuple, kwargs: dict[str, Any]) -> "Programs":
         """The programs at the model's arguments."""
-        return Programs(*self._compiled.bind(args, kwargs), self._settings)
+        return Programs(*self._compiled.bind(args, kwargs), self._parts, self._settings)
 
     def _coordinates(self, args: tuple, kwargs: dict[str, Any]) -> NoiseVector:
         return NoiseVector(Record(self._model).at(args, kwargs))
@@ -114,25 +120,46 @@ class Climb:
         enough = jnp.maximum(self._settings.correlation, least_correlation(walkers.q))
         return Stage(walkers, log_evidence, new, stage.tuning), effective_size(log_weights), enough
 
-    def _at(self, key: jax.Array, stage: Stage, args: tuple, kwargs: dict[str, Any]) -> tuple[Stage, jax.Array]:
-        """The walkers at the temperature of a stage, and how many lack a gradient in each coordinate."""
-        islands, q = self._settings.num_islands, stage.walkers.q.reshape(self._settings.num_islands, self._number, -1)
+    def _tune(self, stage: Stage, args: tuple, kwargs: dict[str, Any]) -> Tuning:
+        """How walkers move, from where they are."""
         target = self._target(stage.temperature, args, kwargs)
-        tuning = tuned(target, stage.walkers, stage.tuning.step_size, islands)
-        keys = jax.random.split(key, q.shape[:2])
-        walkers = jax.vmap(jax.vmap(target.fresh, (0, 0, None)))(keys, q, tuning.lattice)
-        walkers = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), walkers)
-        return stage._replace(walkers=walkers, tuning=tuning), jnp.sum(~jnp.isfinite(walkers.gradient), axis=0)
+        return tuned(target, stage.walkers, stage.tuning.step_size, self._settings.num_islands)
 
-    def _move(self, key: jax.Array, stage: Stage, origin: jax.Array, *operands: Any) -> tuple[Stage, Moves]:
-        adapting, num_moves, args, kwargs = operands
-        target, steps = self._target(stage.temperature, args, kwargs), self._settings.num_steps
-        walkers, tuning, moves = make_moves(
-            key, target, stage.walkers, origin, stage.tuning, adapting, num_moves, num_steps=steps
-        )
-        return stage._replace(walkers=walkers, tuning=tuning), moves
+    def _judge(
+        self, stage: Stage, origin: jax.Array, sums: Move, num_moves: jax.Array, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[jax.Array, Moves]:
+        """The step size that follows, and what happened in some moves."""
+        step_size = followed(stage.tuning.step_size, sums, num_moves)
+        return step_size, summary(origin, stage.walkers.q, sums, num_moves)
 
-    def _report(self, q: jax.Array, args: tuple, kwargs: dict[str, Any]) -> dict[str, jax.Array]:
+    def _fresh(
+        self, part: jax.Array, operands: tuple, key: jax.Array, temperature: jax.Array, args: tuple, kwargs: dict
+    ) -> Walker:
+        """Walkers at another temperature."""
+        (q, lattice), target = operands, self._target(temperature, args, kwargs)
+        q = q.reshape(-1, self._number, q.shape[-1])
+        keys = jax.random.split(jax.random.fold_in(key, part), q.shape[:2])
+        walkers = jax.vmap(jax.vmap(target.fresh, (0, 0, None)))(keys, q, lattice)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), walkers)
+
+    def _move(
+        self,
+        part: jax.Array,
+        operands: tuple[Walker, Any, Any],
+        key: jax.Array,
+        temperature: jax.Array,
+        step_size: jax.Array,
+        num_moves: jax.Array,
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> tuple[Walker, Move]:
+        """Walkers after some moves, and sums over these."""
+        walkers, metric, lattice = operands
+        target, tuning = self._target(temperature, args, kwargs), Tuning(metric, step_size, lattice)
+        key, num_steps = jax.random.fold_in(key, part), self._settings.num_steps
+        return make_moves(key, target, walkers, tuning, num_moves, num_steps=num_steps)
+
+    def _report(self, part: jax.Array, q: jax.Array, args: tuple, kwargs: dict[str, Any]) -> dict[str, jax.Array]:
         return jax.vmap(self._coordinates(args, kwargs).report)(q)
 
 
@@ -141,10 +168,36 @@ class Programs(NamedTuple):
 
     start: Callable[..., Any]
     reweigh: Callable[..., Any]
-    at: Callable[..., Any]
-    move: Callable[..., Any]
+    tune: Callable[..., Any]
+    judge: Callable[..., Any]
+    fresh: Callable[..., Any]
+    advance: Callable[..., Any]
     report: Callable[..., Any]
+    parts: Parts
     settings: Settings
+
+    def at(self, key: jax.Array, stage: Stage) -> Stage:
+        """The walkers at the temperature of a stage."""
+        tuning = self.tune(stage)
+        operands = stage.walkers.q, tuning.lattice
+        return stage._replace(walkers=self.parts.run(self.fresh, operands, key, stage.temperature), tuning=tuning)
+
+    def move(
+        self, key: jax.Array, stage: Stage, origin: jax.Array, num_moves: int, adapting: bool
+    ) -> tuple[Stage, Moves]:
+        """Moves all walkers, adapting or not; correlations are those with `origin`."""
+        if adapting:
+            stage = stage._replace(tuning=self.tune(stage))
+        number, tuning = np.int32(num_moves), stage.tuning
+        operands, shared = (stage.walkers, tuning.metric, tuning.lattice), (key, stage.temperature, tuning.step_size)
+        walkers, sums = self.parts.run(self.advance, operands, *shared, number)
+        stage = stage._replace(walkers=walkers)
+        step_size, moves = self.judge(stage, origin, sums, number)
+        return stage._replace(tuning=tuning._replace(step_size=step_size)) if adapting else stage, moves
+
+    def values(self, stage: Stage) -> dict[str, np.ndarray]:
+        """Where walkers are, by site, constrained."""
+        return jax.tree.map(np.asarray, self.parts.run(self.report, stage.walkers.q))
 
     def climb(self, key: jax.Array, stage: Stage, factor: int) -> tuple[Stage, Temperature]:
         """To the next temperature that the walkers allow.
@@ -156,11 +209,12 @@ class Programs(NamedTuple):
         """
         key_resample, key_at, key_moves = jax.random.split(key, 3)
         before, effective, enough = self.reweigh(key_resample, stage)
-        stage, blind = self.at(key_at, before)
+        stage = self.at(key_at, before)
         origin, moves, needed = stage.walkers.q, None, self.settings.max_moves
+        blind = np.sum(~np.isfinite(np.asarray(stage.walkers.gradient)), axis=0)
         while (done := 0 if moves is None else int(moves.num_moves)) < needed * factor:
             key_now = jax.random.fold_in(key_moves, done)
-            stage, some = self.move(key_now, stage, origin, np.array(True), np.int32(_AT_ONCE))
+            stage, some = self.move(key_now, stage, origin, _AT_ONCE, adapting=True)
             moves = joined(moves, some)
             if float(moves.correlation) <= float(enough) and needed == self.settings.max_moves:
                 needed = done + _AT_ONCE
@@ -201,10 +255,9 @@ class Chains:
         for _ in range(number):
             done = 0 if self.moves is None else int(self.moves.num_moves)
             key, q = jax.random.fold_in(self._key, done), self._stage.walkers.q
-            self._stage, some = self._programs.move(key, self._stage, q, np.array(False), np.int32(self._between))
+            self._stage, some = self._programs.move(key, self._stage, q, self._between, adapting=False)
             self.moves = joined(self.moves, some)
-            report = self._programs.report(self._stage.walkers.q)
-            self._draws.append({name: np.asarray(value) for name, value in report.items()})
+            self._draws.append(self._programs.values(self._stage))
             tick()
         if first:
             self._draws, self._between = self._draws[1::2], 2 * self._between

@@ -201,46 +201,40 @@ def _log_spread(xi: jax.Array) -> jax.Array:
 
 
 def make_moves(
-    key: jax.Array,
-    target: Target,
-    walkers: Walker,
-    origin: jax.Array,
-    tuning: Tuning,
-    adapting: jax.Array,
-    num_moves: jax.Array,
-    *,
-    num_steps: int,
-) -> tuple[Walker, Tuning, Moves]:
-    """Moves all walkers, adapting or not.
+    key: jax.Array, target: Target, walkers: Walker, tuning: Tuning, num_moves: jax.Array, *, num_steps: int
+) -> tuple[Walker, Move]:
+    """Moves walkers while nothing adapts.
 
     Args:
         key: random key.
         target: the model at a temperature.
-        walkers: at that temperature, a leading axis of N.
-        origin: points of the same walkers at an earlier time, (N, D).
-        tuning: how they move.
-        adapting: whether to estimate metric and lattice anew, once, and to let the step size follow the acceptance.
+        walkers: at that temperature, a leading axis of N, some islands one after the other.
+        tuning: how they move, on each of these islands.
         num_moves: how many.
         num_steps: leapfrog steps of a move.
 
     Returns:
-        The walkers, how they move at the end, and what happened since, with the correlation with the origin.
+        The walkers, and for each the sums over its moves of what happened.
     """
-    islands = len(tuning.metric.scale)
-    tuning = jax.lax.cond(adapting, lambda: tuned(target, walkers, tuning.step_size, islands), lambda: tuning)
 
-    def one(i: jax.Array, carry: tuple) -> tuple:
-        walkers, tuning, accepted, diverging = carry
-        walkers, moves = _all(jax.random.fold_in(key, i), target, walkers, tuning, num_steps)
-        gain = jnp.where(adapting, _GAIN, 0.0) * (jnp.mean(moves.accept_prob) - _TARGET_ACCEPTANCE)
-        tuning = tuning._replace(step_size=tuning.step_size * jnp.exp(gain))
-        return walkers, tuning, accepted + moves.accept_prob, diverging + moves.diverging
+    def one(i: jax.Array, carry: tuple[Walker, Move]) -> tuple[Walker, Move]:
+        walkers, before = carry
+        walkers, now = _all(jax.random.fold_in(key, i), target, walkers, tuning, num_steps)
+        return walkers, Move(before.accept_prob + now.accept_prob, before.diverging + now.diverging)
 
-    none = jnp.zeros(len(walkers.q)), jnp.zeros(len(walkers.q), jnp.int32)
-    first = walkers, tuning, *none
-    walkers, tuning, accepted, diverging = jax.lax.fori_loop(0, num_moves, one, first)
-    left = jnp.abs(correlations(origin, walkers.q))
-    return walkers, tuning, Moves(num_moves, left.max(), left.argmax(), accepted / num_moves, diverging.sum())
+    none = Move(jnp.zeros(len(walkers.q)), jnp.zeros(len(walkers.q), jnp.int32))
+    return jax.lax.fori_loop(0, num_moves, one, (walkers, none))
+
+
+def followed(step_size: jax.Array, sums: Move, num_moves: jax.Array) -> jax.Array:
+    """The step size after it has followed the acceptance of all walkers in some moves."""
+    return step_size * jnp.exp(_GAIN * (jnp.mean(sums.accept_prob) - _TARGET_ACCEPTANCE * num_moves))
+
+
+def summary(origin: jax.Array, q: jax.Array, sums: Move, num_moves: jax.Array) -> Moves:
+    """What happened in some moves of all walkers, which were at `origin`, (N, D), at an earlier time."""
+    left = jnp.abs(correlations(origin, q))
+    return Moves(num_moves, left.max(), left.argmax(), sums.accept_prob / num_moves, sums.diverging.sum())
 
 
 def joined(before: Moves | None, after: Moves) -> Moves:
