@@ -114,7 +114,7 @@ def test_modes_have_their_weights():
     assert abs(share.mean() - (exact > 0).mean()) < 4.0 * max(share.std(ddof=1) / 2.0, 0.5 / np.sqrt(1024))
 
 
-@pytest.mark.parametrize("summed", [None, "noise"])
+@pytest.mark.parametrize("summed", [None, pytest.param("noise", marks=pytest.mark.slow)])
 def test_chains_leave_exact_draws_in_place(summed):
     """Moves of the chains at the end, from exact draws, under a metric, a step and a lattice that are given.
 

@@ -35,10 +35,7 @@ INNER = {
 }
 
 
-OTHERS = [pytest.param(name, marks=SLOW) for name in ("elliptical_slice", "without_gradient")]
-
-
-@pytest.fixture(scope="module", params=["crank_nicolson", *OTHERS])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=SLOW) for name in INNER])
 def fields(request):
     """Runs on fields of 8 and of 4096 entries, with nothing adapting."""
 

@@ -20,7 +20,7 @@ SOURCES = {
 KERNELS = {"nuts": (NUTS, 1e-5), "pcn": (DiffusionPCN, 1e-5), "noise_space": (NoiseSpace, 0.05)}
 
 
-@pytest.fixture(scope="module", params=["tempered", pytest.param("population", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param("tempered", marks=pytest.mark.slow), "population"])
 def source(request):
     with pytest.warns(UserWarning):  # both are far too short
         return SOURCES[request.param](known_noise, progress_bar=False).run(jax.random.key(0), *ARGS)
