@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def positive(**values: float) -> None:
+def positive(**values: float | np.ndarray) -> None:
     """Raises `ValueError` unless every named value is a finite number above zero."""
     for name, value in values.items():
         if not (np.isfinite(value) and value > 0):

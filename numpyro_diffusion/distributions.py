@@ -90,7 +90,7 @@ class DiffusionPrior(dist.Distribution):
         (3, 2)
     """
 
-    arg_constraints = {}
+    arg_constraints: dict[str, Any] = {}
     # One field on purpose: NumPyro gathers several through a set, whose order changes between processes.
     pytree_data_fields = ("_parts",)
     pytree_aux_fields = ("sampler", "density", "density_solver", "density_probes")

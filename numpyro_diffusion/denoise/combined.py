@@ -76,7 +76,7 @@ class _Composed:
         return jnp.stack([p.x0 for p in predictions]), jnp.stack([p.eps for p in predictions])
 
     def _log_densities(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
-        return jnp.stack([denoiser.log_density(x_t, t) for denoiser in self.denoisers])
+        return jnp.stack([denoiser.log_density(x_t, t) for denoiser in self.denoisers])  # type: ignore[attr-defined]
 
 
 @jax.tree_util.register_pytree_node_class

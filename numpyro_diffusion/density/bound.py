@@ -34,7 +34,7 @@ References:
     Burda, Grosse, Salakhutdinov, Importance weighted autoencoders, 2016, https://arxiv.org/abs/1509.00519.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -215,7 +215,7 @@ def elbo_gap(
     keys = jax.random.split(key, 3)
     key_probes = None if num_probes is None else keys[0]
     flow: LogProb = log_prob(denoiser, x, solver, num_probes=num_probes, key=key_probes)
-    options = {"num_times": num_times, "num_samples": num_samples, "grid": grid}
+    options: dict[str, Any] = {"num_times": num_times, "num_samples": num_samples, "grid": grid}
     bound = elbo(denoiser, x, keys[1], transition=transition, **options)
     limit = elbo(denoiser, x, keys[2], transition="continuous", **options)
     standard_error = jnp.hypot(flow.standard_error, bound.standard_error)

@@ -190,7 +190,7 @@ def clean_log_density(denoiser: Denoiser, x: jax.Array) -> jax.Array:
     """
     t = denoiser.schedule.t_min
     alpha = denoiser.schedule.alpha(t)
-    return (denoiser.log_density((alpha * x).astype(x.dtype), t) + x.size * jnp.log(alpha)).astype(x.dtype)
+    return (denoiser.log_density((alpha * x).astype(x.dtype), t) + x.size * jnp.log(alpha)).astype(x.dtype)  # type: ignore[attr-defined]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -212,8 +212,8 @@ def _log_prob_jvp(solver, primals, tangents):
         for i, leaf in zip(moving, moved, strict=True):
             replaced[i] = leaf
         with _precision.highest():  # this rule is traced where the derivative is taken
-            value, *rest = _solve(solver, jax.tree.unflatten(structure, replaced), x, probes)
-        return value, tuple(rest)
+            value, standard_error, num_evals = _solve(solver, jax.tree.unflatten(structure, replaced), x, probes)
+        return value, (standard_error, num_evals)
 
     if moving:
         value, dot, rest = jax.jvp(in_arrays, [leaves[i] for i in moving], [dots[i] for i in moving], has_aux=True)

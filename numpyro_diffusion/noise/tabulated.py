@@ -90,7 +90,7 @@ class Tabulated(Schedule):
             raise ValueError("density must be positive and finite in every bin. Mix it with a uniform one")
         _checks.at_least(2, num_knots=num_knots)
         mass = np.concatenate([[0.0], np.cumsum(density * np.diff(edges))])
-        return cls(np.interp(np.linspace(1.0, 0.0, num_knots), mass / mass[-1], edges))
+        return cls(np.interp(np.linspace(1.0, 0.0, num_knots), mass / mass[-1], edges).tolist())
 
     def log_snr(self, t: ArrayLike) -> jax.Array:
         return _log_snr(np.asarray(self.knots, jnp.result_type(float)), t)
@@ -106,14 +106,14 @@ class Tabulated(Schedule):
 
 
 @partial(jax.jit, inline=True)
-def _log_snr(knots: ArrayLike, t: ArrayLike) -> jax.Array:
+def _log_snr(knots: jax.Array, t: ArrayLike) -> jax.Array:
     place = jnp.asarray(t) * (len(knots) - 1)
     k = jnp.clip(jnp.floor(place).astype(int), 0, len(knots) - 2)
     return knots[k] + (place - k) * (knots[k + 1] - knots[k])
 
 
 @partial(jax.jit, inline=True)
-def _inverse_log_snr(rising: ArrayLike, log_snr: ArrayLike) -> jax.Array:
+def _inverse_log_snr(rising: jax.Array, log_snr: ArrayLike) -> jax.Array:
     k = jnp.clip(jnp.searchsorted(rising, log_snr, side="right") - 1, 0, len(rising) - 2)
     place = k + (jnp.asarray(log_snr) - rising[k]) / (rising[k + 1] - rising[k])
     return 1.0 - place / (len(rising) - 1)

@@ -71,8 +71,9 @@ def _signal(mean: Any, deviation: Any, shown: Any, truth: Any, score: Any, ax: A
     if ax is None:
         import matplotlib.pyplot as plt
 
-        options = {"sharex": True, "layout": "constrained", "height_ratios": [2.2, 1] if score is not None else [1]}
-        ax = plt.subplots(1 if score is None else 2, 1, figsize=(5.6, 2.6 if score is None else 3.8), **options)[1]
+        heights, high = ([1.0], 2.6) if score is None else ([2.2, 1.0], 3.8)
+        options: dict[str, Any] = {"sharex": True, "layout": "constrained", "height_ratios": heights}
+        ax = plt.subplots(len(heights), 1, figsize=(5.6, high), **options)[1]
     axes, grid = np.ravel(ax), np.arange(len(mean))
     axes[0].fill_between(grid, mean - 2 * deviation, mean + 2 * deviation, color="C0", alpha=0.2, label="2 sd")
     for draw in shown:
@@ -169,7 +170,7 @@ def plot_score(
     alpha = schedule.alpha(t)
     if density_kind(denoiser) is not None:
         grid = _grid(extent, 120)
-        values = jax.jit(jax.vmap(lambda x: denoiser.log_density(alpha * x, t)))(grid.reshape(-1, 2))
+        values = jax.jit(jax.vmap(lambda x: denoiser.log_density(alpha * x, t)))(grid.reshape(-1, 2))  # type: ignore[attr-defined]
         energy = -np.asarray(values).reshape(grid.shape[:2])
         energy -= energy.min()
         top = np.quantile(energy, 0.9)
