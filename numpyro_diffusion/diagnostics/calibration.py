@@ -149,7 +149,7 @@ class Calibration:
         return (*self._wrong(), *self._untrusted())
 
     def _wrong(self) -> list[str]:
-        said = {}
+        said: dict[tuple[str, str], str] = {}
         for test in self.tests:
             p = min(1.0, test.p_value * len(self.tests))
             if p < LEVEL:
