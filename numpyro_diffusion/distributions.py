@@ -93,7 +93,7 @@ class DiffusionPrior(dist.Distribution):
     arg_constraints: dict[str, Any] = {}
     # One field on purpose: NumPyro gathers several through a set, whose order changes between processes.
     pytree_data_fields = ("_parts",)
-    pytree_aux_fields = ("sampler", "density", "density_solver", "density_probes")
+    pytree_aux_fields: tuple[str, ...] = ("sampler", "density", "density_solver", "density_probes")
 
     def __init__(
         self,
