@@ -20,7 +20,7 @@ References:
 import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -154,11 +154,11 @@ class GaussianMixture:
             noise = jnp.einsum("...ij,...j->...i", self.rotations[k], noise, precision="highest")
         return self.means[k] + noise
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple, None]:
         return (self.log_weights, self.means, self.variances, self.rotations, self._schedule), None
 
     @classmethod
-    def tree_unflatten(cls, _, leaves):
+    def tree_unflatten(cls, _: None, leaves: tuple) -> Self:
         self = object.__new__(cls)
         self.log_weights, self.means, self.variances, self.rotations, self._schedule = leaves
         return self

@@ -41,6 +41,7 @@ References:
 """
 
 from collections.abc import Sequence
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -165,11 +166,11 @@ class Product(_Composed):
         densities = self._log_densities(x_t, t)
         return jnp.dot(self.powers.astype(densities.dtype), densities, precision="highest")
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple, None]:
         return (self.denoisers, self.powers), None
 
     @classmethod
-    def tree_unflatten(cls, _, leaves):
+    def tree_unflatten(cls, _: None, leaves: tuple) -> Self:
         self = object.__new__(cls)
         self.denoisers, self.powers = leaves
         return self
@@ -249,11 +250,11 @@ class MixtureOf(_Composed):
         """
         return jax.nn.logsumexp(self._log_joint(x_t, t))
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple, None]:
         return (self.denoisers, self.log_weights), None
 
     @classmethod
-    def tree_unflatten(cls, _, leaves):
+    def tree_unflatten(cls, _: None, leaves: tuple) -> Self:
         self = object.__new__(cls)
         self.denoisers, self.log_weights = leaves
         return self

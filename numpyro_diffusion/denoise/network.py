@@ -243,17 +243,17 @@ class NetworkDenoiser:
 
         return network
 
-    def _replace(self, **changes) -> "NetworkDenoiser":
+    def _replace(self, **changes: Any) -> "NetworkDenoiser":
         other = copy.copy(self)
         vars(other).update(changes)
         return other
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple, tuple]:
         static = self._graphdef, self._training, self._base, self.target, self.precision, self.event_shape, self.frozen
         return (self.weights, self._location, self._scale, self._key), static
 
     @classmethod
-    def tree_unflatten(cls, static, leaves):
+    def tree_unflatten(cls, static: tuple, leaves: tuple) -> "NetworkDenoiser":
         self = object.__new__(cls)
         self._graphdef, self._training, self._base, self.target, self.precision, self.event_shape, self.frozen = static
         self.weights, self._location, self._scale, self._key = leaves

@@ -261,7 +261,9 @@ def learn_variances(
     return jnp.clip(jnp.log(best / low) / jnp.log(high / low), 0.0, 1.0)
 
 
-def _check(denoiser, x, transition, num_times, grid, **counts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _check(
+    denoiser: Denoiser, x: jax.Array, transition: str | ArrayLike, num_times: int, grid: TimeGrid, **counts: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The point as floats, the noise levels from the noisiest and their times, both (num_times,)."""
     x = jnp.asarray(x, jnp.result_type(x, float))
     if x.shape != denoiser.event_shape:
@@ -324,7 +326,9 @@ def _transition_costs(
     return 0.5 * shrink**2 / variances * errors + 0.5 * x.size * (ratio - 1.0 - jnp.log(ratio))
 
 
-def _squared_errors(denoiser, x, noise, levels, times) -> jax.Array:
+def _squared_errors(
+    denoiser: Denoiser, x: jax.Array, noise: jax.Array, levels: jax.Array, times: jax.Array
+) -> jax.Array:
     """Squared errors of the posterior mean at each level, (levels,)."""
     u = x + levels.reshape(-1, *(1,) * x.ndim) * noise
     return jnp.sum((_denoise(denoiser, u, times) - x) ** 2, axis=tuple(range(1, x.ndim + 1)))

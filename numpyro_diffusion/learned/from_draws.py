@@ -196,7 +196,7 @@ def _check_weights(
         raise ValueError(f"weights must have one number for each draw, shape {batch_shape}; got {shares.shape}")
     _checks.finite("weights", shares, "Of log-weights, take the largest away before the exponential")
     if (shares < 0).any():
-        raise ValueError(f"weights must not be negative; got {shares.min()}")
+        raise ValueError(f"weights must not be negative; got {np.min(shares)}")
     if not shares.sum() > 0:
         raise ValueError("weights must not all vanish. Of log-weights, take the largest away before the exponential")
     shares = shares.reshape(-1) / shares.sum()

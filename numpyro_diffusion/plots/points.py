@@ -180,7 +180,7 @@ def plot_score(
     scores = alpha * np.asarray(jax.jit(jax.vmap(lambda x: denoiser(alpha * x, t).score))(points))
     norm = np.linalg.norm(scores, axis=-1, keepdims=True)
     spacing = (extent[1] - extent[0]) / (num_arrows - 1)
-    arrows = spacing * scores / np.sqrt(np.maximum(norm * norm.max(), 1e-30))  # the longest reaches its neighbour
+    arrows = spacing * scores / np.sqrt(np.maximum(norm * np.max(norm), 1e-30))  # the longest reaches its neighbour
     axes.quiver(*points.T, *arrows.T, color="C3", width=0.004, angles="xy", scale_units="xy", scale=1.0)
     level = float(schedule.noise_level(t))
     axes.set(

@@ -187,11 +187,11 @@ class FlowMap:
         """What `to_saved` was given."""
         return cls(network, described["noise_levels"])
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple[NetworkDenoiser], tuple[float, ...]]:
         return (self.network,), self.noise_levels
 
     @classmethod
-    def tree_unflatten(cls, noise_levels, leaves):
+    def tree_unflatten(cls, noise_levels: tuple[float, ...], leaves: tuple[NetworkDenoiser]) -> "FlowMap":
         self = object.__new__(cls)
         (self.network,), self.noise_levels = leaves, noise_levels
         return self

@@ -147,7 +147,7 @@ class Mixture(Composed):
         credit, indices = np.zeros(len(self._given)), []
         for _ in range(self._num_warmup):
             credit += self._probabilities
-            indices.append(int(credit.argmax()))
+            indices.append(int(np.argmax(credit)))
             credit[indices[-1]] -= 1.0
         return np.asarray(indices, np.int32)
 
