@@ -184,9 +184,9 @@ def numbers_of(draws: Arrays, tails: bool = False, num_islands: int | None = Non
         )
     judged = {n: s.r_hat if num_islands is None else s.nested_r_hat for n, s in sites.items()}
     worst, index, r_hat = _largest(judged)
+    values = draws[worst][(slice(None), slice(None), *index)].astype(float) if worst else None
     label = worst + (str([int(i) for i in index]) if index else "")
-    if worst and not r_hat < LARGEST_RHAT:
-        values = draws[worst][(slice(None), slice(None), *index)].astype(float)
+    if values is not None and not r_hat < LARGEST_RHAT:
         kind = "R-hat" if num_islands is None else "nested R-hat"
         text = f"{kind} of {label} is {r_hat:.3f}, above {LARGEST_RHAT}{name_groups(values)}"
         findings.append(Finding("slow", text))
