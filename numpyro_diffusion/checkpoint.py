@@ -123,7 +123,7 @@ def save(path: str | os.PathLike, denoiser: NetworkDenoiser | FlowMap | Holder) 
     _files.write(path, _KEY, description, tensors | held)
 
 
-def load(path: str | os.PathLike, *, backbone_class: type[nnx.Module] | None = None) -> NetworkDenoiser | FlowMap | Any:
+def load(path: str | os.PathLike, *, backbone_class: type[nnx.Module] | None = None) -> Any:
     """Reads a denoiser, a flow map or a learned prior that `save` wrote.
 
     Args:

@@ -46,6 +46,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
@@ -104,7 +105,7 @@ class Product(_Composed):
         [1.0]
     """
 
-    def __init__(self, denoisers: Sequence[Denoiser], powers: ArrayLike | None = None) -> None:
+    def __init__(self, denoisers: Sequence[Denoiser], powers: npt.ArrayLike | None = None) -> None:
         self.denoisers = _agreed(denoisers)
         self.powers = _numbers("powers", jnp.ones(len(self.denoisers)) if powers is None else powers, self.denoisers)
         if not isinstance(self.powers, jax.core.Tracer) and not np.sum(self.powers) > 0:
@@ -201,7 +202,7 @@ class MixtureOf(_Composed):
 
     density_kind = "normalized"
 
-    def __init__(self, denoisers: Sequence[Denoiser], weights: ArrayLike) -> None:
+    def __init__(self, denoisers: Sequence[Denoiser], weights: npt.ArrayLike) -> None:
         self.denoisers = _agreed(denoisers)
         for i, denoiser in enumerate(self.denoisers):
             if density_kind(denoiser) != "normalized":
@@ -297,7 +298,7 @@ def _same_levels(one: Schedule, other: Schedule) -> bool:
         return all(np.allclose(a, b, rtol=1e-4, atol=0.0) for a, b in pairs)
 
 
-def _numbers(name: str, values: ArrayLike, denoisers: tuple[Denoiser, ...]) -> jax.Array:
+def _numbers(name: str, values: npt.ArrayLike, denoisers: tuple[Denoiser, ...]) -> jax.Array:
     """One finite number for each denoiser."""
     values = jnp.asarray(values, jnp.result_type(float))
     if values.shape != (len(denoisers),):

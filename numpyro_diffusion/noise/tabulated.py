@@ -25,6 +25,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
@@ -69,7 +70,7 @@ class Tabulated(Schedule):
         object.__setattr__(self, "knots", tuple(knots.tolist()))
 
     @classmethod
-    def from_density(cls, edges: ArrayLike, density: ArrayLike, num_knots: int = 65) -> "Tabulated":
+    def from_density(cls, edges: npt.ArrayLike, density: npt.ArrayLike, num_knots: int = 65) -> "Tabulated":
         r"""The schedule under which a uniform time has a given density of the log-SNR.
 
         Args:
