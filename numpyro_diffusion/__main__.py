@@ -18,7 +18,7 @@ import numpyro.distributions as dist
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC
 
-from numpyro_diffusion import DiffusionPrior, __version__
+from numpyro_diffusion import DiffusionPrior, __version__, _precision
 from numpyro_diffusion.denoise import Gaussian
 from numpyro_diffusion.infer import DiffusionPCN
 
@@ -34,7 +34,7 @@ def main() -> int:
     rows = {"numpyro_diffusion": __version__, "python": f"{platform.python_version()} on {platform.platform()}"}
     rows |= {name: importlib.metadata.version(name) for name in LIBRARIES}
     rows["devices"] = ", ".join(f"{device.device_kind} ({device.platform})" for device in jax.devices())
-    rows["matmul precision"] = f"{jax.config.jax_default_matmul_precision or 'default'}: {_rounding()}"
+    rows["matmul precision"] = f"{_precision.setting() or 'default'}: {_rounding()}"
     for name, value in rows.items():
         print(f"{name:<18}{value}")
     started = time.perf_counter()

@@ -7,12 +7,12 @@ made and not from inside a compiled loop. This file knows nothing of diffusion.
 from collections.abc import Collection
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 
-def positive(**values: float) -> None:
+def positive(**values: float | np.ndarray) -> None:
     """Raises `ValueError` unless every named value is a finite number above zero."""
     for name, value in values.items():
         if not (np.isfinite(value) and value > 0):
@@ -47,7 +47,7 @@ def one_of(name: str, value: Any, allowed: Collection[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-def shape(name: str, value: jax.Array, expected: tuple[int, ...], cure: str = "") -> None:
+def shape(name: str, value: ArrayLike, expected: tuple[int, ...], cure: str = "") -> None:
     """Raises `ValueError` unless the trailing dimensions of `value` are `expected`."""
     got = jnp.shape(value)
     if len(got) < len(expected) or got[len(got) - len(expected) :] != tuple(expected):

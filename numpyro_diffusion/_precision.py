@@ -19,11 +19,16 @@ _NOT_INSIDE = object()
 _outside: ContextVar = ContextVar("numpyro_diffusion_matmul_precision", default=_NOT_INSIDE)
 
 
+def setting() -> str | None:
+    """JAX's own setting of the precision of matrix products."""
+    return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # defined as the program runs
+
+
 @contextmanager
 def highest() -> Iterator[None]:
     """Matrix products in full float32, except those of networks."""
     inside = _outside.get() is not _NOT_INSIDE
-    token = _outside.set(_outside.get() if inside else jax.config.jax_default_matmul_precision)
+    token = _outside.set(_outside.get() if inside else setting())
     try:
         with jax.default_matmul_precision("highest"):
             yield
@@ -36,7 +41,7 @@ def network(precision: str | None = None) -> Iterator[None]:
     """Matrix products of a network: in a precision of its own, or in the one set outside of `highest`."""
     if precision is None:
         outside = _outside.get()
-        precision = jax.config.jax_default_matmul_precision if outside is _NOT_INSIDE else outside
+        precision = setting() if outside is _NOT_INSIDE else outside
     # "default" and not None: with None, products derived from these would take the setting of where they are derived
     with jax.default_matmul_precision("default" if precision is None else precision):
         yield

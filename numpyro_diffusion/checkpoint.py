@@ -24,6 +24,7 @@ References:
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -46,7 +47,6 @@ _SCHEDULES = {
 }
 _BACKBONES = {cls.__name__: cls for cls in (nn.MLP, nn.UNet)}
 _HELD = "held/"
-_HOLDERS: dict[str, type] = {"FlowMap": FlowMap}
 _PRECISIONS = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -57,9 +57,12 @@ class Holder(Protocol):
         """Its denoiser, plain JSON values, and arrays by name."""
 
     @classmethod
-    def from_saved(cls, denoiser: NetworkDenoiser, described: dict[str, Any], arrays: dict[str, np.ndarray]) -> Any:
+    def from_saved(cls, denoiser: NetworkDenoiser, described: dict[str, Any], arrays: dict[str, np.ndarray], /) -> Any:
         """The same again of its three parts; `ValueError`, `KeyError` or `TypeError` if they do not agree."""
 
+
+_HOLDERS: dict[str, type[Holder]] = {"FlowMap": FlowMap}
+Class = TypeVar("Class", bound=type)
 
 Held = TypeVar("Held", bound=type[Holder])
 
@@ -100,7 +103,7 @@ def save(path: str | os.PathLike, denoiser: NetworkDenoiser | FlowMap | Holder) 
     holder, held = type(denoiser), {}
     is_held = _HOLDERS.get(holder.__name__) is holder
     if is_held:
-        denoiser, config, held = denoiser.to_saved()
+        denoiser, config, held = denoiser.to_saved()  # type: ignore[union-attr]  # as `is_held` says
     if not isinstance(denoiser, NetworkDenoiser):
         known = ", ".join(["NetworkDenoiser", *_HOLDERS])
         raise TypeError(f"denoiser must be one of {known} to be saved; got {type(denoiser).__name__}")
@@ -120,7 +123,7 @@ def save(path: str | os.PathLike, denoiser: NetworkDenoiser | FlowMap | Holder) 
     _files.write(path, _KEY, description, tensors | held)
 
 
-def load(path: str | os.PathLike, *, backbone_class: type[nnx.Module] | None = None) -> NetworkDenoiser | FlowMap | Any:
+def load(path: str | os.PathLike, *, backbone_class: type[nnx.Module] | None = None) -> Any:
     """Reads a denoiser, a flow map or a learned prior that `save` wrote.
 
     Args:
@@ -169,13 +172,14 @@ def _describe(denoiser: NetworkDenoiser, tensors: dict[str, np.ndarray]) -> dict
     name = type(schedule).__name__
     if _SCHEDULES.get(name) is not type(schedule):
         raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)} to be saved; got {name}")
-    if not isinstance(getattr(backbone, "config", None), dict):
+    config = getattr(backbone, "config", None)
+    if not isinstance(config, dict):
         raise TypeError(f"backbone must have a dict `config` to be saved; {type(backbone).__name__} has none")
     dtypes = {name: str(tensor.dtype) for name, tensor in tensors.items()}
     description = {
         "format": 1,
         "version": __version__,
-        "network": {"class": type(backbone).__name__, "config": backbone.config},
+        "network": {"class": type(backbone).__name__, "config": config},
         "schedule": {
             "class": name,
             "config": {k: np.asarray(v, float).tolist() for k, v in dataclasses.asdict(schedule).items()},
@@ -210,7 +214,12 @@ def _check_fields(description: dict[str, Any]) -> None:
     }
     if "holder" in description:
         named |= {f"holder.{part}": description["holder"][part] for part in ("class", "config")}
-    expected = {"network.class": str, "network.config": dict, "schedule.class": str, "schedule.config": dict}
+    expected: dict[str, Any] = {
+        "network.class": str,
+        "network.config": dict,
+        "schedule.class": str,
+        "schedule.config": dict,
+    }
     expected |= {"target": str, "event_shape": list, "dtype": str | dict}
     expected |= {"holder.class": str, "holder.config": dict} if "holder" in description else {}
     for name, kind in expected.items():
@@ -219,7 +228,7 @@ def _check_fields(description: dict[str, Any]) -> None:
             raise TypeError(f"{name} is {value!r}")
 
 
-def _look_up(kind: str, description: dict[str, Any], known: dict[str, type]) -> type:
+def _look_up(kind: str, description: dict[str, Any], known: Mapping[str, Class]) -> Class:
     name = description[kind]["class"]
     if name not in known:
         cure = "Give it as backbone_class=" if kind == "network" else "Upgrade numpyro_diffusion"
@@ -233,11 +242,11 @@ def _rebuild(description: dict[str, Any], backbone_class: type[nnx.Module]) -> N
     network = description["network"]
     if backbone_class.__name__ != network["class"]:
         raise ValueError(f"its network is a {network['class']}; backbone_class is {backbone_class.__name__}")
-    if "float64" in _dtypes(description["dtype"]) and not jax.config.jax_enable_x64:
+    if "float64" in _dtypes(description["dtype"]) and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise ValueError("its weights are float64, which JAX would round. Set jax_enable_x64")
 
     def build() -> NetworkDenoiser:
-        backbone = backbone_class(**network["config"], rngs=nnx.Rngs(0))
+        backbone = backbone_class(**network["config"], rngs=nnx.Rngs(0))  # type: ignore[call-arg]  # no base has them
         schedule = schedule_class(**description["schedule"]["config"])
         return NetworkDenoiser(backbone, schedule=schedule, target=description["target"])
 

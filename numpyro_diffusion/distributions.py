@@ -90,10 +90,10 @@ class DiffusionPrior(dist.Distribution):
         (3, 2)
     """
 
-    arg_constraints = {}
+    arg_constraints: dict[str, Any] = {}
     # One field on purpose: NumPyro gathers several through a set, whose order changes between processes.
     pytree_data_fields = ("_parts",)
-    pytree_aux_fields = ("sampler", "density", "density_solver", "density_probes")
+    pytree_aux_fields: tuple[str, ...] = ("sampler", "density", "density_solver", "density_probes")
 
     def __init__(
         self,

@@ -43,7 +43,9 @@ class NoiseReparam(Reparam):
         [('x_noise', 'sample'), ('x', 'deterministic')]
     """
 
-    def __call__(self, name: str, fn: dist.Distribution, obs: jax.Array | None) -> tuple[None, jax.Array]:
+    def __call__(
+        self, name: str, fn: dist.Distribution, obs: jax.Array | None
+    ) -> tuple[dist.Distribution | None, jax.Array | None]:
         """Called by `numpyro.handlers.reparam`.
 
         Args:

@@ -36,6 +36,7 @@ from numpyro_diffusion.solve import (
     sample,
     solve,
 )
+from numpyro_diffusion.solve.base import total_evaluations
 from numpyro_diffusion.solve.langevin import langevin_step, snr_step_size
 
 draw = partial(jax.jit, static_argnums=3)(sample)
@@ -174,6 +175,7 @@ def test_evaluations_are_counted_right(solver):
 def test_what_an_adaptive_flow_costs_is_not_known_before():
     for solver in (AdaptiveFlow(), PredictorCorrector(AdaptiveFlow())):
         assert solver.evaluations_per_step is None and solver.evaluations() is solver.evaluations(1) is None
+        assert total_evaluations([7, solver.evaluations()]) == 0 and total_evaluations([7, 3]) == 10
 
 
 @jax.tree_util.register_dataclass

@@ -20,11 +20,12 @@ References:
 import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
@@ -58,11 +59,16 @@ class GaussianMixture:
     """
 
     def __init__(
-        self, weights: ArrayLike, means: ArrayLike, covariances: ArrayLike = 1.0, schedule: Schedule | None = None
+        self,
+        weights: npt.ArrayLike,
+        means: npt.ArrayLike,
+        covariances: npt.ArrayLike = 1.0,
+        schedule: Schedule | None = None,
     ) -> None:
         with _as_known(weights, means, covariances):
             numpy, arrays = _numpy_for(weights, means, covariances)
-            self._build(numpy, *(numpy.asarray(a, jnp.result_type(float)) for a in arrays), schedule)
+            weights, means, covariances = (numpy.asarray(a, jnp.result_type(float)) for a in arrays)
+            self._build(numpy, weights, means, covariances, schedule)
 
     def _build(self, numpy: Any, weights: Any, means: Any, covariances: Any, schedule: Schedule | None) -> None:
         if means.ndim != 2:
@@ -124,7 +130,8 @@ class GaussianMixture:
         return self.log_weights, self.means, self.variances, self.rotations, x_t, alpha, sigma
 
     def __call__(self, x_t: jax.Array, t: ArrayLike) -> Prediction:
-        return Prediction(*_means(*self._at(x_t, t)), x_t, t, self.schedule)
+        x0, eps = _means(*self._at(x_t, t))
+        return Prediction(x0, eps, x_t, t, self.schedule)
 
     def log_density(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
         r"""The diffused log-density $\log p_t(x_t)$, normalised, in nats.
@@ -147,11 +154,11 @@ class GaussianMixture:
             noise = jnp.einsum("...ij,...j->...i", self.rotations[k], noise, precision="highest")
         return self.means[k] + noise
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple, None]:
         return (self.log_weights, self.means, self.variances, self.rotations, self._schedule), None
 
     @classmethod
-    def tree_unflatten(cls, _, leaves):
+    def tree_unflatten(cls, _: None, leaves: tuple) -> Self:
         self = object.__new__(cls)
         self.log_weights, self.means, self.variances, self.rotations, self._schedule = leaves
         return self
@@ -172,14 +179,13 @@ class Gaussian(GaussianMixture):
             of the schedule is above the narrowest standard deviation.
     """
 
-    def __init__(self, mean: ArrayLike, covariance: ArrayLike = 1.0, schedule: Schedule | None = None) -> None:
+    def __init__(self, mean: npt.ArrayLike, covariance: npt.ArrayLike = 1.0, schedule: Schedule | None = None) -> None:
         with _as_known(mean, covariance):
             numpy, arrays = _numpy_for(mean, covariance)
-            mean, covariance = map(numpy.asarray, arrays)
-            if mean.ndim != 1:
-                raise ValueError(f"mean must have shape (dimensions,); got {mean.shape}")
-            covariances = covariance if covariance.ndim == 0 else covariance[None]
-            super().__init__(np.ones(1), mean[None], covariances, schedule)
+            centre, spread = map(numpy.asarray, arrays)
+            if centre.ndim != 1:
+                raise ValueError(f"mean must have shape (dimensions,); got {centre.shape}")
+            super().__init__(np.ones(1), centre[None], spread if spread.ndim == 0 else spread[None], schedule)
 
 
 @partial(jax.jit, inline=True)
@@ -222,14 +228,14 @@ def _log_density(*parts: Any) -> jax.Array:
     return jax.nn.logsumexp(_components(*parts)[0])
 
 
-def _numpy_for(*arrays: ArrayLike) -> tuple[Any, tuple]:
+def _numpy_for(*arrays: npt.ArrayLike) -> tuple[Any, tuple[Any, ...]]:
     """NumPy and the arrays in it if all are known, since it compiles nothing; else JAX's and the arrays as they are."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays)):
         return jnp, arrays
     return np, tuple(np.asarray(array) for array in arrays)
 
 
-def _as_known(*arrays: ArrayLike) -> AbstractContextManager:
+def _as_known(*arrays: npt.ArrayLike) -> AbstractContextManager:
     """A context in which values computed from known arrays are known too, also inside jit."""
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays))
     return nullcontext() if traced else jax.ensure_compile_time_eval()

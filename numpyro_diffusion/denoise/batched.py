@@ -67,8 +67,9 @@ def over_points(function: Callable, denoiser: Denoiser, batch_dims: int, shape: 
     if batch_dims == 0:
         return _mapped(lambda *arrays: function(denoiser, *arrays), len(shape))(*arrays)
     outer, inner = shape[: len(shape) - batch_dims], shape[len(shape) - batch_dims :]
-    cond = jax.tree.map(lambda leaf: _to_batch(leaf, batch_dims, inner), denoiser.cond)
-    one = _mapped(lambda cond, *arrays: function(Conditioned(denoiser.base, cond), *arrays), len(inner))
+    base, cond = denoiser.base, denoiser.cond  # type: ignore[attr-defined]  # a Conditioned one, as its batch says
+    cond = jax.tree.map(lambda leaf: _to_batch(leaf, batch_dims, inner), cond)
+    one = _mapped(lambda cond, *arrays: function(Conditioned(base, cond), *arrays), len(inner))
     return _mapped(lambda *arrays: one(cond, *arrays), len(outer))(*arrays)
 
 

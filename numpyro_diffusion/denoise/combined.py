@@ -41,10 +41,12 @@ References:
 """
 
 from collections.abc import Sequence
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
@@ -76,7 +78,7 @@ class _Composed:
         return jnp.stack([p.x0 for p in predictions]), jnp.stack([p.eps for p in predictions])
 
     def _log_densities(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
-        return jnp.stack([denoiser.log_density(x_t, t) for denoiser in self.denoisers])
+        return jnp.stack([denoiser.log_density(x_t, t) for denoiser in self.denoisers])  # type: ignore[attr-defined]
 
 
 @jax.tree_util.register_pytree_node_class
@@ -103,7 +105,7 @@ class Product(_Composed):
         [1.0]
     """
 
-    def __init__(self, denoisers: Sequence[Denoiser], powers: ArrayLike | None = None) -> None:
+    def __init__(self, denoisers: Sequence[Denoiser], powers: npt.ArrayLike | None = None) -> None:
         self.denoisers = _agreed(denoisers)
         self.powers = _numbers("powers", jnp.ones(len(self.denoisers)) if powers is None else powers, self.denoisers)
         if not isinstance(self.powers, jax.core.Tracer) and not np.sum(self.powers) > 0:
@@ -165,11 +167,11 @@ class Product(_Composed):
         densities = self._log_densities(x_t, t)
         return jnp.dot(self.powers.astype(densities.dtype), densities, precision="highest")
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple, None]:
         return (self.denoisers, self.powers), None
 
     @classmethod
-    def tree_unflatten(cls, _, leaves):
+    def tree_unflatten(cls, _: None, leaves: tuple) -> Self:
         self = object.__new__(cls)
         self.denoisers, self.powers = leaves
         return self
@@ -200,7 +202,7 @@ class MixtureOf(_Composed):
 
     density_kind = "normalized"
 
-    def __init__(self, denoisers: Sequence[Denoiser], weights: ArrayLike) -> None:
+    def __init__(self, denoisers: Sequence[Denoiser], weights: npt.ArrayLike) -> None:
         self.denoisers = _agreed(denoisers)
         for i, denoiser in enumerate(self.denoisers):
             if density_kind(denoiser) != "normalized":
@@ -249,11 +251,11 @@ class MixtureOf(_Composed):
         """
         return jax.nn.logsumexp(self._log_joint(x_t, t))
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple, None]:
         return (self.denoisers, self.log_weights), None
 
     @classmethod
-    def tree_unflatten(cls, _, leaves):
+    def tree_unflatten(cls, _: None, leaves: tuple) -> Self:
         self = object.__new__(cls)
         self.denoisers, self.log_weights = leaves
         return self
@@ -296,7 +298,7 @@ def _same_levels(one: Schedule, other: Schedule) -> bool:
         return all(np.allclose(a, b, rtol=1e-4, atol=0.0) for a, b in pairs)
 
 
-def _numbers(name: str, values: ArrayLike, denoisers: tuple[Denoiser, ...]) -> jax.Array:
+def _numbers(name: str, values: npt.ArrayLike, denoisers: tuple[Denoiser, ...]) -> jax.Array:
     """One finite number for each denoiser."""
     values = jnp.asarray(values, jnp.result_type(float))
     if values.shape != (len(denoisers),):

@@ -22,7 +22,7 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ PREDICTS = ("score", "eps", "x0")
 
 class _Written:
     """What the two have in common: a static function of (x_t, t, parameters), and where the data lie."""
+
+    _choice: bool | str  # of the user, besides the function
 
     def __init__(
         self,
@@ -74,12 +76,12 @@ class _Written:
             raise ValueError(f"x_t must be one point of shape {self.event_shape}; got {jnp.shape(x_t)}. Use jax.vmap")
         return jnp.asarray(x_t, jnp.result_type(x_t, float))
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple, tuple]:
         static = self._function, self.event_shape, self._choice
         return (self._schedule, self.location, self.scale, self.parameters), static
 
     @classmethod
-    def tree_unflatten(cls, static, leaves):
+    def tree_unflatten(cls, static: tuple, leaves: tuple) -> Self:
         self = object.__new__(cls)
         self._function, self.event_shape, self._choice = static
         self._schedule, self.location, self.scale, self.parameters = leaves

@@ -94,13 +94,14 @@ class NetworkDenoiser:
     ) -> None:
         if not isinstance(backbone, nnx.Module):
             raise TypeError(f"backbone must be a flax.nnx.Module; got {type(backbone).__name__}")
-        if not isinstance(getattr(backbone, "event_shape", None), tuple):
+        event_shape = getattr(backbone, "event_shape", None)
+        if not isinstance(event_shape, tuple):
             raise TypeError(f"backbone must have a tuple `event_shape`; {type(backbone).__name__} has none")
         _checks.one_of("target", target, TARGETS)
         _checks.one_of("precision", precision, (None, *_precision.PRECISIONS))
         if getattr(backbone, "scalar", False) and target != "energy":
             raise ValueError(f'target must be "energy" for a backbone that returns a scalar; got {target!r}')
-        self.event_shape = backbone.event_shape
+        self.event_shape: tuple[int, ...] = event_shape
         self.target = target
         self.precision = precision
         self.frozen = True
@@ -210,7 +211,9 @@ class NetworkDenoiser:
         gaussian = -0.5 * jnp.sum(w**2 + jnp.log(spread))
         return gaussian + alpha / sigma * self._network(c_noise, cond)(w).astype(x_t.dtype)
 
-    def _standardize(self, x_t: jax.Array, t: ArrayLike) -> tuple[jax.Array, ...]:
+    def _standardize(
+        self, x_t: jax.Array, t: ArrayLike
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, list[jax.Array]]:
         """The point, itself standardised, with unit variance, the noise coordinate, and alpha, sigma, their slopes."""
         x_t = jnp.asarray(x_t, jnp.result_type(x_t, float))
         if x_t.shape != self.event_shape:
@@ -240,17 +243,17 @@ class NetworkDenoiser:
 
         return network
 
-    def _replace(self, **changes) -> "NetworkDenoiser":
+    def _replace(self, **changes: Any) -> "NetworkDenoiser":
         other = copy.copy(self)
         vars(other).update(changes)
         return other
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple, tuple]:
         static = self._graphdef, self._training, self._base, self.target, self.precision, self.event_shape, self.frozen
         return (self.weights, self._location, self._scale, self._key), static
 
     @classmethod
-    def tree_unflatten(cls, static, leaves):
+    def tree_unflatten(cls, static: tuple, leaves: tuple) -> "NetworkDenoiser":
         self = object.__new__(cls)
         self._graphdef, self._training, self._base, self.target, self.precision, self.event_shape, self.frozen = static
         self.weights, self._location, self._scale, self._key = leaves

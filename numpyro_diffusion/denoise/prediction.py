@@ -134,7 +134,7 @@ class Denoiser(Protocol):
     @property
     def scale(self) -> ArrayLike: ...
 
-    def __call__(self, x_t: jax.Array, t: ArrayLike) -> Prediction:
+    def __call__(self, x_t: jax.Array, t: ArrayLike, /) -> Prediction:
         r"""Predicts the clean point.
 
         Args:

@@ -33,32 +33,35 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-Reading = Callable[..., tuple[jax.Array, jax.Array]]
+Pair = tuple[jax.Array, jax.Array]
+Reading = Callable[..., Pair]
 
 
-def _edm(u_t, out, a, s, *_):
+def _edm(u_t: jax.Array, out: jax.Array, a: jax.Array, s: jax.Array, *_: jax.Array) -> Pair:
     h = jnp.hypot(a, s)
     return (a * u_t + s * h * out) / h**2, (s * u_t - a * h * out) / h**2
 
 
-def _x0(u_t, out, a, s, *_):
+def _x0(u_t: jax.Array, out: jax.Array, a: jax.Array, s: jax.Array, *_: jax.Array) -> Pair:
     return out, (u_t - a * out) / s
 
 
-def _eps(u_t, out, a, s, *_):
+def _eps(u_t: jax.Array, out: jax.Array, a: jax.Array, s: jax.Array, *_: jax.Array) -> Pair:
     return (u_t - s * out) / a, out
 
 
-def _score(u_t, out, a, s, *_):
+def _score(u_t: jax.Array, out: jax.Array, a: jax.Array, s: jax.Array, *_: jax.Array) -> Pair:
     return (u_t + s * out) / a, -out
 
 
-def _v(u_t, out, a, s, *_):
+def _v(u_t: jax.Array, out: jax.Array, a: jax.Array, s: jax.Array, *_: jax.Array) -> Pair:
     square = a**2 + s**2
     return (a * u_t - s * out) / square, (s * u_t + a * out) / square
 
 
-def _velocity(u_t, out, a, s, a_slope, s_slope):
+def _velocity(
+    u_t: jax.Array, out: jax.Array, a: jax.Array, s: jax.Array, a_slope: jax.Array, s_slope: jax.Array
+) -> Pair:
     determinant = s * a_slope - a * s_slope
     return (s * out - s_slope * u_t) / determinant, (a_slope * u_t - a * out) / determinant
 

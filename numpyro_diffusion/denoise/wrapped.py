@@ -110,7 +110,7 @@ class Conditioned(Around):
 
     def __call__(self, x_t: jax.Array, t: ArrayLike) -> Prediction:
         """Predicts the clean point under the condition held."""
-        return self.base(x_t, t, self.cond)
+        return self.base(x_t, t, self.cond)  # type: ignore[call-arg]
 
     @property
     def density_kind(self) -> DensityKind | None:
@@ -118,7 +118,7 @@ class Conditioned(Around):
 
     def log_density(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
         """The diffused log-density under the condition held, where the denoiser has one."""
-        return self.base.log_density(x_t, t, self.cond)
+        return self.base.log_density(x_t, t, self.cond)  # type: ignore[attr-defined]
 
 
 def _takes_condition(denoiser: Denoiser) -> bool:
@@ -161,13 +161,13 @@ class Given(Around):
     def location(self) -> jax.Array:
         """The mean, of `event_shape`, that the law would have if the base's were Gaussian."""
         known = (self.scale / self.schedule.noise_level(self.t)) ** 2
-        return self.base.location + known * (self._seen - self.base.location)
+        return known * (self._seen - self.base.location) + self.base.location
 
     @property
     def scale(self) -> jax.Array:
         """The standard deviation that the law would have if the base's were Gaussian."""
         level = self.schedule.noise_level(self.t)
-        return self.base.scale * level / jnp.hypot(self.base.scale, level)
+        return level * self.base.scale / jnp.hypot(self.base.scale, level)
 
     @property
     def density_kind(self) -> DensityKind | None:
@@ -191,7 +191,7 @@ class Given(Around):
         spread = jnp.hypot(schedule.noise_level(self.t), schedule.noise_level(s))
         of_gap = -0.5 * jnp.sum((gap / spread) ** 2) - size * jnp.log(spread * math.sqrt(2.0 * math.pi))
         units = schedule.alpha(at) / schedule.alpha(self.t) / schedule.alpha(s)
-        at_both, at_one = self.base.log_density(m, at), self.base.log_density(self.x_t, self.t)
+        at_both, at_one = self.base.log_density(m, at), self.base.log_density(self.x_t, self.t)  # type: ignore[attr-defined]
         return at_both + of_gap - at_one + size * jnp.log(units)
 
     @property
@@ -286,7 +286,7 @@ class Rescheduled:
     def log_density(self, x_t: jax.Array, t: ArrayLike, *cond: ArrayLike | None) -> jax.Array:
         """The diffused log-density under the new schedule, where the denoiser has one; up to a constant if that is."""
         factor, base_t = self._translate(t, jnp.result_type(x_t))
-        return self.base.log_density(factor * x_t, base_t, *cond) + jnp.size(x_t) * jnp.log(factor)
+        return self.base.log_density(factor * x_t, base_t, *cond) + jnp.size(x_t) * jnp.log(factor)  # type: ignore[attr-defined]
 
     def _translate(self, t: ArrayLike, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """The factor that takes a point to the denoiser's schedule, and the time of the same noise level there."""
@@ -336,7 +336,7 @@ def _cut(schedule: Schedule, lowest: float, highest: float) -> Schedule:
         raise ValueError(f"{schedule} has no noise level in common with the denoiser, whose are {lowest} to {highest}")
     if (t_min, t_max) == (schedule.t_min, schedule.t_max):
         return schedule
-    return dataclasses.replace(schedule, t_min=t_min, t_max=t_max)
+    return dataclasses.replace(schedule, t_min=t_min, t_max=t_max)  # type: ignore[type-var]  # all are dataclasses
 
 
 def inside(denoiser: Denoiser) -> Denoiser:

@@ -34,7 +34,7 @@ References:
     Burda, Grosse, Salakhutdinov, Importance weighted autoencoders, 2016, https://arxiv.org/abs/1509.00519.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -215,7 +215,7 @@ def elbo_gap(
     keys = jax.random.split(key, 3)
     key_probes = None if num_probes is None else keys[0]
     flow: LogProb = log_prob(denoiser, x, solver, num_probes=num_probes, key=key_probes)
-    options = {"num_times": num_times, "num_samples": num_samples, "grid": grid}
+    options: dict[str, Any] = {"num_times": num_times, "num_samples": num_samples, "grid": grid}
     bound = elbo(denoiser, x, keys[1], transition=transition, **options)
     limit = elbo(denoiser, x, keys[2], transition="continuous", **options)
     standard_error = jnp.hypot(flow.standard_error, bound.standard_error)
@@ -261,7 +261,9 @@ def learn_variances(
     return jnp.clip(jnp.log(best / low) / jnp.log(high / low), 0.0, 1.0)
 
 
-def _check(denoiser, x, transition, num_times, grid, **counts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _check(
+    denoiser: Denoiser, x: jax.Array, transition: str | ArrayLike, num_times: int, grid: TimeGrid, **counts: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The point as floats, the noise levels from the noisiest and their times, both (num_times,)."""
     x = jnp.asarray(x, jnp.result_type(x, float))
     if x.shape != denoiser.event_shape:
@@ -324,7 +326,9 @@ def _transition_costs(
     return 0.5 * shrink**2 / variances * errors + 0.5 * x.size * (ratio - 1.0 - jnp.log(ratio))
 
 
-def _squared_errors(denoiser, x, noise, levels, times) -> jax.Array:
+def _squared_errors(
+    denoiser: Denoiser, x: jax.Array, noise: jax.Array, levels: jax.Array, times: jax.Array
+) -> jax.Array:
     """Squared errors of the posterior mean at each level, (levels,)."""
     u = x + levels.reshape(-1, *(1,) * x.ndim) * noise
     return jnp.sum((_denoise(denoiser, u, times) - x) ** 2, axis=tuple(range(1, x.ndim + 1)))

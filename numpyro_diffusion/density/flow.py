@@ -143,7 +143,7 @@ def _solve(
     else:
         ticks = jnp.diff(flow.clock(denoiser, times)).astype(x.dtype)
 
-        def step(state, k):
+        def step(state: tuple[jax.Array, jax.Array], k: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
             w, integrals = state
             velocity, traces = slopes(times[k], w)
             velocity_there, traces_there = slopes(times[k + 1], w + ticks[k] * velocity)
@@ -190,17 +190,19 @@ def clean_log_density(denoiser: Denoiser, x: jax.Array) -> jax.Array:
     """
     t = denoiser.schedule.t_min
     alpha = denoiser.schedule.alpha(t)
-    return (denoiser.log_density((alpha * x).astype(x.dtype), t) + x.size * jnp.log(alpha)).astype(x.dtype)
+    return (denoiser.log_density((alpha * x).astype(x.dtype), t) + x.size * jnp.log(alpha)).astype(x.dtype)  # type: ignore[attr-defined]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _log_prob(solver, denoiser, x, probes):
+def _log_prob(
+    solver: Heun | AdaptiveFlow, denoiser: Denoiser, x: jax.Array, probes: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     with _precision.highest():
         return _solve(solver, denoiser, x, probes)
 
 
 @partial(_log_prob.defjvp, symbolic_zeros=True)
-def _log_prob_jvp(solver, primals, tangents):
+def _log_prob_jvp(solver: Heun | AdaptiveFlow, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     denoiser, x, probes = primals
     denoiser_dot, x_dot, _ = tangents
     leaves, structure = jax.tree.flatten(denoiser)
@@ -212,8 +214,8 @@ def _log_prob_jvp(solver, primals, tangents):
         for i, leaf in zip(moving, moved, strict=True):
             replaced[i] = leaf
         with _precision.highest():  # this rule is traced where the derivative is taken
-            value, *rest = _solve(solver, jax.tree.unflatten(structure, replaced), x, probes)
-        return value, tuple(rest)
+            value, standard_error, num_evals = _solve(solver, jax.tree.unflatten(structure, replaced), x, probes)
+        return value, (standard_error, num_evals)
 
     if moving:
         value, dot, rest = jax.jvp(in_arrays, [leaves[i] for i in moving], [dots[i] for i in moving], has_aux=True)

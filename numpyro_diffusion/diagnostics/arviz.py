@@ -159,7 +159,7 @@ def _from_groups(groups: dict[str, Arrays], coords: dict[str, Any], dims: dict[s
 
     takes_groups = "posterior" in inspect.signature(az.from_dict).parameters  # ArviZ 0.23; 1.x takes one dictionary
     return (
-        az.from_dict(**groups, coords=coords, dims=dims)
+        az.from_dict(**groups, coords=coords, dims=dims)  # type: ignore[arg-type]
         if takes_groups
         else az.from_dict(groups, coords=coords, dims=dims)
     )

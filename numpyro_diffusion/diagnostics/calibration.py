@@ -114,13 +114,13 @@ class Calibration:
             return name + (str([int(i) for i in where]) if where else "")
 
         extreme = pointwise(flat)
-        worst = int(extreme.argmin())
+        worst = int(np.argmin(extreme))
         shape = uniformity_p_value(flat[:, worst])
         tests = [Test(entry(worst), "shape", min(1.0, float(shape) * len(extreme)), np.nan)]
         if name == TARP:  # only its shape has a meaning
             return tests
         shifts, means = shift_p_value(flat), -ndtri(flat).mean(0)
-        worst = int(shifts.argmin())
+        worst = int(np.argmin(shifts))
         tests.append(Test(entry(worst), "shift", min(1.0, float(shifts[worst]) * len(shifts)), float(means[worst])))
         if name in self.truths:
             variance = np.square(self.deviations[name]).mean() / np.square(self.truths[name] - self.means[name]).mean()
@@ -149,7 +149,7 @@ class Calibration:
         return (*self._wrong(), *self._untrusted())
 
     def _wrong(self) -> list[str]:
-        said = {}
+        said: dict[tuple[str, str], str] = {}
         for test in self.tests:
             p = min(1.0, test.p_value * len(self.tests))
             if p < LEVEL:

@@ -196,7 +196,7 @@ def sliced(u: np.ndarray, x: np.ndarray, y: np.ndarray, labels: np.ndarray | Non
     order = z.argsort(0)
     gaps = np.diff(np.take_along_axis(z, order, 0), axis=0)
     several = labels is not None
-    labels = labels if several else (np.arange(len(z)) < len(x))[:, None]
+    labels = (np.arange(len(z)) < len(x))[:, None] if labels is None else labels
 
     def one(label: np.ndarray) -> float:
         steps = np.where(label, 1.0 / len(x), -1.0 / len(y))[order]
@@ -211,7 +211,7 @@ def discrepancy(kernel: Callable, x: np.ndarray, y: np.ndarray, labels: np.ndarr
     z = np.concatenate([x, y])
     z = z - z.mean(0)
     several = labels is not None
-    labels = labels if several else (np.arange(len(z)) < len(x))[:, None]
+    labels = (np.arange(len(z)) < len(x))[:, None] if labels is None else labels
 
     def block(rows: slice, columns: slice) -> np.ndarray:
         return kernel(squared_distances(z[rows], z[columns]), rows == columns)
@@ -236,7 +236,7 @@ def gaussians(x: np.ndarray, length_scale: float | None) -> Callable:
     _checks.positive(length_scale=scale)
 
     def kernel(squared: np.ndarray, same: bool) -> np.ndarray:
-        values = sum(np.exp(squared / (-2.0 * (c * scale) ** 2)) for c in _SCALES) / len(_SCALES)
+        values = np.asarray(sum(np.exp(squared / (-2.0 * (c * scale) ** 2)) for c in _SCALES) / len(_SCALES))
         if same:
             np.fill_diagonal(values, 0.0)
         return values

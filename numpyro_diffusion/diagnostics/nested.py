@@ -186,7 +186,7 @@ def numbers_of(draws: Arrays, tails: bool = False, num_islands: int | None = Non
     worst, index, r_hat = _largest(judged)
     values = draws[worst][(slice(None), slice(None), *index)].astype(float) if worst else None
     label = worst + (str([int(i) for i in index]) if index else "")
-    if worst and not r_hat < LARGEST_RHAT:
+    if values is not None and not r_hat < LARGEST_RHAT:
         kind = "R-hat" if num_islands is None else "nested R-hat"
         text = f"{kind} of {label} is {r_hat:.3f}, above {LARGEST_RHAT}{name_groups(values)}"
         findings.append(Finding("slow", text))
@@ -277,7 +277,8 @@ def _shapes(draws: Arrays) -> dict[str, tuple[int, ...]]:
 
 def _largest(values: dict[str, np.ndarray]) -> tuple[str, tuple, float]:
     """The site, the index and the value of the largest entry; "" if all are NaN."""
-    where, largest = ("", ()), -np.inf
+    where: tuple[str, tuple] = ("", ())
+    largest = -np.inf
     for name, value in values.items():
         if not np.isnan(value).all() and np.nanmax(value) > largest:
             index = np.unravel_index(np.nanargmax(value), value.shape)

@@ -173,7 +173,8 @@ def _of_particles(sampler: Any) -> Run:
     if hasattr(sampler, "cure"):
         attributes["cure"] = sampler.cure
     attributes["problems"] = "\n".join(problem.replace("\n", " ") for problem in sampler.problems)
-    model, arguments = getattr(sampler, "model", None), getattr(sampler, "arguments", ((), {}))
+    model = getattr(sampler, "model", None)
+    arguments: tuple[tuple, dict] = getattr(sampler, "arguments", ((), {}))
     return Run(draws, {}, _annealing(sampler), {**attributes, **versions()}, None, model, arguments)
 
 

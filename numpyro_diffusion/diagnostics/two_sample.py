@@ -236,7 +236,7 @@ def memorisation(draws: Any, train: Any, held_out: Any, key: jax.Array, *, num_p
 def _nearest(x: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which of the points is nearest to each row, and how far it is."""
     found = [cdist(part, points) for part in np.array_split(x, len(x) // 512 + 1)]
-    return tuple(np.concatenate([getattr(d, of)(1) for d in found]) for of in ("argmin", "min"))
+    return np.concatenate([d.argmin(1) for d in found]), np.concatenate([d.min(1) for d in found])
 
 
 def _draws_and_data(draws: Any, data: Any, fewest: int = 2) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:

@@ -41,7 +41,7 @@ class ClassifierFree(Around):
 
     def __call__(self, x_t: jax.Array, t: ArrayLike) -> Prediction:
         """The prediction under the condition held."""
-        without, given = self.base(x_t, t), self.base(x_t, t, self.cond)
+        without, given = self.base(x_t, t), self.base(x_t, t, self.cond)  # type: ignore[call-arg]
         weight = jnp.asarray(self.weight, x_t.dtype)
         x0, eps = (a + weight * (b - a) for a, b in ((without.x0, given.x0), (without.eps, given.eps)))
         return Prediction(x0, eps, x_t, t, self.schedule)

@@ -127,7 +127,7 @@ class Guided(Around):
     def _slope(self, view: _View) -> jax.Array:
         if isinstance(self.observation, Likelihood):
             return jax.grad(self.observation.log_density)(view.centre, self.observation.parameters)
-        return self._direction(view)
+        return self._direction(view, self.observation)
 
     def outlook(self, x_t: jax.Array, t: ArrayLike) -> Outlook:
         """Both predictions and the twisting function, the latter by a dense matrix of the observation's size.
@@ -146,7 +146,7 @@ class Guided(Around):
         if isinstance(observation, Likelihood):
             log_density, direction = jax.value_and_grad(observation.log_density)(view.centre, observation.parameters)
         else:
-            log_density, direction = self._solve(view)
+            log_density, direction = self._solve(view, observation)
         log_twist = jnp.maximum(jnp.nan_to_num(log_density, nan=LOG_FLOOR, posinf=LOG_FLOOR), LOG_FLOOR)
         return Outlook(view.x0, view.x0 + view.pull(direction), log_twist)
 
@@ -180,26 +180,26 @@ class Guided(Around):
         width = ((level * scale) ** 2 / (level**2 + scale**2)).astype(x0.dtype)
         return lambda v: width * v
 
-    def _linearised(self, view: _View) -> tuple[jax.Array, jax.Array, LinearMap, LinearMap]:
+    def _linearised(self, view: _View, observation: Observation) -> tuple[jax.Array, jax.Array, LinearMap, LinearMap]:
         """The residual and the noise of each entry of the observation, its tangent map and the transpose of that."""
         dtype = view.centre.dtype
-        seen, see = jax.linearize(lambda x: self.observation.mean_of(x).astype(dtype), view.centre)
+        seen, see = jax.linearize(lambda x: observation.mean_of(x).astype(dtype), view.centre)
         transposed = jax.linear_transpose(see, view.centre)
-        residual = (self.observation.y - seen).astype(dtype)
-        scale = jnp.broadcast_to(self.observation.scale, residual.shape).astype(dtype)
+        residual = (observation.y - seen).astype(dtype)
+        scale = jnp.broadcast_to(observation.scale, residual.shape).astype(dtype)
         return residual, scale, see, lambda v: transposed(v)[0]
 
-    def _direction(self, view: _View) -> jax.Array:
+    def _direction(self, view: _View, observation: Observation) -> jax.Array:
         """The gradient of the observation's log-density in the clean point's mean, of `event_shape`."""
-        residual, scale, see, unsee = self._linearised(view)
+        residual, scale, see, unsee = self._linearised(view, observation)
         if self.guidance == "dps":
             return unsee(residual / scale**2)
         inner = lambda v: scale**2 * v + see(view.spread(unsee(v)))  # noqa: E731
         return unsee(jax.scipy.sparse.linalg.cg(inner, residual, maxiter=self.num_iterations)[0])
 
-    def _solve(self, view: _View) -> tuple[jax.Array, jax.Array]:
+    def _solve(self, view: _View, observation: Observation) -> tuple[jax.Array, jax.Array]:
         r"""The log-density of the observation and its gradient, through $S^{1/2} (I + Q \Lambda Q^\top) S^{1/2}$."""
-        residual, scale, see, unsee = self._linearised(view)
+        residual, scale, see, unsee = self._linearised(view, observation)
         shape, whitened = residual.shape, (residual / scale).reshape(-1)
         whiten = lambda v: (see(view.spread(unsee(v.reshape(shape) / scale))) / scale).reshape(-1)  # noqa: E731
         matrix = jax.vmap(whiten)(jnp.eye(whitened.size, dtype=whitened.dtype))

@@ -185,7 +185,7 @@ def _worst(
     rng: np.random.Generator,
 ) -> Worst:
     values = distances(ours, held_out)
-    k, floors = int(values.argmax()), []
+    k, floors = int(np.argmax(values)), []
     for _ in range(_SPLITS):
         shuffled = rng.permutation(pooled)
         floors.append(distances(shuffled[len(held_out) :], shuffled[: len(held_out)]).max())

@@ -106,10 +106,10 @@ def prior_from_samples(
     keys = jax.random.split(jax.random.key(0) if key is None else key, 5)
     rows, held_out = _split(generator(keys[0]), w, weights, held_out_fraction)
     own = backbone is None
-    if own:
+    if backbone is None:
         backbone = MLP((layout.size,), 64 if layout.size <= 16 else 128, rngs=nnx.Rngs(keys[1]))
-    given = {"schedule": SCHEDULE, "held_out": held_out, "num_steps": num_steps, "progress_bar": progress_bar}
-    given |= {"num_evaluations": 10, "patience": 10, **options}
+    given: dict[str, Any] = {"schedule": SCHEDULE, "held_out": held_out, "num_evaluations": 10, "patience": 10}
+    given |= {"num_steps": num_steps, "progress_bar": progress_bar, **options}
     denoiser = fit(keys[2], backbone, rows, **given).denoiser
     if own and not _better_than_normal(keys[3], denoiser, held_out):
         denoiser = NetworkDenoiser(backbone, schedule=denoiser.schedule.base)  # its output starts at zero
@@ -191,21 +191,21 @@ def _check_weights(
     """Weights (n,) that sum to one."""
     if weights is None:
         return None
-    weights, count = np.asarray(weights, np.float64), len(next(iter(draws.values())))
-    if weights.shape != batch_shape:
-        raise ValueError(f"weights must have one number for each draw, shape {batch_shape}; got {weights.shape}")
-    _checks.finite("weights", weights, "Of log-weights, take the largest away before the exponential")
-    if (weights < 0).any():
-        raise ValueError(f"weights must not be negative; got {weights.min()}")
-    if not weights.sum() > 0:
+    shares, count = np.asarray(weights, np.float64), len(next(iter(draws.values())))
+    if shares.shape != batch_shape:
+        raise ValueError(f"weights must have one number for each draw, shape {batch_shape}; got {shares.shape}")
+    _checks.finite("weights", shares, "Of log-weights, take the largest away before the exponential")
+    if (shares < 0).any():
+        raise ValueError(f"weights must not be negative; got {np.min(shares)}")
+    if not shares.sum() > 0:
         raise ValueError("weights must not all vanish. Of log-weights, take the largest away before the exponential")
-    weights = weights.reshape(-1) / weights.sum()
-    if (effective := _effective(weights, count)) < FEWEST:
+    shares = shares.reshape(-1) / shares.sum()
+    if (effective := _effective(shares, count)) < FEWEST:
         raise ValueError(
             f"weights must leave an effective number of at least {FEWEST} draws; got {effective:.1f} of {count}. Take "
             "more draws, or a proposal that is nearer"
         )
-    return weights
+    return shares
 
 
 def _effective(weights: np.ndarray | None, count: int) -> float:
@@ -272,9 +272,9 @@ def _compare(
 
     mean = np.asarray(learned.units.location) / scale
     problems = _unbounded(layout, u, mean + draw(drawn_key, 4000))
-    standard = (w @ factor.T / scale for w in (rows, held_out))
+    trained, others = (w @ factor.T / scale for w in (rows, held_out))
     num_draws = round(_effective(weights, len(u)))
-    return faithfulness(draw, *standard, layout.entries, compare_key, num_draws, problems)
+    return faithfulness(draw, trained, others, layout.entries, compare_key, num_draws, problems)
 
 
 def _unbounded(layout: Layout, u: np.ndarray, drawn: np.ndarray) -> tuple[str, ...]:

@@ -23,12 +23,12 @@ import numpy as np
 import numpyro.distributions as dist
 from jax.typing import ArrayLike
 from numpyro.distributions import biject_to, constraints
+from numpyro.distributions.constraints import Constraint
 from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import sum_rightmost
 
 from numpyro_diffusion import _files
 
-Constraint = constraints.Constraint
 _ROUND_TRIP = 1e-3
 """By how much a value may differ from what its support makes of it: single precision, sums to one."""
 _SUPPORTS = {

@@ -176,7 +176,8 @@ class LearnedPrior:
         """Its denoiser, plain JSON values and arrays, for `checkpoint.save`."""
         report = None if self.report is None else self.report.describe()
         sites = [site.describe() for site in self.layout.sites]
-        return self.prior.denoiser, {"sites": sites, "report": report}, self.units._asdict()
+        network: NetworkDenoiser = self.prior.denoiser  # type: ignore[assignment]  # what `fit` has returned
+        return network, {"sites": sites, "report": report}, self.units._asdict()
 
     @classmethod
     def from_saved(

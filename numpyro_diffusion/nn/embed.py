@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
 
@@ -52,7 +53,7 @@ class FourierEmbedding(nnx.Module):
         self.features = features
         self.max_frequency = float(max_frequency)
 
-    def __call__(self, c_noise: jax.Array) -> jax.Array:
+    def __call__(self, c_noise: ArrayLike) -> jax.Array:
         """The features of one coordinate.
 
         Args:

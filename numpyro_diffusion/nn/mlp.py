@@ -29,6 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.nn.condition import Condition, ConditionEmbedding, embed_condition
@@ -111,7 +112,7 @@ class MLP(nnx.Module):
             "input_frequencies": list(self.input_frequencies),
         }
 
-    def __call__(self, x: jax.Array, c_noise: jax.Array, cond: Condition | jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, c_noise: ArrayLike, cond: Condition | jax.Array | None = None) -> jax.Array:
         """Maps one point at one noise level.
 
         Args:

@@ -82,7 +82,7 @@ def training(backbone: nnx.Module) -> TrainingMode | None:
     trained, evaluated = nnx.clone(backbone), nnx.clone(backbone)
     trained.train()
     evaluated.eval()
-    graphdef, streams, _ = nnx.split(trained, nnx.RngState, ...)
+    graphdef, streams, *_ = nnx.split(trained, nnx.RngState, ...)
     if graphdef == nnx.graphdef(evaluated):
         return None
     found = [(path, leaf.shape, leaf.tag, isinstance(leaf, nnx.RngKey)) for path, leaf in nnx.to_flat_state(streams)]

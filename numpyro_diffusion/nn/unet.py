@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.nn.condition import Condition, ConditionEmbedding, embed_condition
@@ -83,8 +84,7 @@ class UNet(nnx.Module):
         self.cond_shape, self.scalar = None if cond_shape is None else tuple(cond_shape), scalar
 
         def conv(inward: int, outward: int, size: int = 3, stride: int = 1, **options: Any) -> nnx.Conv:
-            window = {"kernel_size": (size,) * spatial, "strides": (stride,) * spatial}
-            return nnx.Conv(inward, outward, **window, **options, rngs=rngs)
+            return nnx.Conv(inward, outward, (size,) * spatial, strides=(stride,) * spatial, rngs=rngs, **options)
 
         def block(inward: int, outward: int, level: int) -> Block:
             return Block(conv, inward, outward, embed_features, attends=level in self.attention, rngs=rngs)
@@ -95,8 +95,10 @@ class UNet(nnx.Module):
         self.embed_layer = nnx.Linear(embed_features, embed_features, rngs=rngs)
         self.cond_embed = None if cond_shape is None else ConditionEmbedding(cond_shape, embed_features, rngs=rngs)
         self.input_layer = conv(channels, features)
-        self.downs, self.ups = nnx.List([]), nnx.List([])
-        self.halve, self.double = nnx.List([]), nnx.List([])
+        self.downs: nnx.List[nnx.List[Block]] = nnx.List([])
+        self.ups: nnx.List[nnx.List[Block]] = nnx.List([])
+        self.halve: nnx.List[nnx.Conv] = nnx.List([])
+        self.double: nnx.List[nnx.Conv] = nnx.List([])
         width = features
         for level, wider in enumerate(widths):
             if level > 0:
@@ -130,7 +132,7 @@ class UNet(nnx.Module):
             "scalar": self.scalar,
         }
 
-    def __call__(self, x: jax.Array, c_noise: jax.Array, cond: Condition | jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, c_noise: ArrayLike, cond: Condition | jax.Array | None = None) -> jax.Array:
         """Maps one point at one noise level.
 
         Args:

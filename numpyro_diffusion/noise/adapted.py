@@ -22,12 +22,13 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from numpyro_diffusion.noise.schedule import VE, Scaled, Schedule
 
+Scalar = jax.Array | np.ndarray | float
 
-def schedule_for(scale: ArrayLike, narrowest: ArrayLike | None = None, schedule: Schedule | None = None) -> Schedule:
+
+def schedule_for(scale: Scalar, narrowest: Scalar | None = None, schedule: Schedule | None = None) -> Schedule:
     """The given schedule, if it resolves the law; without one, a schedule that does.
 
     Args:

@@ -68,8 +68,8 @@ class Karras(TimeGrid):
         _checks.positive(rho=self.rho)
 
     def __call__(self, schedule: Schedule, num_times: int) -> jax.Array:
-        ends = [schedule.noise_level(t) ** (1.0 / self.rho) for t in (schedule.t_max, schedule.t_min)]
-        return _pin_ends(schedule, schedule.inverse_noise_level(jnp.linspace(*ends, num_times) ** self.rho))
+        first, last = (schedule.noise_level(t) ** (1.0 / self.rho) for t in (schedule.t_max, schedule.t_min))
+        return _pin_ends(schedule, schedule.inverse_noise_level(jnp.linspace(first, last, num_times) ** self.rho))
 
 
 def _pin_ends(schedule: Schedule, times: jax.Array) -> jax.Array:
@@ -96,10 +96,10 @@ class _From(Schedule):
     """The part of a schedule below a time."""
 
     base: Schedule
-    t_max: ArrayLike
+    t_max: ArrayLike  # type: ignore[assignment]  # it may be traced
 
     @property
-    def t_min(self) -> float:
+    def t_min(self) -> float:  # type: ignore[override]
         return self.base.t_min
 
     def alpha(self, t: ArrayLike) -> jax.Array:

@@ -300,18 +300,18 @@ class Scaled(Schedule):
     scale: ArrayLike
 
     @property
-    def t_min(self) -> float:
+    def t_min(self) -> float:  # type: ignore[override]
         return self.base.t_min
 
     @property
-    def t_max(self) -> float:
+    def t_max(self) -> float:  # type: ignore[override]
         return self.base.t_max
 
     def alpha(self, t: ArrayLike) -> jax.Array:
         return self.base.alpha(t)
 
     def sigma(self, t: ArrayLike) -> jax.Array:
-        return self.scale * self.base.sigma(t)
+        return self.base.sigma(t) * self.scale
 
     def inverse_log_snr(self, log_snr: ArrayLike) -> jax.Array:
         return self.base.inverse_log_snr(log_snr + 2.0 * jnp.log(self.scale))

@@ -25,6 +25,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
@@ -69,7 +70,7 @@ class Tabulated(Schedule):
         object.__setattr__(self, "knots", tuple(knots.tolist()))
 
     @classmethod
-    def from_density(cls, edges: ArrayLike, density: ArrayLike, num_knots: int = 65) -> "Tabulated":
+    def from_density(cls, edges: npt.ArrayLike, density: npt.ArrayLike, num_knots: int = 65) -> "Tabulated":
         r"""The schedule under which a uniform time has a given density of the log-SNR.
 
         Args:
@@ -90,7 +91,7 @@ class Tabulated(Schedule):
             raise ValueError("density must be positive and finite in every bin. Mix it with a uniform one")
         _checks.at_least(2, num_knots=num_knots)
         mass = np.concatenate([[0.0], np.cumsum(density * np.diff(edges))])
-        return cls(np.interp(np.linspace(1.0, 0.0, num_knots), mass / mass[-1], edges))
+        return cls(np.interp(np.linspace(1.0, 0.0, num_knots), mass / mass[-1], edges).tolist())
 
     def log_snr(self, t: ArrayLike) -> jax.Array:
         return _log_snr(np.asarray(self.knots, jnp.result_type(float)), t)
@@ -106,14 +107,14 @@ class Tabulated(Schedule):
 
 
 @partial(jax.jit, inline=True)
-def _log_snr(knots: ArrayLike, t: ArrayLike) -> jax.Array:
+def _log_snr(knots: jax.Array, t: ArrayLike) -> jax.Array:
     place = jnp.asarray(t) * (len(knots) - 1)
     k = jnp.clip(jnp.floor(place).astype(int), 0, len(knots) - 2)
     return knots[k] + (place - k) * (knots[k + 1] - knots[k])
 
 
 @partial(jax.jit, inline=True)
-def _inverse_log_snr(rising: ArrayLike, log_snr: ArrayLike) -> jax.Array:
+def _inverse_log_snr(rising: jax.Array, log_snr: ArrayLike) -> jax.Array:
     k = jnp.clip(jnp.searchsorted(rising, log_snr, side="right") - 1, 0, len(rising) - 2)
     place = k + (jnp.asarray(log_snr) - rising[k]) / (rising[k + 1] - rising[k])
     return 1.0 - place / (len(rising) - 1)

@@ -38,7 +38,7 @@ def plot_ecdf_difference(levels: np.ndarray, *, probability: float = 0.95, label
         points, lower - points, upper - points, color="0.85", linewidth=0, label=f"{probability:.0%} band"
     )
     for curve in (flat[None] <= points[:, None, None]).mean(1).T:
-        _curve(axes, points, curve - points, np.any((curve < lower) | (curve > upper)))
+        _curve(axes, points, curve - points, bool(np.any((curve < lower) | (curve > upper))))
     axes.axhline(0.0, color="0.4", linewidth=0.6)
     axes.set(xlabel=_with("level of the truth", label), ylabel="ECDF - uniform", xlim=(0.0, 1.0))
     axes.legend(loc="upper right", frameon=False, fontsize="small")
@@ -65,7 +65,7 @@ def plot_coverage(levels: np.ndarray, *, probability: float = 0.95, label: str =
     axes.fill_between(points, lower, upper, color="0.85", linewidth=0, label=f"{probability:.0%} band")
     axes.plot([0.0, 1.0], [0.0, 1.0], color="0.4", linewidth=0.6)
     for curve in (folded[None] <= points[:, None, None]).mean(1).T:
-        _curve(axes, points, curve, np.any((curve < lower) | (curve > upper)))
+        _curve(axes, points, curve, bool(np.any((curve < lower) | (curve > upper))))
     axes.set(xlabel="probability of the interval", ylabel=_with("truths inside", label), xlim=(0, 1), ylim=(0, 1))
     axes.set_aspect("equal")
     axes.legend(loc="upper left", frameon=False, fontsize="small")

@@ -62,7 +62,7 @@ def plot_acceptance(noise_level: Any, accept_prob: Any, *, num_bins: int = 12, a
     means = np.array([accepted[where == k].mean() for k in filled])
     errors = np.array([accepted[where == k].std() / np.sqrt(counts[k]) for k in filled])
     centres = np.sqrt(edges[1:] * edges[:-1])[filled]
-    axes.stairs(0.25 * counts / counts.max(), edges, fill=True, color="0.8", label="number of moves (its own scale)")
+    axes.stairs(0.25 * counts / np.max(counts), edges, fill=True, color="0.8", label="number of moves (its own scale)")
     axes.errorbar(centres, means, errors, fmt="o-", markersize=3, linewidth=1.0, color="C0", label="acceptance")
     axes.set(xscale="log", ylim=(0.0, 1.02), xlabel="noise level of the move", ylabel="acceptance probability")
     axes.legend(frameon=False, fontsize="small")

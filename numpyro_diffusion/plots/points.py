@@ -71,8 +71,9 @@ def _signal(mean: Any, deviation: Any, shown: Any, truth: Any, score: Any, ax: A
     if ax is None:
         import matplotlib.pyplot as plt
 
-        options = {"sharex": True, "layout": "constrained", "height_ratios": [2.2, 1] if score is not None else [1]}
-        ax = plt.subplots(1 if score is None else 2, 1, figsize=(5.6, 2.6 if score is None else 3.8), **options)[1]
+        heights, high = ([1.0], 2.6) if score is None else ([2.2, 1.0], 3.8)
+        options: dict[str, Any] = {"sharex": True, "layout": "constrained", "height_ratios": heights}
+        ax = plt.subplots(len(heights), 1, figsize=(5.6, high), **options)[1]
     axes, grid = np.ravel(ax), np.arange(len(mean))
     axes[0].fill_between(grid, mean - 2 * deviation, mean + 2 * deviation, color="C0", alpha=0.2, label="2 sd")
     for draw in shown:
@@ -169,7 +170,7 @@ def plot_score(
     alpha = schedule.alpha(t)
     if density_kind(denoiser) is not None:
         grid = _grid(extent, 120)
-        values = jax.jit(jax.vmap(lambda x: denoiser.log_density(alpha * x, t)))(grid.reshape(-1, 2))
+        values = jax.jit(jax.vmap(lambda x: denoiser.log_density(alpha * x, t)))(grid.reshape(-1, 2))  # type: ignore[attr-defined]
         energy = -np.asarray(values).reshape(grid.shape[:2])
         energy -= energy.min()
         top = np.quantile(energy, 0.9)
@@ -179,7 +180,7 @@ def plot_score(
     scores = alpha * np.asarray(jax.jit(jax.vmap(lambda x: denoiser(alpha * x, t).score))(points))
     norm = np.linalg.norm(scores, axis=-1, keepdims=True)
     spacing = (extent[1] - extent[0]) / (num_arrows - 1)
-    arrows = spacing * scores / np.sqrt(np.maximum(norm * norm.max(), 1e-30))  # the longest reaches its neighbour
+    arrows = spacing * scores / np.sqrt(np.maximum(norm * np.max(norm), 1e-30))  # the longest reaches its neighbour
     axes.quiver(*points.T, *arrows.T, color="C3", width=0.004, angles="xy", scale_units="xy", scale=1.0)
     level = float(schedule.noise_level(t))
     axes.set(

@@ -118,5 +118,5 @@ def _advance(
     slope = per(x0 - x0_before[0], a - b, known[0])
     curve = per(slope - per(x0_before[0] - x0_before[1], b - c, known[1]), a - c, known[1])
     weights = zeroth, first - a * zeroth, second - (a + b) * first + a * b * zeroth
-    weights = (weight.astype(u.dtype) for weight in weights)
-    return kept.astype(u.dtype) * u + sum(w * v for w, v in zip(weights, (x0, slope, curve), strict=True))
+    parts = (weight.astype(u.dtype) * v for weight, v in zip(weights, (x0, slope, curve), strict=True))
+    return kept.astype(u.dtype) * u + sum(parts)

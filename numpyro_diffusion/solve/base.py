@@ -25,6 +25,7 @@ files of this folder have the steps.
 """
 
 import abc
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -106,7 +107,7 @@ class Solver(abc.ABC):
             The point at time `s` and the memory after the step, both of the shapes and in the precision they had.
         """
 
-    def evaluations(self, start: ArrayLike = 0) -> ArrayLike | None:
+    def evaluations(self, start: int | jax.Array = 0) -> int | jax.Array | None:
         """Denoiser evaluations of a walk from the `start`-th time of the grid; None if not known before the run."""
         if self.evaluations_per_step is None:
             return None
@@ -115,6 +116,16 @@ class Solver(abc.ABC):
     def times(self, denoiser: Denoiser) -> jax.Array:
         """The `num_times` times visited, decreasing."""
         return self.grid(denoiser.schedule, self.num_times)
+
+
+def total_evaluations(counts: Iterable[int | jax.Array | None]) -> int | jax.Array:
+    """The sum of numbers of evaluations; 0 if one is not known, as those of an adaptive solver are not."""
+    total: int | jax.Array = 0
+    for count in counts:
+        if count is None:
+            return 0
+        total = total + count
+    return total
 
 
 def terminal_moments(denoiser: Denoiser) -> tuple[jax.Array, jax.Array]:

@@ -55,15 +55,15 @@ class PredictorCorrector(Solver):
         _checks.positive(snr=self.snr)
 
     @property
-    def num_times(self) -> int:
+    def num_times(self) -> int:  # type: ignore[override]
         return self.predictor.num_times
 
     @property
-    def grid(self) -> TimeGrid:
+    def grid(self) -> TimeGrid:  # type: ignore[override]
         return self.predictor.grid
 
     @property
-    def evaluations_per_step(self) -> int | None:
+    def evaluations_per_step(self) -> int | None:  # type: ignore[override]
         predicting = self.predictor.evaluations_per_step
         return None if predicting is None else predicting + self.num_corrections
 
@@ -79,7 +79,7 @@ class PredictorCorrector(Solver):
         s: ArrayLike,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, Memory]:
-        keys = jax.random.split(key, self.num_corrections + 1)
+        keys = jax.random.split(key, self.num_corrections + 1)  # type: ignore[arg-type]
         x_s, memory = self.predictor.step(denoiser, x_t, memory, t, s, keys[0] if self.predictor.stochastic else None)
         step_size = snr_step_size(denoiser.schedule.sigma(s), self.snr)
 

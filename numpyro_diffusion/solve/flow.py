@@ -35,7 +35,7 @@ References:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ from jax.typing import ArrayLike
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser, NetworkDenoiser
 from numpyro_diffusion.noise import Karras, TimeGrid
-from numpyro_diffusion.solve.base import Memory, Solver, solve, terminal_point
+from numpyro_diffusion.solve.base import Law, Memory, Solver, solve, terminal_point
 
 
 def clock(denoiser: Denoiser, t: ArrayLike) -> jax.Array:
@@ -90,7 +90,7 @@ class Heun(Solver):
     num_times: int = 18
     grid: TimeGrid = Karras()
 
-    law = "flow"
+    law: ClassVar[Law] = "flow"
     order = 2
     evaluations_per_step = 2
 
@@ -168,7 +168,7 @@ class FlowMap:
     def __call__(self, z: jax.Array) -> jax.Array:
         """The point at noise `z`, both of `event_shape`; for many use `jax.vmap`."""
         network, schedule = self.network, self.network.schedule
-        t = schedule.t_max
+        t: ArrayLike = schedule.t_max
         u = terminal_point(network, z) / schedule.alpha(t)
         held = network((schedule.alpha(t) * u).astype(z.dtype), t).x0
         for level in self.noise_levels:
@@ -187,11 +187,11 @@ class FlowMap:
         """What `to_saved` was given."""
         return cls(network, described["noise_levels"])
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple[NetworkDenoiser], tuple[float, ...]]:
         return (self.network,), self.noise_levels
 
     @classmethod
-    def tree_unflatten(cls, noise_levels, leaves):
+    def tree_unflatten(cls, noise_levels: tuple[float, ...], leaves: tuple[NetworkDenoiser]) -> "FlowMap":
         self = object.__new__(cls)
         (self.network,), self.noise_levels = leaves, noise_levels
         return self

@@ -66,7 +66,7 @@ class GaussianSolver(Solver):
         held, memory = self.held(denoiser, denoiser(x_t, t).x0.astype(x_t.dtype), memory, t, s)
         mean, deviation = self.transition(denoiser, held, x_t, t, s)
         if self.stochastic:
-            mean = mean + deviation * jax.random.normal(key, x_t.shape, x_t.dtype)
+            mean = mean + deviation * jax.random.normal(key, x_t.shape, x_t.dtype)  # type: ignore[arg-type]
         return mean.astype(x_t.dtype), memory
 
     def held(
@@ -110,8 +110,8 @@ class _Eta(GaussianSolver):
         _checks.fraction(eta=self.eta)
 
     @property
-    def law(self) -> Law:
-        return {0.0: "flow", 1.0: "reverse"}.get(float(self.eta), "marginals")
+    def law(self) -> Law:  # type: ignore[override]
+        return "flow" if self.eta == 0.0 else "reverse" if self.eta == 1.0 else "marginals"
 
     def _shares(self, ratio: jax.Array) -> tuple[jax.Array, ArrayLike]:
         if not self.stochastic:

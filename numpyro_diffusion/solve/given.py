@@ -95,7 +95,7 @@ def flow_given(solver: Solver, denoiser: Denoiser, x_t: jax.Array, t: ArrayLike,
     return (given.location + given.scale * w).astype(x_t.dtype)
 
 
-def evaluations_given(solver: Solver) -> ArrayLike | None:
+def evaluations_given(solver: Solver) -> int | jax.Array | None:
     """Denoiser evaluations of `draw_given`.
 
     Args:

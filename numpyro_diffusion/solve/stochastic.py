@@ -70,6 +70,6 @@ class StochasticHeun(Heun):
         above = jnp.minimum(here * (here / there) ** self.churn, schedule.noise_level(schedule.t_max))
         t_above = schedule.inverse_noise_level(above)
         added = jnp.sqrt(jnp.maximum((above - here) * (above + here), 0.0))
-        noise = added * jax.random.normal(key, x_t.shape, x_t.dtype)
+        noise = added * jax.random.normal(key, x_t.shape, x_t.dtype)  # type: ignore[arg-type]
         x_above = schedule.alpha(t_above) * (x_t / schedule.alpha(t) + noise)
         return super().step(denoiser, x_above.astype(x_t.dtype), memory, t_above, s)

@@ -47,8 +47,8 @@ class Feed(Protocol):
     conditional: bool
     digest: str
 
-    def take(self, count: int) -> tuple[Rows, int]:
-        """Rows for at most `count` steps, and the number of steps that they are for."""
+    def take(self, count: int) -> tuple[Rows | None, int]:
+        """Rows for at most `count` steps, and the number of steps that they are for; None and zero at the end."""
 
     def skip(self, count: int) -> None:
         """Skips the batches of the first `count` steps, which a resumed run has seen."""
@@ -134,7 +134,7 @@ class Stream:
             )
         return x, None if cond is None else check_cond(f"the condition of {name}", cond, len(x))
 
-    def take(self, count: int) -> tuple[Rows, int]:
+    def take(self, count: int) -> tuple[Rows | None, int]:
         batches = list(itertools.islice(self._rest, count))
         if len(batches) < count:
             warnings.warn(f"data ended after {self._read} batches, and training with it", stacklevel=2)
@@ -173,24 +173,25 @@ def open_data(
     mesh: Mesh | None,
 ) -> Data:
     """Makes a denoiser in the units of its data, and splits off held-out rows; arguments are those of `fit`."""
+    source: Feed
+    rest: Rows | None
     if is_stream(data):
         if cond is not None:
             raise ValueError("cond must come with the batches of a stream: let data give pairs (batch, cond)")
         given, denoiser = isinstance(backbone, NetworkDenoiser), denoiser_of(backbone, schedule, target)
-        source = Stream(data, denoiser, given, batch_size, steps_per_call, mesh)
-        denoiser, rest = source.denoiser, None
+        stream = Stream(data, denoiser, given, batch_size, steps_per_call, mesh)
+        source, denoiser, rest = stream, stream.denoiser, None
     else:
         denoiser, x = standardize(backbone, data, schedule, target)
         rows = x, None if cond is None else jnp.asarray(check_cond("cond", cond, len(x)))
         rows, rest = split_rows(key, rows, fraction if held_out is None else 0.0)
         source = Resident(rows, mesh)
     if held_out is not None:
-        x, given_cond = held_out if isinstance(held_out, tuple) else (held_out, None)
-        x = check_rows("held_out", x, denoiser.event_shape)
-        given_cond = (
-            None if given_cond is None else jnp.asarray(check_cond("the condition of held_out", given_cond, len(x)))
-        )
-        rest = jnp.asarray(apply_units(denoiser, x)), given_cond
+        others, given_cond = held_out if isinstance(held_out, tuple) else (held_out, None)
+        others = check_rows("held_out", others, denoiser.event_shape)
+        if given_cond is not None:
+            given_cond = jnp.asarray(check_cond("the condition of held_out", given_cond, len(others)))
+        rest = jnp.asarray(apply_units(denoiser, others)), given_cond
     return Data(denoiser, source, rest if rest is None else _place(rest, mesh, PartitionSpec()))
 
 

@@ -146,21 +146,21 @@ def fit(
     """
     plan = run.Plan(num_steps, steps_per_call, num_evaluations, patience, progress_bar)
     _check_settings(batch_size, ema_decay, validation_fraction, optimizer, clip_norm, mesh)
-    given = {"loss": loss, "weighting": weighting, "noise_levels": noise_levels}
+    given: dict[str, Any] = {"loss": loss, "weighting": weighting, "noise_levels": noise_levels}
     objective = Objective(**{k: v for k, v in given.items() if v is not None}, cond_dropout=cond_dropout)
     optimizer = _clipped(_default_optimizer(num_steps) if optimizer is None else optimizer, clip_norm)
     key_split, key_steps, key_held_out = jax.random.split(key, 3)
-    units = {"schedule": schedule, "target": target}
-    sizes = {"batch_size": batch_size, "steps_per_call": steps_per_call, "mesh": mesh}
-    opened = open_data(key_split, backbone, data, cond, held_out, validation_fraction, **units, **sizes)
+    batches: dict[str, Any] = {"batch_size": batch_size, "steps_per_call": steps_per_call, "mesh": mesh}
+    rows = data, cond, held_out, validation_fraction
+    opened = open_data(key_split, backbone, *rows, schedule=schedule, target=target, **batches)
     _check_uses(opened, patience, cond_dropout)
     _check_layers(opened.denoiser)
     denoiser = opened.denoiser.with_units(0.0, 1.0).unfreeze()
-    settings = {"batch_size": batch_size, "mesh": mesh}
+    settings: dict[str, Any] = {"batch_size": batch_size, "mesh": mesh}
 
-    def advance(state: TrainState, count: int) -> tuple[TrainState, jax.Array, int]:
+    def advance(state: TrainState, count: int) -> tuple[TrainState, jax.Array | np.ndarray, int]:
         rows, count = opened.source.take(count)
-        if not count:
+        if rows is None or not count:
             return state, np.zeros(0, np.float32), 0
         options = {
             "objective": objective,

@@ -231,7 +231,7 @@ class LowDiscrepancy(NoiseLaw):
         return self.law.quantile(spread_evenly(key, num), schedule, state)
 
     @property
-    def follows(self) -> str:
+    def follows(self) -> str:  # type: ignore[override]
         return self.law.follows
 
     def quantile(self, u: jax.Array, schedule: Schedule, state: State = ()) -> jax.Array:
@@ -252,7 +252,8 @@ def suited_to(weighting: Weighting) -> NoiseLaw:
 
     For any other weighting it is `LogNormal()`, a good start. Raises `TypeError` unless it is a `Weighting`.
     """
-    if isinstance(weightings.check_weighting(weighting), weightings.LogitNormal):
+    weightings.check_weighting(weighting)
+    if isinstance(weighting, weightings.LogitNormal):
         return LogitNormal(weighting.mean, weighting.std)
     return LogNormal(weighting.mean, weighting.std) if isinstance(weighting, weightings.EDM) else LogNormal()
 
@@ -322,7 +323,7 @@ class Adaptive(NoiseLaw):
             weighting.log_weight(centres) + jax.nn.log_sigmoid(centres), *jnp.zeros((2, self.num_bins))
         )
 
-    def quantile(self, u: jax.Array, schedule: Schedule, state: AdaptiveState = ()) -> jax.Array:
+    def quantile(self, u: jax.Array, schedule: Schedule, state: AdaptiveState = ()) -> jax.Array:  # type: ignore[assignment]
         masses, (low, high) = self.masses(state), log_snr_range(schedule)
         upper = jnp.cumsum(masses)
         u = u * upper[-1]  # one, up to rounding
@@ -330,7 +331,7 @@ class Adaptive(NoiseLaw):
         place = k + jnp.clip((u - upper[k] + masses[k]) / masses[k], 0.0, 1.0)
         return low + (high - low) * place / self.num_bins
 
-    def log_density(self, log_snr: ArrayLike, schedule: Schedule, state: AdaptiveState = ()) -> jax.Array:
+    def log_density(self, log_snr: ArrayLike, schedule: Schedule, state: AdaptiveState = ()) -> jax.Array:  # type: ignore[assignment]
         low, high = log_snr_range(schedule)
         return jnp.log(self.masses(state)[self._bin(log_snr, schedule)] * self.num_bins / (high - low))
 

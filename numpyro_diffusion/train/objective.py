@@ -17,6 +17,7 @@ References:
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ class Objective:
     Args:
         loss: function `loss(denoiser, key, x, t, cond)` of one point.
         weighting: how much each log-SNR counts.
-        noise_levels: where levels are drawn; None for the law that belongs to the weighting, `levels.suited_to`.
+        noise_levels: where levels are drawn; by default the law that belongs to the weighting, `levels.suited_to`.
         cond_dropout: probability that a row's condition is withheld.
 
     Raises:
@@ -51,7 +52,7 @@ class Objective:
 
     loss: Loss = field(default_factory=DenoisingScoreMatching)
     weighting: Weighting = field(default_factory=EDM)
-    noise_levels: NoiseLaw | None = None
+    noise_levels: NoiseLaw = None  # type: ignore[assignment]  # `__post_init__` fills it in
     cond_dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -73,7 +74,7 @@ class Objective:
         denoiser: Denoiser,
         key: jax.Array,
         x: jax.Array,
-        cond: ArrayLike | None,
+        cond: jax.Array | None,
         state: State,
         training: bool = False,
     ) -> tuple[jax.Array, State]:
@@ -104,7 +105,7 @@ class Objective:
         denoiser: NetworkDenoiser,
         key: jax.Array,
         x: jax.Array,
-        cond: ArrayLike | None,
+        cond: jax.Array | None,
         state: State,
         gradient: nnx.State,
     ) -> State:
@@ -140,19 +141,20 @@ class Objective:
         return self.noise_levels.update(state, log_snr, values, _standardised(denoiser))
 
     def _losses(
-        self, denoiser: Denoiser, key: jax.Array, x: jax.Array, cond: ArrayLike | None, state: State, training: bool
+        self, denoiser: Denoiser, key: jax.Array, x: jax.Array, cond: jax.Array | None, state: State, training: bool
     ) -> tuple[jax.Array, jax.Array]:
         """The loss of each row at a level drawn for it, unweighted, and these log-SNRs."""
         key_levels, key_noise, key_cond, key_layers = jax.random.split(key, 4)
         schedule = _standardised(denoiser)
         log_snr = self.noise_levels.sample(key_levels, len(x), schedule, state)
         t = jnp.clip(schedule.inverse_log_snr(log_snr), schedule.t_min, schedule.t_max)
-        keys, cond = jax.random.split(key_noise, len(x)), self._withhold(key_cond, cond)
+        keys, shown = jax.random.split(key_noise, len(x)), self._withhold(key_cond, cond)
 
-        def one(key_layers: jax.Array, *args: jax.Array) -> jax.Array:
-            return self.loss(denoiser.in_training(key_layers) if training else denoiser, *args)
+        def one(key_layers: jax.Array, *args: Any) -> jax.Array:
+            own = denoiser.in_training(key_layers) if training else denoiser  # type: ignore[attr-defined]  # a network
+            return self.loss(own, *args)
 
-        return jax.vmap(one)(jax.random.split(key_layers, len(x)), keys, x, t, cond), log_snr
+        return jax.vmap(one)(jax.random.split(key_layers, len(x)), keys, x, t, shown), log_snr
 
     def held_out(self) -> "Objective":
         """The same loss and weighting with all conditions present, at levels drawn as if the data were Gaussian.
@@ -161,7 +163,7 @@ class Objective:
         """
         return Objective(self.loss, self.weighting, Adaptive(floor=1.0))
 
-    def _withhold(self, key: jax.Array, cond: ArrayLike | None) -> ArrayLike | Condition | None:
+    def _withhold(self, key: jax.Array, cond: jax.Array | None) -> jax.Array | Condition | None:
         if cond is None or self.cond_dropout == 0.0:
             return cond
         return Condition(cond, jax.random.bernoulli(key, 1.0 - self.cond_dropout, (len(cond),)))
@@ -198,9 +200,11 @@ def denoising_loss(
         >>> bool(denoising_loss(Gaussian(jnp.zeros(2)), jax.random.key(0), jnp.ones(2)) > 0)
         True
     """
-    objective = Objective(noise_levels=noise_levels, weighting=EDM() if weighting is None else weighting)
-    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (x, cond))
-    return objective(denoiser, key, *batch, objective.start(denoiser))[0][0]
+    weighting = EDM() if weighting is None else weighting
+    law = suited_to(weighting) if noise_levels is None else noise_levels
+    objective = Objective(noise_levels=law, weighting=weighting)
+    rows, conds = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (x, cond))
+    return objective(denoiser, key, rows, conds, objective.start(denoiser))[0][0]
 
 
 def _standardised(denoiser: Denoiser) -> Scaled:

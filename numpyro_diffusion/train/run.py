@@ -96,7 +96,7 @@ def begin(state: TrainState) -> Progress:
 def train(
     plan: Plan,
     progress: Progress,
-    advance: Callable[[TrainState, int], tuple[TrainState, jax.Array, int]],
+    advance: Callable[[TrainState, int], tuple[TrainState, jax.Array | np.ndarray, int]],
     evaluate: Callable[[TrainState], float] | None,
     save: Callable[[Progress], None] | None,
 ) -> tuple[Progress, bool]:

@@ -161,8 +161,8 @@ def held_out_loss(
 
     def loss(keyed: tuple[jax.Array, jax.Array]) -> jax.Array:
         key, index = keyed
-        batch = _share_out(jax.tree.map(lambda leaf: leaf[index], rows), mesh)
-        return _share_out(objective(denoiser, key, *batch, levels)[0], mesh)
+        x, cond = _share_out(jax.tree.map(lambda leaf: leaf[index], rows), mesh)
+        return _share_out(objective(denoiser, key, x, cond, levels)[0], mesh)
 
     return jnp.mean(jax.lax.map(loss, (jax.random.split(key, num_batches), index)))
 
@@ -197,7 +197,7 @@ def move_average(average: Tree, weights: Tree, num_updates: ArrayLike, decay: fl
     return jax.tree.map(lambda a, w: a + ((1.0 - beta) * (w - a)).astype(a.dtype), average, weights)
 
 
-def _share_out(batch: Rows | jax.Array, mesh: Mesh | None) -> Rows | jax.Array:
+def _share_out(batch: Tree, mesh: Mesh | None) -> Tree:
     """The rows of a batch, divided among the devices of a mesh's first axis."""
     if mesh is None:
         return batch

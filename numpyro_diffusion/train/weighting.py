@@ -131,7 +131,7 @@ class _OfSchedule(Weighting):
         return jnp.log(-value_and_slope(self.schedule.inverse_log_snr, log_snr)[1])
 
     @property
-    def monotonic(self) -> bool:
+    def monotonic(self) -> bool:  # type: ignore[override]
         """Looked up on a grid of the schedule's own range."""
         with jax.ensure_compile_time_eval():
             ends = self.schedule.log_snr(self.schedule.t_max), self.schedule.log_snr(self.schedule.t_min)

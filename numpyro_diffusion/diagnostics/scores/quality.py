@@ -151,7 +151,7 @@ def fisher_divergence(
         raise ValueError(f"both must have one event_shape; got {first.event_shape} and {second.event_shape}")
     if noise_levels is None:
         ends = [_ends(d.schedule) for d in (first, second)]
-        noise_levels = np.geomspace(max(low for low, _ in ends), min(high for _, high in ends), 16)
+        noise_levels = np.geomspace(max(low for low, _ in ends), min(high for _, high in ends), 16).tolist()
     x, levels, t = check(first, x, noise_levels, "x", "first")
     _, _, other_t = check(second, x, levels, "x", "second")
     found = over_levels(_gap, (first, second), key, x, jnp.stack([t, other_t], 1), 1)[:, :, 0]
@@ -233,7 +233,12 @@ def _gap(models: Any, key: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
 
 
 def check(
-    denoiser: Denoiser, x: Any, noise_levels: Sequence[float] | None, name: str, of: str = "denoiser", **counts: int
+    denoiser: Denoiser,
+    x: Any,
+    noise_levels: Sequence[float] | np.ndarray | None,
+    name: str,
+    of: str = "denoiser",
+    **counts: int,
 ) -> tuple[jax.Array, np.ndarray, jax.Array]:
     """Points (n, *event_shape), levels and their times, both (levels,), if all are as they must be."""
     require_denoiser(denoiser, of)
@@ -289,4 +294,4 @@ def named(cases: dict[str, np.ndarray], levels: np.ndarray, values: np.ndarray) 
 
 
 def _ends(schedule: Schedule) -> tuple[float, float]:
-    return tuple(float(schedule.noise_level(t)) for t in (schedule.t_min, schedule.t_max))
+    return float(schedule.noise_level(schedule.t_min)), float(schedule.noise_level(schedule.t_max))

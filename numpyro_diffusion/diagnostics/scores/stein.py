@@ -113,7 +113,7 @@ def stein_discrepancy(
         True
     """
     points = _Points.of(x, scores, length_scale, beta)
-    return points.discrepancy(quadratic_forms(points.block, np.ones((points.count, 1)), block_size)[0])
+    return points.discrepancy(quadratic_forms(points.block, np.ones((points.num_draws, 1)), block_size)[0])
 
 
 def stein_test(
@@ -162,24 +162,27 @@ def stein_test(
     """
     _checks.at_least(1, num_chains=num_chains, num_bootstrap=num_bootstrap)
     points = _Points.of(x, scores, length_scale, beta)
-    if points.count % num_chains or points.count < 4 * num_chains:
+    if points.num_draws % num_chains or points.num_draws < 4 * num_chains:
         raise ValueError(
-            f"x must hold num_chains={num_chains} chains of one length, of at least 4 draws; got {points.count} draws"
+            f"x must hold num_chains={num_chains} chains of one length, of at least 4 draws; "
+            f"got {points.num_draws} draws"
         )
-    chains = np.concatenate([points.x, points.scores], 1).reshape(num_chains, points.count // num_chains, -1)
-    problems = []
+    chains = np.concatenate([points.x, points.scores], 1).reshape(num_chains, points.num_draws // num_chains, -1)
+    problems: list[str] = []
     if block_length is None:
         block_length = _block_length(chains, problems)
     elif not block_length >= 1:
         raise ValueError(f"block_length must be at least 1, the number for independent draws; got {block_length}")
-    if points.count < _BLOCKS * block_length:
+    if points.num_draws < _BLOCKS * block_length:
         problems.append(
-            f"{points.count} draws are {points.count / block_length:.0f} blocks of {block_length:.0f}, of at least "
-            f"{_BLOCKS}: the p-value is rough. Run longer"
+            f"{points.num_draws} draws are {points.num_draws / block_length:.0f} blocks of {block_length:.0f}, of at "
+            f"least {_BLOCKS}: the p-value is rough. Run longer"
         )
     signs = _signs(generator(key), chains.shape[:2], num_bootstrap, block_length)
-    forms = quadratic_forms(points.block, np.concatenate([np.ones((points.count, 1), np.int8), signs], 1), block_size)
-    null = forms[1:] / points.count**2
+    forms = quadratic_forms(
+        points.block, np.concatenate([np.ones((points.num_draws, 1), np.int8), signs], 1), block_size
+    )
+    null = forms[1:] / points.num_draws**2
     p_value = (1 + np.sum(forms[1:] >= forms[0])) / (num_bootstrap + 1)
     return SteinTest(points.discrepancy(forms[0]), float(p_value), float(block_length), null, tuple(problems))
 
@@ -272,7 +275,7 @@ class _Points(NamedTuple):
         return cls((rows - rows.mean(0)) / length_scale, scores * length_scale, beta, length_scale)
 
     @property
-    def count(self) -> int:
+    def num_draws(self) -> int:
         return len(self.x)
 
     def diagonal(self) -> np.ndarray:
@@ -295,7 +298,7 @@ class _Points(NamedTuple):
         return along
 
     def discrepancy(self, total: float) -> Discrepancy:
-        count = self.count
+        count = self.num_draws
         u = (total - self.diagonal().sum()) / (count * (count - 1))
         return Discrepancy(float(u), float(total / count**2), float(self.length_scale))
 

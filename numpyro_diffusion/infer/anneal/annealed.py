@@ -81,7 +81,7 @@ class AnnealedLangevinState(NamedTuple):
     rng_key: jax.Array
 
 
-class AnnealedLangevin(AnnealedKernel):
+class AnnealedLangevin(AnnealedKernel[AnnealedLangevinState]):
     r"""Draws all diffusion sites of a model by Langevin steps down a ladder of noise levels: fast, simple and biased.
 
     Needs the score of the priors and the gradient of the likelihood; see the module for what is approximate. All sites,
@@ -161,7 +161,7 @@ class AnnealedLangevin(AnnealedKernel):
                 f"metropolis=True needs a guidance with a value at every level; {guidance!r} has a score "
                 "only. Give a function such as infer.at_clean_point, or metropolis=False"
             )
-        self._num_levels = num_levels if levels is None else len(self._levels)
+        self._num_levels = num_levels if self._levels is None else len(self._levels)
         self._steps_per_level = steps_per_level
         self._step_rule = step_rule
         self._step_size = step_size

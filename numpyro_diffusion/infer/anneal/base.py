@@ -5,7 +5,7 @@ They move all diffusion sites of a model at once, keep no likelihood between dra
 """
 
 from numpyro_diffusion.infer.anneal.posterior import Guidance, NoisyPosterior, noisy_posterior
-from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
+from numpyro_diffusion.infer.kernel.contract import DiffusionKernel, State
 from numpyro_diffusion.infer.kernel.start import Strategy
 from numpyro_diffusion.infer.model.checks import check_walk
 from numpyro_diffusion.infer.model.handlers import Model
@@ -13,7 +13,7 @@ from numpyro_diffusion.infer.model.observation import check_guidance
 from numpyro_diffusion.infer.model.record import Reading
 
 
-class AnnealedKernel(DiffusionKernel):
+class AnnealedKernel(DiffusionKernel[State]):
     """Base of the kernels that draw all diffusion sites by a guided walk down the noise levels.
 
     Args:

@@ -32,6 +32,7 @@ from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.model.sites import PriorSite
 from numpyro_diffusion.solve import Solver
+from numpyro_diffusion.solve.base import total_evaluations
 from numpyro_diffusion.solve.langevin import snr_step_size
 
 
@@ -51,7 +52,7 @@ class GuidedReverseState(NamedTuple):
     rng_key: jax.Array
 
 
-class GuidedReverse(AnnealedKernel):
+class GuidedReverse(AnnealedKernel[GuidedReverseState]):
     r"""Draws all diffusion sites of a model by a guided reverse process with Langevin corrections.
 
     This is a kernel for a model; for a denoiser there is the solver `solve.PredictorCorrector`. Needs the score of the
@@ -138,7 +139,7 @@ class GuidedReverse(AnnealedKernel):
         clean = posterior.guided(x_t, _at(times, -1))
         z = posterior.to_unconstrained({name: prediction.x0 for name, prediction in clean.items()})
         z, diverging = keep_finite(z, state.z)
-        evaluations = solver.evaluations() + (solver.num_times - 1) * self._num_corrections
+        evaluations = total_evaluations([solver.evaluations(), (solver.num_times - 1) * self._num_corrections])
         return GuidedReverseState(z, jnp.asarray(evaluations, jnp.int32), diverging, key)
 
     def _walk(
@@ -158,8 +159,8 @@ class GuidedReverse(AnnealedKernel):
                 x_s, remembered = solver.step(site, x, memory[name], t[name], s[name], noise)
                 moved[name] = x_s.astype(x.dtype), remembered
             memory = {name: remembered for name, (_, remembered) in moved.items()}
-            x_s = self._correct(key_correct, posterior, {name: x for name, (x, _) in moved.items()}, s)
-            return (x_s, memory), None
+            corrected = self._correct(key_correct, posterior, {name: x for name, (x, _) in moved.items()}, s)
+            return (corrected, memory), None
 
         first = _at(times, 0)
         memory = {name: solver.init(GuidedSite(posterior, name, x_t, first), x) for name, x in x_t.items()}

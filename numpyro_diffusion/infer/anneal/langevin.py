@@ -66,7 +66,7 @@ def adjusted(
     """One tested Langevin step for each key; otherwise as `unadjusted`, for priors with a density at this level."""
     evaluate = jax.value_and_grad(lambda x_t: posterior.log_density(x_t, t))
 
-    def step(carry: tuple, key: jax.Array) -> tuple:
+    def step(carry: tuple, key: jax.Array) -> tuple[tuple, tuple]:
         x_t, log_density, score = carry
         key_move, key_accept = jax.random.split(key)
         proposal = langevin_steps(key_move, x_t, score, step_size)

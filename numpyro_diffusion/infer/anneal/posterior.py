@@ -212,7 +212,8 @@ def _predict(site: PriorSite, x_t: jax.Array, t: ArrayLike) -> Prediction:
         prediction = denoiser(x, t)
         return prediction.x0.astype(x.dtype), prediction.eps.astype(x.dtype)
 
-    return Prediction(*site.over_points(predict, x_t), x_t, t, site.denoiser.schedule)
+    x0, eps = site.over_points(predict, x_t)
+    return Prediction(x0, eps, x_t, t, site.denoiser.schedule)
 
 
 def _terminal(key: jax.Array, site: PriorSite, t: ArrayLike) -> jax.Array:

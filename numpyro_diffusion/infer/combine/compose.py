@@ -78,11 +78,11 @@ class Cycle(Composed):
         for index, key_move in enumerate(keys):
             moved = self._move(index, moved, key_move, reading)
             moves.append(moved)
-            moved = moved._replace(fresh=index)
+            moved = moved._replace(fresh=index)  # type: ignore[arg-type]  # known while it is traced
         return moves[-1]._replace(
             i=state.i + 1,
             accept_prob=jnp.stack([move.accept_prob for move in moves]),
-            num_score_evals=sum(move.num_score_evals for move in moves),
+            num_score_evals=sum((move.num_score_evals for move in moves), start=jnp.zeros((), jnp.int32)),
             diverging=jnp.stack([move.diverging for move in moves]).any(),
             rng_key=key,
         )
@@ -138,7 +138,7 @@ class Mixture(Composed):
         self._probabilities = p
 
     @property
-    def reversible(self) -> bool:
+    def reversible(self) -> bool:  # type: ignore[override]
         """Whether all kernels are: the one that moves is drawn whatever the point is."""
         return all(map(is_reversible, self._given))
 
@@ -147,7 +147,7 @@ class Mixture(Composed):
         credit, indices = np.zeros(len(self._given)), []
         for _ in range(self._num_warmup):
             credit += self._probabilities
-            indices.append(int(credit.argmax()))
+            indices.append(int(np.argmax(credit)))
             credit[indices[-1]] -= 1.0
         return np.asarray(indices, np.int32)
 

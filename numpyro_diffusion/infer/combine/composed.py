@@ -59,7 +59,7 @@ class ComposedState(NamedTuple):
     rng_key: jax.Array
 
 
-class Composed(DiffusionKernel):
+class Composed(DiffusionKernel[ComposedState]):
     """Base of `Cycle` and `Mixture`: builds and checks the kernels, starts them at one point, lets one of them move.
 
     Args:
@@ -156,7 +156,7 @@ class Composed(DiffusionKernel):
         for kernel, key_start, num_warmup in zip(kernels, keys, self._warmups(), strict=True):
             state = begin(kernel, key_start, num_warmup, z, reading)
             here = getattr(state, kernel.sample_field)
-            if states and set(here) != set(z):
+            if z is not None and states and set(here) != set(z):
                 raise ValueError(
                     f"the kernels of {type(self).__name__} must move the same sites; {type(kernel).__name__} moves "
                     f"{sorted(here)}, those before it {sorted(z)}. For kernels on different sites use "
@@ -164,7 +164,7 @@ class Composed(DiffusionKernel):
                 )
             z = here if z is None or not states else z
             states.append(state)
-        return z, states
+        return z, states  # type: ignore[return-value]  # there is a kernel, and a point
 
     def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> ComposedState:
         key, key_start = jax.random.split(key)

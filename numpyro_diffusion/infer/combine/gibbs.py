@@ -61,7 +61,7 @@ class DiffusionGibbsState(NamedTuple):
     rng_key: jax.Array
 
 
-class DiffusionGibbs(DiffusionKernel):
+class DiffusionGibbs(DiffusionKernel[DiffusionGibbsState]):
     """Alternates a kernel on the diffusion sites and a kernel on all other latent sites.
 
     Args:
@@ -103,7 +103,7 @@ class DiffusionGibbs(DiffusionKernel):
         self._given = x_kernel, rest_kernel
         self._kernels = self._built()
         self._unbound_kernels: dict[bool, Kernels] = {}
-        self._record_of_blocks = None
+        self._record_of_blocks: Record = None  # type: ignore[assignment]  # each run makes its own
         for kernel in self._kernels:
             if type(kernel).refresh is MCMCKernel.refresh:
                 raise ValueError(
@@ -231,7 +231,7 @@ class DiffusionGibbs(DiffusionKernel):
         """A copy of this kernel on a wrapped model, for composite kernels."""
         kernel = super().wrap_model(wrapper)
         kernel._kernels, kernel._unbound_kernels = kernel._built(), {}
-        kernel._record_of_blocks = None
+        kernel._record_of_blocks = None  # type: ignore[assignment]
         return kernel
 
     def refresh(self, state: DiffusionGibbsState, model_args: tuple, model_kwargs: dict | None) -> DiffusionGibbsState:

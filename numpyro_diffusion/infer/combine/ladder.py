@@ -78,7 +78,7 @@ class Ladder(NamedTuple):
         count = jnp.log(jnp.maximum(i + 1 - num_warmup, 1))
         num_swaps = self.num_swaps + 1
         rates = self.swap_rates + (accept_prob - self.swap_rates) / num_swaps
-        temperatures, ends = self.temperatures, ends_of_rounds(num_warmup) if adapts else []
+        temperatures, ends = self.temperatures, ends_of_rounds(num_warmup) if adapts else ()
         if len(ends):
             better = equal_rejection(temperatures, pooled(rates))
             temperatures = jnp.where(jnp.any(i + 1 == jnp.asarray(ends)), better, temperatures)

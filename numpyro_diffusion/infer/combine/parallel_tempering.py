@@ -60,9 +60,10 @@ from numpyro_diffusion.infer.model.checks import check_continuous, check_fixed
 from numpyro_diffusion.infer.model.density import Status
 from numpyro_diffusion.infer.model.handlers import TEMPERATURE, Model, draw_prior, temper
 from numpyro_diffusion.infer.model.record import Reading, Record
+from numpyro_diffusion.solve.base import total_evaluations
 
 
-class ParallelTempering(DiffusionKernel):
+class ParallelTempering(DiffusionKernel[ParallelTemperingState]):
     r"""Non-reversible parallel tempering over powers of the likelihood, with any kernel.
 
     Args:
@@ -273,7 +274,8 @@ class ParallelTempering(DiffusionKernel):
         if self._lowest:
             fresh = self._draw(key_prior, reading)
             points = jax.tree.map(lambda one, rest: jnp.concatenate([one[None], rest]), fresh, points)
-            evaluations += sum(s.prior.sampler.evaluations() for s in reading.sites_in_the_abstract().values())
+            sites = reading.sites_in_the_abstract().values()
+            evaluations += total_evaluations(site.prior.sampler.evaluations() for site in sites)
         return points, states, evaluations
 
     def _step(self, state: ParallelTemperingState, reading: Reading) -> ParallelTemperingState:
@@ -295,7 +297,7 @@ class ParallelTempering(DiffusionKernel):
     def wrap_model(self, wrapper: Callable[[Model], Model]) -> "ParallelTempering":
         """A copy of this kernel on a wrapped model, for composite kernels."""
         kernel = super().wrap_model(lambda _: temper(wrapper(self._user_model)))
-        kernel._user_model = kernel._model._model
+        kernel._user_model = kernel._model._model  # type: ignore[attr-defined]  # inside the handler
         kernel._kernel = kernel._built()
         return kernel
 

@@ -78,7 +78,7 @@ class Vectorize(DiffusionKernel):
         return status_of(self._kernel)
 
     @property
-    def sample_field(self) -> str:
+    def sample_field(self) -> str:  # type: ignore[override]
         """The kernel's own."""
         return self._kernel.sample_field
 

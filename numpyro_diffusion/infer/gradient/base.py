@@ -6,8 +6,6 @@ reports sites on their supports, and can be a block of NumPyro's `Gibbs`. `lange
 how to move.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
@@ -15,14 +13,14 @@ from jax.flatten_util import ravel_pytree
 from numpyro_diffusion.infer.gradient import target
 from numpyro_diffusion.infer.gradient.target import Evaluation, Target
 from numpyro_diffusion.infer.kernel.choose import all_finite
-from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
+from numpyro_diffusion.infer.kernel.contract import DiffusionKernel, State
 from numpyro_diffusion.infer.kernel.start import MAX_TRIES, Strategy, start
 from numpyro_diffusion.infer.model.density import LogPrior, Source, Status, log_prior_of
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
 
 
-class GradientKernel(DiffusionKernel):
+class GradientKernel(DiffusionKernel[State]):
     """Base of the kernels that move by the gradient of the joint posterior.
 
     Args:
@@ -77,13 +75,13 @@ class GradientKernel(DiffusionKernel):
         sites = reading.sites_in_the_abstract().values()
         return sum(self._density.evaluations(site.prior, targets, tests) for site in sites)
 
-    def _check_start(self, state: NamedTuple) -> None:
-        density, gradient = state.evaluation
+    def _check_start(self, state: State) -> None:
+        density, gradient = state.evaluation  # type: ignore[attr-defined]
         bad = ~(jnp.isfinite(density) & jnp.isfinite(gradient).all(-1))
         if not bool(bad.any()):
             return
         one = (lambda leaf: leaf[int(jnp.argmax(bad))]) if bad.ndim else (lambda leaf: leaf)  # noqa: E731
-        z = jax.tree.map(one, state.z)
+        z = jax.tree.map(one, state.z)  # type: ignore[attr-defined]
         by_site = ravel_pytree(z)[1](one(gradient))
         culprits = sorted(name for name, value in by_site.items() if not bool(jnp.isfinite(value).all()))
         where = f"in the gradient of sites {culprits}" if culprits else "in the value"
@@ -92,13 +90,13 @@ class GradientKernel(DiffusionKernel):
             f"{where}, after {MAX_TRIES} draws where none was given. Pass init_params where it is finite"
         )
 
-    def refresh(self, state: NamedTuple, model_args: tuple, model_kwargs: dict | None) -> NamedTuple:
+    def refresh(self, state: State, model_args: tuple, model_kwargs: dict | None) -> State:
         """Evaluates the target anew after a composite kernel has moved the point or what it is conditioned on."""
-        at = self._target(state.z, self.read(model_args, model_kwargs))
+        at = self._target(state.z, self.read(model_args, model_kwargs))  # type: ignore[attr-defined]
         return state._replace(evaluation=at.evaluate(at.flat))
 
 
-class MetropolisKernel(GradientKernel):
+class MetropolisKernel(GradientKernel[State]):
     """Base of those whose test is that of the density, or of what stands for it.
 
     Args:

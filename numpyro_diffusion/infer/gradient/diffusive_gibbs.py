@@ -81,7 +81,7 @@ class DiffusiveGibbsState(NamedTuple):
     rng_key: jax.Array
 
 
-class DiffusiveGibbs(GradientKernel):
+class DiffusiveGibbs(GradientKernel[DiffusiveGibbsState]):
     r"""Noise and Metropolis-adjusted denoising, for any model with gradients; diffusion sites need a density.
 
     Args:
@@ -191,7 +191,7 @@ class DiffusiveGibbs(GradientKernel):
         levels = jnp.tile(jnp.asarray(self._levels, target.flat.dtype), self._num_sweeps)
         steps = jnp.tile(state.level_step_size, self._num_sweeps)
 
-        def visit(point: tuple, level: tuple) -> tuple:
+        def visit(point: tuple, level: tuple) -> tuple[tuple, tuple]:
             return self._visit(target, root, point, *level)
 
         keys = jax.random.split(key_sweeps, len(levels))
@@ -222,7 +222,7 @@ class DiffusiveGibbs(GradientKernel):
 
     def _visit(
         self, target: Target, root: Root, point: tuple, key: jax.Array, level: jax.Array, step_size: jax.Array
-    ) -> tuple:
+    ) -> tuple[tuple, tuple]:
         """Noises a point to a level and denoises it; returns the new point, acceptances and whether one diverged."""
         q, here = point
         key_noise, key_restart, key_accept, key_steps = jax.random.split(key, 4)
@@ -232,7 +232,7 @@ class DiffusiveGibbs(GradientKernel):
         there = target.evaluate(q_new)
         restart = _test(key_accept, (q, here), (q_new, there), there.log_density - here.log_density)
 
-        def step(point: tuple, key: jax.Array) -> tuple:
+        def step(point: tuple, key: jax.Array) -> tuple[tuple, tuple]:
             (q, here), (key_step, key_accept) = point, jax.random.split(key)
             given = _conditional(here, q, centre, root, level)
             q_new = propose(key_step, q, given.gradient, root, step_size)

@@ -104,7 +104,7 @@ def leapfrog(
     return jax.lax.scan(step, (q, momentum, evaluation), None, num_steps)[0]
 
 
-class ScoreHMC(MetropolisKernel):
+class ScoreHMC(MetropolisKernel[ScoreHMCState]):
     """Leapfrog by the score, tested by a density or by the score's line integral, with or without persistent momentum.
 
     Args:

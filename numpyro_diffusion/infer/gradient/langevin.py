@@ -129,7 +129,7 @@ def log_reversal(
     return log_transition(q_new, q, gradient_new, root_new, step_size) - there
 
 
-class ULA(GradientKernel):
+class ULA(GradientKernel[ULAState]):
     r"""Unadjusted Langevin: every proposal is taken, and the law has an error of the order of the step.
 
     With the preconditioner at the posterior's covariance, variances are too large by $1 / (1 - h / 2)$ where the
@@ -216,7 +216,7 @@ class ULA(GradientKernel):
         return f"step {state.step_size:.2g}, unadjusted"
 
 
-class MALA(MetropolisKernel):
+class MALA(MetropolisKernel[MALAState]):
     r"""Langevin proposals with a Metropolis test on the density, one for each chain.
 
     Args:
@@ -307,10 +307,10 @@ class MALA(MetropolisKernel):
         key, key_step, key_accept = jax.random.split(state.rng_key, 3)
         target, h = self._target(state.z, reading), state.step_size
         q, here = target.flat, state.evaluation
-        root = self._adaptation.root(state.adapt_state) if self._tweedie is None else state.root
+        root = self._adaptation.root(state.adapt_state) if state.root is None else state.root
         q_new = propose(key_step, q, here.gradient, root, h)
         there = target.evaluate(q_new)
-        root_new = root if self._tweedie is None else self._root(target.unflatten(q_new), reading)
+        root_new = root if self._tweedie is None else self._tweedie.root(reading, target.unflatten(q_new))
         log_ratio = target.log_ratio(here, there, q, q_new)
         log_ratio += log_reversal(q, q_new, here.gradient, there.gradient, root, root_new, h)
         mean = q + h * root.push(root.pull(here.gradient))

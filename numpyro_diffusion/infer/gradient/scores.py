@@ -20,7 +20,7 @@ from jax.flatten_util import ravel_pytree
 
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer.gradient.target import Target, check
-from numpyro_diffusion.infer.model.density import LogPrior, Score, log_prior_of
+from numpyro_diffusion.infer.model.density import LogPrior, Score, Source, log_prior_of
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Record
 
@@ -36,7 +36,7 @@ def joint_scores(
     model: Model | DiffusionPrior,
     draws: Mapping[str, jax.Array] | jax.Array,
     *args: Any,
-    density: LogPrior | str | None = None,
+    density: LogPrior | Source | None = None,
     **kwargs: Any,
 ) -> JointScores:
     """The score of a model's posterior at draws, both in unconstrained coordinates.
@@ -66,7 +66,7 @@ def joint_scores(
         [[0.0], [-2.0]]
     """
     if isinstance(model, DiffusionPrior):
-        model, draws = partial(numpyro.sample, "x", model), {"x": draws}
+        model, draws = partial(numpyro.sample, "x", model), {"x": draws}  # type: ignore[dict-item]  # an array
     density = Score() if density is None else log_prior_of(density)
     reading = Record(model).at(args, kwargs)
     check(reading, density, "joint_scores")

@@ -71,7 +71,9 @@ class Tweedie:
     def root(self, reading: Reading, z: dict[str, jax.Array]) -> Root:
         """The root of the preconditioner at a point, in NumPyro's unconstrained coordinates."""
         sites = reading.sites(z)
-        roots, inverses, log_det = [], [], 0.0
+        roots: list[jax.Array] = []
+        inverses: list[jax.Array] = []
+        log_det: jax.Array | float = 0.0
         for name in sorted(z):
             if name not in sites:
                 identity = jnp.eye(jnp.size(z[name]), dtype=z[name].dtype)
@@ -84,4 +86,5 @@ class Tweedie:
                 inverses.append(vector / jnp.sqrt(value))
             log_det = log_det + 0.5 * jnp.sum(jnp.log(values))
         dtype = ravel_pytree(z)[0].dtype
-        return Root(*(block_diag(*blocks).astype(dtype) for blocks in (roots, inverses)), jnp.asarray(log_det, dtype))
+        root, inverse = (block_diag(*blocks).astype(dtype) for blocks in (roots, inverses))
+        return Root(root, inverse, jnp.asarray(log_det, dtype))

@@ -213,7 +213,9 @@ def _pooled(adapt_state: Any, z: dict[str, jax.Array]) -> Any:
         """The preconditioner of some of the particles."""
         matrix, some = adapt_state.inverse_mass_matrix, jax.tree.map(lambda leaf: leaf[part], z)
         if isinstance(matrix, dict):  # by blocks of sites
-            population = {names: moments(like, tuple(some[name] for name in names)) for names, like in matrix.items()}
+            population: Any = {
+                names: moments(like, tuple(some[name] for name in names)) for names, like in matrix.items()
+            }
         else:
             population = moments(matrix, some)
         return tuple(welford_covariance()[2](population, regularize=True))

@@ -58,7 +58,7 @@ class Compiled:
         self._model, self._functions = model, functions
         self._kept: list[tuple[_Reading, tuple[Callable[..., Any], ...]]] = []
 
-    def bind(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Callable[..., Any], ...]:
+    def bind(self, args: tuple, kwargs: dict[str, Any]) -> tuple[partial[Any], ...]:
         """The functions at given arguments of the model, compiled when first called.
 
         Args:

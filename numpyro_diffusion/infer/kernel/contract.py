@@ -15,7 +15,7 @@ import abc
 import copy
 from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import jax
 from numpyro.infer.mcmc import MCMCKernel
@@ -30,6 +30,8 @@ from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading, Record
 
 _CHAINS = "numpyro_diffusion_chains"
+State = TypeVar("State", bound=NamedTuple)
+"""What a kernel carries from draw to draw: `class MALA(MetropolisKernel[MALAState])`."""
 
 
 def shared(value: jax.Array) -> jax.Array:
@@ -80,7 +82,7 @@ def hand_on(kernels: Iterable[MCMCKernel], reading: Reading) -> None:
             reads.use(reading)
 
 
-class DiffusionKernel(MCMCKernel, abc.ABC):
+class DiffusionKernel(MCMCKernel, abc.ABC, Generic[State]):
     """Base of the kernels: fulfils NumPyro's contract, leaves the mathematics to `_start` and `_step`.
 
     Args:
@@ -92,7 +94,7 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
     """
 
     sample_field = "z"
-    statistics: ClassVar[tuple[str, ...]] = ("accept_prob", "num_score_evals")
+    statistics: tuple[str, ...] = ("accept_prob", "num_score_evals")
     """State fields collected on every draw, besides the sites and `diverging`."""
     takes_point: ClassVar[bool] = False
     """Whether a state continues from another `z` after `refresh`, as `Cycle` and `Mixture` need it to."""
@@ -115,24 +117,25 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
         self._forget()
 
     def _forget(self) -> None:
-        self._sample_fn = None
+        self._sample_fn: Callable[[State, Reading], State] | None = None
         self._compiled_start = Compiled(self._model, self._start_all)
-        self._record = self._lent = None
+        self._record: Record | None = None
+        self._lent: Record | None = None
         self._num_warmup = 0
         self._vectorized, self._num_chains = False, 1
 
     @abc.abstractmethod
-    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> NamedTuple:
+    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> State:
         """The initial state of one chain."""
 
     @abc.abstractmethod
-    def _step(self, state: NamedTuple, reading: Reading) -> NamedTuple:
+    def _step(self, state: State, reading: Reading) -> State:
         """The next state of one chain."""
 
     def _check_model(self, reading: Reading) -> None:
         """Raises if the kernel cannot sample the model."""
 
-    def _check_start(self, state: NamedTuple) -> None:
+    def _check_start(self, state: State) -> None:
         """Raises if a concrete initial state, of one chain or of many, cannot be sampled from."""
 
     def _bind(self, key: jax.Array, init_params: dict | None, reading: Reading) -> None:
@@ -169,7 +172,7 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
 
     def init(
         self, rng_key: jax.Array, num_warmup: int, init_params: Any, model_args: tuple, model_kwargs: dict | None
-    ) -> NamedTuple:
+    ) -> State:
         """Called by `MCMC`: the initial state, batched over chains if `rng_key` is."""
         mode = num_warmup, not is_prng_key(rng_key)
         if mode != (self._num_warmup, self._vectorized):
@@ -189,7 +192,7 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
         self._sample_fn = self._step  # MCMC starts afresh on every run where this is None
         return state
 
-    def _run_start(self, keys: jax.Array, init_params: Any, reading: Reading) -> NamedTuple:
+    def _run_start(self, keys: jax.Array, init_params: Any, reading: Reading) -> State:
         """The compiled start, which a second run on new data finds; not compiled inside of another program."""
         arguments = keys, init_params, reading.args, reading.kwargs
         if _any_traced(arguments):
@@ -197,11 +200,11 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
         (compiled,) = self._compiled_start.bind(reading.args, reading.kwargs)
         return compiled(keys, init_params)
 
-    def _start_all(self, keys: jax.Array, init_params: Any, args: tuple, kwargs: dict) -> NamedTuple:
+    def _start_all(self, keys: jax.Array, init_params: Any, args: tuple, kwargs: dict) -> State:
         reading = self.read(args, kwargs)
 
         @_precise
-        def start(key: jax.Array, init_params: Any) -> NamedTuple:
+        def start(key: jax.Array, init_params: Any) -> State:
             return self._start(key, init_params, reading)
 
         if not self._vectorized:
@@ -209,12 +212,12 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
         in_axes = (0, None if init_params is None else 0)
         return jax.vmap(start, in_axes=in_axes, axis_name=_CHAINS)(keys, init_params)
 
-    def sample(self, state: NamedTuple, model_args: tuple, model_kwargs: dict | None) -> NamedTuple:
+    def sample(self, state: State, model_args: tuple, model_kwargs: dict | None) -> State:
         """Called by `MCMC`: the next state."""
         reading = self.read(model_args, model_kwargs)
 
         @_precise
-        def step(state: NamedTuple) -> NamedTuple:
+        def step(state: State) -> State:
             return self._step(state, reading)
 
         return jax.vmap(step, axis_name=_CHAINS)(state) if self._vectorized else step(state)
@@ -229,7 +232,7 @@ class DiffusionKernel(MCMCKernel, abc.ABC):
         reading = self.read(model_args, model_kwargs)
         return lambda z: reading.constrain(z, deterministic=True)
 
-    def wrap_model(self, wrapper: Callable[[Model], Model]) -> "DiffusionKernel":
+    def wrap_model(self, wrapper: Callable[[Model], Model]) -> Self:
         """A copy of this kernel on a wrapped model, for composite kernels."""
         kernel = copy.copy(self)
         kernel._model = wrapper(self._model)

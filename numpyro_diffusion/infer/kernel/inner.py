@@ -8,7 +8,7 @@ the state of a copy that is thrown away.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from numpyro.handlers import seed
@@ -23,7 +23,7 @@ from numpyro_diffusion.infer.kernel.start import is_block, start, strategy_of
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
 
-KernelLike = MCMCKernel | Callable[..., MCMCKernel]
+KernelLike: TypeAlias = MCMCKernel | Callable[..., MCMCKernel]
 """A kernel, or a factory of one from a model: a kernel class, a `functools.partial` of one, a function."""
 
 

@@ -67,7 +67,8 @@ class StandIn(abc.ABC):
     """A keyword argument that the change of coordinates takes besides those of the model."""
 
     def __init__(self, model: Model) -> None:
-        self._model, self._record = model, None
+        self._model = model
+        self._record: Record | None = None
 
     @property
     def model(self) -> Model:

@@ -116,8 +116,9 @@ def uniform(key: jax.Array, reading: Reading, names: Sequence[str]) -> Point:
 
 def values_of(strategy: Strategy) -> Mapping[str, Any]:
     """What `init_to_value` names; nothing for other strategies."""
-    told = isinstance(strategy, partial) and strategy.func is init_to_value
-    return strategy.keywords.get("values", {}) if told else {}
+    if isinstance(strategy, partial) and strategy.func is init_to_value:
+        return strategy.keywords.get("values", {})
+    return {}
 
 
 def by_strategy(key: jax.Array, reading: Reading, strategy: Strategy) -> Point:

@@ -169,10 +169,11 @@ class Density(LogPrior):
     def __post_init__(self) -> None:
         _checks.one_of("source", self.source, SOURCES)
 
-    def source_of(self, prior: DiffusionPrior) -> str | None:
+    def source_of(self, prior: DiffusionPrior) -> Literal["denoiser", "flow"] | None:
         """Where the density of a prior comes from: "denoiser", "flow", or None if it has none."""
-        has = {"denoiser": density_kind(prior.denoisers) is not None, "flow": prior.has_flow_density}
-        return next((source for source in has if has[source] and self.source in ("auto", source)), None)
+        if self.source != "flow" and density_kind(prior.denoisers) is not None:
+            return "denoiser"
+        return "flow" if self.source != "denoiser" and prior.has_flow_density else None
 
     def value(self, prior: DiffusionPrior, u: jax.Array) -> jax.Array:
         source = self.source_of(prior)
@@ -255,7 +256,7 @@ class LineIntegral(Score):
         """The circulation around the triangle a, b, c: zero for a gradient, up to the quadrature."""
         if not self.circulation:
             return super().work_around(gradient, a, b, c)
-        return sum(self.work(gradient, start, end) for start, end in ((a, b), (b, c), (c, a)))
+        return self.work(gradient, a, b) + self.work(gradient, b, c) + self.work(gradient, c, a)
 
     def evaluations(self, prior: DiffusionPrior, values: int = 1, tests: int = 0) -> int:
         return values + tests * self.num_points * (4 if self.circulation else 1)
@@ -322,7 +323,7 @@ class _PriorOfDensity(DiffusionPrior):
     @classmethod
     def of(cls, prior: DiffusionPrior, log_prior: Density) -> "_PriorOfDensity":
         self = object.__new__(cls)
-        vars(self).update(vars(prior), log_prior=log_prior)
+        self.__dict__.update(vars(prior), log_prior=log_prior)
         return self
 
     def log_density(self, u: jax.Array, source: str | None = None) -> jax.Array:

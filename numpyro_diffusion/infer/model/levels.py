@@ -55,7 +55,7 @@ def check_within(argument: str, levels: Sequence[float], name: str, site: PriorS
         )
 
 
-def time_of(levels: ArrayLike, schedule: Schedule) -> jax.Array:
+def time_of(levels: ArrayLike | Sequence[float], schedule: Schedule) -> jax.Array:
     """The times of noise levels on a schedule, of the same shape."""
     times = schedule.inverse_noise_level(jnp.asarray(levels, jnp.result_type(float)))
     return jnp.clip(times, schedule.t_min, schedule.t_max)

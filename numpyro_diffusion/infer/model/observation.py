@@ -14,7 +14,7 @@ $x$) only the gradient of the likelihood can be used. Terms that do not depend o
 only for proposals: kernels weigh by the model itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,13 +146,14 @@ def guided_site(
 
 
 def _of_joint(
-    observation: Observation | Likelihood, denoiser: Joint, sites: Mapping[str, PriorSite]
+    observation: Observation | Likelihood, denoiser: Denoiser, sites: Mapping[str, PriorSite]
 ) -> Observation | Likelihood:
     """An observation of a dict of points as one of the joint point."""
     if isinstance(observation, Likelihood):
-        log_density = observation.log_density
+        log_density: Callable = observation.log_density
         return Likelihood(lambda u, p: log_density(_split(denoiser, sites, u), p), observation.parameters)
-    y, scale, mean, parameters = observation.y, observation.scale, observation.mean, observation.parameters
+    mean: Callable = observation.mean
+    y, scale, parameters = observation.y, observation.scale, observation.parameters
     return Observation(y, scale, lambda u, p: mean(_split(denoiser, sites, u), p), parameters)
 
 

@@ -218,7 +218,7 @@ class Reading:
     def sites_in_the_abstract(self) -> dict[str, PriorSite]:
         """The diffusion sites with shapes in place of the arrays of their priors; nothing is computed."""
         latent = self.structure.latent
-        return {name: PriorSite.of(latent[name].prior, latent[name].shape) for name in self.structure.diffusion}
+        return {name: latent[name].prior_site for name in self.structure.diffusion}
 
     def log_rest(self, z: Mapping[str, jax.Array]) -> jax.Array:
         """The log-density of everything but the diffusion priors, a scalar, in JAX's default precision."""
@@ -285,12 +285,12 @@ def _evaluate(model: Model, args: tuple, kwargs: dict[str, Any], z: dict, values
     log_jacobian = {name: log_probs.pop(f"_{name}_log_det") for name in z if f"_{name}_log_det" in log_probs}
     latent = {name: s for name, s in sites.items() if s["type"] == "sample" and not s["is_observed"]}
     diffusion = {name: s for name, s in latent.items() if is_diffusion_site(s)}
-    zero = jnp.zeros(())
+    priors, zero = {name: prior_inside(as_written(s), True) for name, s in diffusion.items()}, jnp.zeros(())
     return Evaluation(
         log_likelihood=jnp.asarray(sum((v for name, v in log_probs.items() if name not in latent), start=zero)),
         log_others={name: zero + log_probs[name] for name in latent if name not in diffusion},
         log_jacobian=log_jacobian,
-        priors={name: prior_inside(as_written(s), True) for name, s in diffusion.items()},
+        priors={name: prior for name, prior in priors.items() if prior is not None},
         values={name: jnp.asarray(s["value"]) for name, s in latent.items()},
         deterministic={name: s["value"] for name, s in sites.items() if s["type"] == "deterministic"},
         observed={name: data for name, data in observed.items() if data is not None},

@@ -70,11 +70,13 @@ class PriorSite:
 
     def to_denoiser(self, z: jax.Array) -> jax.Array:
         """From NumPyro's unconstrained coordinates to the denoiser's own space."""
-        return z if self.same_coordinates else self.prior.transform.inv(self.constrain(z))
+        transform = self.prior.transform
+        return z if transform is None or self.same_coordinates else transform.inv(self.constrain(z))
 
     def from_denoiser(self, u: jax.Array) -> jax.Array:
         """From the denoiser's own space to NumPyro's unconstrained coordinates."""
-        return u if self.same_coordinates else self.unconstrain(self.prior.transform(u))
+        transform = self.prior.transform
+        return u if transform is None or self.same_coordinates else self.unconstrain(transform(u))
 
     def log_det(self, u: jax.Array) -> jax.Array:
         """The logarithm of the prior's transform's Jacobian at points of the denoiser's space, a scalar for all."""

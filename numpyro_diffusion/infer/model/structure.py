@@ -23,7 +23,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer.model.handlers import Model, as_written, is_diffusion_site, prior_inside
-from numpyro_diffusion.infer.model.sites import NormalData, normal_data
+from numpyro_diffusion.infer.model.sites import NormalData, PriorSite, normal_data
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ class LatentSite:
     support_depends_on: frozenset[str] = frozenset()
     support_given: frozenset[str] = frozenset()
     prior: DiffusionPrior | None = None
+
+    @property
+    def prior_site(self) -> PriorSite:
+        """A diffusion site with its prior."""
+        return PriorSite.of(self.prior, self.shape)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -204,8 +209,8 @@ def read_structure(model: Callable[[list], Any], arrays: list) -> Structure:
             )
             for name, s in samples.items()
         }
-        priors = {name: prior_inside(as_written(s), True) for name, s in latent.items() if is_diffusion_site(s)}
-        return behind, priors
+        priors = {name: prior_inside(as_written(s), True) for name, s in latent.items()}
+        return behind, {name: prior for name, prior in priors.items() if prior is not None}
 
     jaxpr, shapes = jax.make_jaxpr(read, return_shape=True)(arrays)
     behind, priors = shapes
@@ -242,7 +247,7 @@ def read_structure(model: Callable[[list], Any], arrays: list) -> Structure:
 
 def _spread(data: NormalData | None, is_observed: bool) -> Any:
     """What of a normal law must not depend on a site for the law to be one of noise about it."""
-    return () if data is None else data._replace(mean=None, value=data.value if is_observed else None)
+    return () if data is None else data._replace(mean=None, value=data.value if is_observed else None)  # type: ignore[arg-type]
 
 
 def _latent(site: Mapping[str, Any]) -> LatentSite:

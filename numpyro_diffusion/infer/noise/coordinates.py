@@ -14,7 +14,6 @@ from numpyro.distributions import biject_to
 
 from numpyro_diffusion.infer.kernel.stand_in import Point, StandIn
 from numpyro_diffusion.infer.model.record import Reading
-from numpyro_diffusion.infer.model.sites import PriorSite
 from numpyro_diffusion.infer.model.structure import LatentSite, Structure
 from numpyro_diffusion.reparam import noise_name
 
@@ -42,7 +41,7 @@ class InNoise(StandIn):
 
 
 def _noise_shape(site: LatentSite) -> tuple[int, ...]:
-    return PriorSite.of(site.prior, site.shape).batch_shape + site.prior.noise_shape
+    return site.prior_site.batch_shape + site.prior_site.prior.noise_shape
 
 
 def _somewhere(site: LatentSite) -> jax.Array:

@@ -66,7 +66,7 @@ class CrankNicolsonState(NamedTuple):
     rng_key: jax.Array
 
 
-class CrankNicolson(ReferenceKernel):
+class CrankNicolson(ReferenceKernel[CrankNicolsonState]):
     """Preconditioned Crank-Nicolson (pCN, pCNL) about N(0, I): for noise space, or models near that law.
 
     Args:

@@ -50,7 +50,7 @@ from numpyro_diffusion.infer.model.density import Status
 from numpyro_diffusion.infer.model.handlers import Model, with_flow
 from numpyro_diffusion.infer.model.record import Reading, Record
 from numpyro_diffusion.infer.noise.coordinates import InNoise
-from numpyro_diffusion.infer.noise.noise_space import NoiseSpace
+from numpyro_diffusion.infer.noise.noise_space import NoiseSpace, flow_evaluations
 from numpyro_diffusion.reparam import noise_name
 from numpyro_diffusion.solve import FlowMap, Solver
 from numpyro_diffusion.solve.flow import check_flow
@@ -169,9 +169,10 @@ class DelayedAcceptance(NoiseSpace):
         super()._build_inner()
 
     def _inner_law(self) -> InNoise:
-        is_flow = isinstance(self._surrogate, Solver | FlowMap)
-        cheap = with_flow(self._model, self._surrogate) if is_flow else self._surrogate
-        self._surrogate_in_noise = InNoise(cheap)
+        given: Any = self._surrogate
+        self._surrogate_in_noise = InNoise(
+            with_flow(self._model, given) if isinstance(given, Solver | FlowMap) else given
+        )
         return self._surrogate_in_noise
 
     @property
@@ -215,7 +216,7 @@ class DelayedAcceptance(NoiseSpace):
         cheap = self._surrogate_in_noise.evaluate(self._of_surrogate(reading), point)
         return dear, dear.log_density - cheap.log_density
 
-    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> DelayedAcceptanceState:
+    def _start(self, key: jax.Array, init_params: dict | None, reading: Reading) -> DelayedAcceptanceState:  # type: ignore[override]
         inner_state = self._start_inner(key, init_params, reading)
         dear, log_correction = self._compare(reading, self._point(inner_state))
         zero = jnp.zeros((), jnp.int32)
@@ -253,7 +254,7 @@ class DelayedAcceptance(NoiseSpace):
         nothing = jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.array(False)
         return jax.lax.fori_loop(0, self._num_moves, move, (inner_state, nothing))
 
-    def _step(self, state: DelayedAcceptanceState, reading: Reading) -> DelayedAcceptanceState:
+    def _step(self, state: DelayedAcceptanceState, reading: Reading) -> DelayedAcceptanceState:  # type: ignore[override]
         key, key_moves, key_accept = jax.random.split(state.rng_key, 3)
         here = self._point(state.inner_state)
         screened, (steps, screen_accept_prob, diverging) = self._screen(
@@ -293,16 +294,11 @@ class DelayedAcceptance(NoiseSpace):
             rng_key=key,
         )
 
-    def _evaluations(self, reading: Reading) -> tuple[int, int]:
+    def _evaluations(self, reading: Reading) -> tuple[int | jax.Array, int | jax.Array]:
         """Denoiser evaluations in one flow of all sites, of the model and of the surrogate; 0 if not known."""
-        readings = reading, self._of_surrogate(reading)
-        counts = [
-            [site.prior.flow_solver.evaluations() for site in each.sites_in_the_abstract().values()]
-            for each in readings
-        ]
-        return tuple(0 if None in each else sum(each) for each in counts)
+        return flow_evaluations(reading), flow_evaluations(self._of_surrogate(reading))
 
-    def refresh(self, state: DelayedAcceptanceState, model_args: tuple, model_kwargs: dict | None) -> Any:
+    def refresh(self, state: DelayedAcceptanceState, model_args: tuple, model_kwargs: dict | None) -> Any:  # type: ignore[override]
         """Evaluates model and surrogate anew after a composite kernel has moved what they are conditioned on."""
         reading = self.read(model_args, model_kwargs)
         inner_state = self._inner.refresh(state.inner_state, model_args, inside(model_kwargs or {}))

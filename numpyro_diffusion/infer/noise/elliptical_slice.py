@@ -49,7 +49,7 @@ class EllipticalSliceState(NamedTuple):
     rng_key: jax.Array
 
 
-class EllipticalSlice(ReferenceKernel):
+class EllipticalSlice(ReferenceKernel[EllipticalSliceState]):
     """Elliptical slice sampling about N(0, I) in unconstrained coordinates: for noise space, or models near that law.
 
     Args:

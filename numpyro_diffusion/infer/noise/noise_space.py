@@ -52,6 +52,7 @@ from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.noise.coordinates import InNoise
 from numpyro_diffusion.infer.noise.encode import noise_behind
 from numpyro_diffusion.reparam import noise_name
+from numpyro_diffusion.solve.base import total_evaluations
 
 _MANY = 16
 """Chains that run together from which on their mass matrix is dense."""
@@ -85,7 +86,7 @@ class NoiseSpaceState(NamedTuple):
     rng_key: jax.Array
 
 
-class NoiseSpace(DiffusionKernel):
+class NoiseSpace(DiffusionKernel[NoiseSpaceState]):
     """Runs a NumPyro kernel on the noise of all diffusion sites and on all other latent sites.
 
     Args:
@@ -117,7 +118,7 @@ class NoiseSpace(DiffusionKernel):
         ['x']
     """
 
-    statistics = ("accept_prob", "step_size", "num_steps", "num_score_evals")
+    statistics: tuple[str, ...] = ("accept_prob", "step_size", "num_steps", "num_score_evals")
     holds_values = True
     status = Status("flow", True, "exact for the prior that the deterministic solver pushes forward, in its steps")
 
@@ -255,10 +256,8 @@ class NoiseSpace(DiffusionKernel):
         """Solves the flow for the current noise and gathers the statistics."""
         noise = getattr(inner_state, self._inner.sample_field)
         parts = self._in_noise.evaluate(reading, noise)
-        sites = reading.sites_in_the_abstract()
         num_steps = jnp.asarray(getattr(inner_state, "num_steps", 1), jnp.int32)
-        counts = [site.prior.flow_solver.evaluations() for site in sites.values()]
-        evaluations = 0 if None in counts else sum(counts)  # those of an adaptive solver are not known
+        evaluations = flow_evaluations(reading)
         return NoiseSpaceState(
             z={**parts.values, **parts.deterministic},
             inner_state=inner_state,
@@ -295,10 +294,17 @@ class NoiseSpace(DiffusionKernel):
         return self._inner.get_diagnostics_str(state.inner_state)
 
 
+def flow_evaluations(reading: Reading) -> int | jax.Array:
+    """Denoiser evaluations in one flow of all sites; 0 if not known."""
+    sites = reading.sites_in_the_abstract().values()
+    return total_evaluations(site.prior.flow_solver.evaluations() for site in sites)
+
+
 def _leaves_metric_open(inner: KernelLike, options: dict[str, Any]) -> bool:
     """Whether an inner kernel is NumPyro's HMC or NUTS with nothing said of its mass matrix."""
     if isinstance(inner, partial):
-        inner, options = inner.func, {**inner.keywords, **options}
+        options = {**inner.keywords, **options}
+        inner = inner.func
     return inner in (HMC, NUTS) and not set(options) & {"dense_mass", "adapt_mass_matrix", "inverse_mass_matrix"}
 
 

@@ -16,12 +16,12 @@ References:
 
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
+from numpyro_diffusion.infer.kernel.contract import DiffusionKernel, State
 from numpyro_diffusion.infer.kernel.start import start
 from numpyro_diffusion.infer.model.checks import check_continuous, check_fixed
 from numpyro_diffusion.infer.model.density import Status
@@ -30,7 +30,7 @@ from numpyro_diffusion.infer.model.record import Reading
 Point = dict[str, jax.Array]
 
 
-class ReferenceKernel(DiffusionKernel):
+class ReferenceKernel(DiffusionKernel[State]):
     """Base of the kernels about N(0, I), on models without diffusion sites: `NoiseSpace` makes such a model."""
 
     status: ClassVar[Status] = Status("density", True, "leaves the model's law invariant")
@@ -48,11 +48,12 @@ class ReferenceKernel(DiffusionKernel):
         check_fixed(name, structure)
         check_continuous(name, structure)
 
-    def _check_start(self, state: NamedTuple) -> None:
-        bad = int(jnp.sum(~jnp.isfinite(state.potential_energy)))
+    def _check_start(self, state: State) -> None:
+        energy = state.potential_energy  # type: ignore[attr-defined]
+        bad = int(jnp.sum(~jnp.isfinite(energy)))
         if bad:
             raise ValueError(
-                f"the log-density is not finite at the start of {bad} of {state.potential_energy.size} chains. Pass "
+                f"the log-density is not finite at the start of {bad} of {energy.size} chains. Pass "
                 "init_params where it is finite"
             )
 

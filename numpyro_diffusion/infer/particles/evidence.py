@@ -21,10 +21,12 @@ References:
 
 import abc
 import warnings
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import logsumexp
 from numpyro import diagnostics
 from tqdm.auto import tqdm
@@ -46,9 +48,9 @@ class Evidence(NamedTuple):
 class Draws(NamedTuple):
     """Particles at the end of a run, and the indices of draws among them."""
 
-    values: dict[str, jax.Array]  # constrained, by site, deterministic sites included, (N, ...)
-    pooled: jax.Array  # indices: all islands, each in proportion to its evidence, (N,)
-    by_island: jax.Array  # indices: each island by itself, (islands, N / islands)
+    values: Mapping[str, jax.Array | np.ndarray]  # constrained, by site, deterministic sites included, (N, ...)
+    pooled: jax.Array | np.ndarray  # indices: all islands, each in proportion to its evidence, (N,)
+    by_island: jax.Array | np.ndarray  # indices: each island by itself, (islands, N / islands)
 
 
 class Outcome(NamedTuple):
@@ -142,7 +144,7 @@ class ParticleSampler(abc.ABC):
         self._shape = num_islands, num_particles // num_islands
         self._ess_threshold = ess_threshold
         self._progress_bar = progress_bar
-        self._arguments: tuple[tuple, dict[str, Any]] | None = None
+        self._arguments: tuple[tuple, dict[str, Any]] = (), {}
         self._outcome: Outcome | None = None
 
     @abc.abstractmethod

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.guidance import Guided, Likelihood
@@ -63,7 +64,7 @@ class LookAhead:
     def event_shape(self) -> tuple[int, ...]:
         return self.guided.event_shape
 
-    def outlook(self, x_t: jax.Array, t: jax.Array) -> Outlook:
+    def outlook(self, x_t: jax.Array, t: ArrayLike) -> Outlook:
         """Both predictions and the log of the twisting function, minus infinity where the likelihood is zero or NaN.
 
         Args:
@@ -116,7 +117,7 @@ def _highest(
             values = jax.vmap(lambda c: value(w + c * p, shift + c * v_p))(lengths)
             return lengths[jnp.argmax(values)], jnp.max(values)
 
-        length, _ = best(jnp.asarray(_COARSE, x0.dtype))
+        length = best(jnp.asarray(_COARSE, x0.dtype))[0]
         length, found = best(jnp.minimum(length * jnp.asarray(_FINE, x0.dtype), 1.0))  # concave: 1 is the longest
         return _Climb((w + length * p, shift + length * v_p), (p, v_p), (r, v_r), found)
 

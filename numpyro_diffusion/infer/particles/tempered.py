@@ -262,7 +262,7 @@ class TemperedSMC(ParticleSampler):
         ancestors = resample_islands(key_resample, log_weights).reshape(-1)
         z = jax.tree.map(lambda leaf: leaf[ancestors], population.z)
         kernel, keys = self._kernel(args, kwargs), jax.random.split(key_move, len(ancestors))
-        limits = {"correlation": self._correlation, "max_moves": self._max_moves}
+        limits: dict[str, Any] = {"correlation": self._correlation, "max_moves": self._max_moves}
         carried = population.noise_level, population.log_growth
         z, moves = move(kernel, keys, z, args, {**kwargs, TEMPERATURE: new}, *carried, **limits)
         log_likelihoods = self._log_likelihoods(z, args, kwargs)

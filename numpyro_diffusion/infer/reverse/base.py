@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffusion.guidance import Likelihood, Observation
-from numpyro_diffusion.infer.kernel.contract import DiffusionKernel
+from numpyro_diffusion.infer.kernel.contract import DiffusionKernel, State
 from numpyro_diffusion.infer.kernel.start import Strategy, start
 from numpyro_diffusion.infer.model.checks import check_walk
 from numpyro_diffusion.infer.model.density import Status
@@ -21,7 +21,7 @@ from numpyro_diffusion.infer.reverse.walk import check_solver
 from numpyro_diffusion.solve import GaussianSolver, Solver
 
 
-class WalkKernel(DiffusionKernel):
+class WalkKernel(DiffusionKernel[State]):
     """Base of the kernels that keep a walk of all diffusion sites as their state.
 
     Args:

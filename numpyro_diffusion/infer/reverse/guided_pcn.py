@@ -50,7 +50,7 @@ from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.reverse.base import WalkKernel
 from numpyro_diffusion.infer.reverse.walk import Transition, log_walk_weight, transition
 from numpyro_diffusion.solve import GaussianSolver, Solver
-from numpyro_diffusion.solve.base import terminal_moments
+from numpyro_diffusion.solve.base import terminal_moments, total_evaluations
 
 _FRESH = 0.1
 """Share of the steps that draw the whole walk anew."""
@@ -91,7 +91,7 @@ class GuidedPCNState(NamedTuple):
     rng_key: jax.Array
 
 
-class GuidedPCN(WalkKernel):
+class GuidedPCN(WalkKernel[GuidedPCNState]):
     """Moves all diffusion sites of a model by pCN in the noise of a guided walk.
 
     It leaves the posterior under the solver's walk invariant, for any guidance and any number of steps. Levels are
@@ -195,7 +195,9 @@ class GuidedPCN(WalkKernel):
             log_level=jnp.clip(centre, low, high).astype(dtype),
             tally=state.tally.add(height, accept_prob, counts & is_global & ~is_fresh),
             num_unguided=num_unguided,
-            num_score_evals=jnp.asarray((self._num_proposals + 1) * solver.evaluations(), jnp.int32),
+            num_score_evals=jnp.asarray(
+                (self._num_proposals + 1) * total_evaluations([solver.evaluations()]), jnp.int32
+            ),
             diverging=choice.diverging,
             rng_key=key,
         )
@@ -245,7 +247,7 @@ def _walks(
     noise = near(key_first, (kept[0] - mean) / deviation, level_of(times[0]))
     points = jnp.concatenate([mean + deviation * noise, kept[:1]])
 
-    def down(carry: tuple, k: jax.Array) -> tuple:
+    def down(carry: tuple, k: jax.Array) -> tuple[tuple, jax.Array]:
         points, memory, log_ratio, lost = carry
         t, s = times[k], times[k + 1]
         key_kind, key_noise = jax.random.split(jax.random.fold_in(key_steps, k))

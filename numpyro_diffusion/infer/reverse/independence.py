@@ -49,6 +49,7 @@ from numpyro_diffusion.infer.model.checks import check_continuous, check_fixed
 from numpyro_diffusion.infer.model.density import Status
 from numpyro_diffusion.infer.model.handlers import Model, as_written
 from numpyro_diffusion.infer.model.record import Reading
+from numpyro_diffusion.solve.base import total_evaluations
 
 
 class IndependenceState(NamedTuple):
@@ -75,7 +76,7 @@ class IndependenceState(NamedTuple):
     rng_key: jax.Array
 
 
-class Independence(DiffusionKernel):
+class Independence(DiffusionKernel[IndependenceState]):
     r"""Metropolis with independent proposals, from the priors of the sites or from any NumPyro distribution.
 
     Args:
@@ -207,7 +208,7 @@ class Independence(DiffusionKernel):
         choice = metropolised_gibbs(key_choice, log_weights, state.log_weight, new, old)
         z, log_weight = choice.point
         drawn = {n: site for n, site in reading.sites_in_the_abstract().items() if n not in self._proposals(reading)}
-        evaluations = sum(site.prior.sampler.evaluations() for site in drawn.values())
+        evaluations = total_evaluations(site.prior.sampler.evaluations() for site in drawn.values())
         return IndependenceState(
             i=state.i + 1,
             z=z,

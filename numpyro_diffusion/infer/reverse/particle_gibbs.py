@@ -87,7 +87,7 @@ class _Cloud(NamedTuple):
     log_ratio: jax.Array  # (N,), of the walks so far, the prior's density over the guidance's
 
 
-class ParticleGibbs(WalkKernel):
+class ParticleGibbs(WalkKernel[ParticleGibbsState]):
     """Draws all diffusion sites of a model by conditional SMC with ancestor sampling over the reverse process.
 
     It leaves the posterior under the solver's walk invariant for any number of particles.

@@ -88,7 +88,7 @@ class PCNState(NamedTuple):
     rng_key: jax.Array
 
 
-class DiffusionPCN(DiffusionKernel):
+class DiffusionPCN(DiffusionKernel[PCNState]):
     r"""Moves all diffusion sites of a model by noising, denoising and a test on the likelihood.
 
     Exact up to the discretisation of the law of $x$ given $x_t$; needs neither a density nor gradients. A share
@@ -248,7 +248,7 @@ class DiffusionPCN(DiffusionKernel):
         """An index into the ladder, and whether it was drawn from all of it; the same for chains that run together."""
         key_kind, key_level = jax.random.split(key)
         log_levels = jnp.log(levels)
-        log_uniform = jnp.log(-jnp.gradient(log_levels))
+        log_uniform = jnp.log(-jnp.asarray(jnp.gradient(log_levels)))
         around = log_uniform - 0.5 * ((log_levels - state.log_level) / _LEVEL_WIDTH) ** 2
         over_all = log_uniform + jnp.log(state.tally.weights()[state.tally.part_of(_heights(levels))])
         is_global = jax.random.uniform(key_kind) < self._global_fraction
@@ -283,9 +283,11 @@ def _times(solver: Solver, denoiser: Denoiser) -> jax.Array:
     return UniformLogSNR()(denoiser.schedule, _NUM_LEVELS)
 
 
-def _evaluations(solver: Solver, first: jax.Array, count: int) -> ArrayLike:
+def _evaluations(solver: Solver, first: jax.Array, count: int) -> int | jax.Array:
     """Denoiser evaluations for `count` candidates, which share the mean of a flow's law."""
-    return count * solver.evaluations(first) if solver.stochastic else count * (evaluations_given(solver) - 1) + 1
+    if solver.stochastic:
+        return count * solver.evaluations(first)  # type: ignore[operator]  # `check_reverse` has refused None
+    return count * (evaluations_given(solver) - 1) + 1  # type: ignore[operator]
 
 
 def _candidates(

@@ -73,6 +73,7 @@ from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.model.sites import PriorSite
 from numpyro_diffusion.infer.reverse.split_model import Coupled, offset_name, with_coupling
 from numpyro_diffusion.solve import Adams, Solver, draw_given, evaluations_given
+from numpyro_diffusion.solve.base import total_evaluations
 
 
 class SplitGibbsState(NamedTuple):
@@ -101,7 +102,7 @@ class SplitGibbsState(NamedTuple):
     rng_key: jax.Array
 
 
-class SplitGibbs(DiffusionKernel):
+class SplitGibbs(DiffusionKernel[SplitGibbsState]):
     r"""Alternates the likelihood with every other latent site, by NUTS, and the prior, by the reverse process.
 
     Needs the gradient of the likelihood, and only the reverse process of the priors. Exact, up to the solver, for the
@@ -269,7 +270,7 @@ class SplitGibbs(DiffusionKernel):
         key, key_sweeps = jax.random.split(state.rng_key)
         couplings = self._coupling_at(state.i, sites)
 
-        def sweep(carry: tuple, inputs: tuple) -> tuple:
+        def sweep(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
             z, side = carry
             rho, rest_state, key = inputs
             key_rest, key_denoise = jax.random.split(key)
@@ -285,6 +286,7 @@ class SplitGibbs(DiffusionKernel):
         inputs = couplings, state.rest_state, jax.random.split(key_sweeps, len(self._couplings))
         (z, side), outputs = jax.lax.scan(sweep, (state.z, state.likelihood_side), inputs)
         rest_state, accept_prob, rest_bad, bad = outputs
+        of_draw = total_evaluations([evaluations_given(self._solver)])
         return SplitGibbsState(
             i=state.i + 1,
             z=z,
@@ -292,7 +294,7 @@ class SplitGibbs(DiffusionKernel):
             rest_state=rest_state,
             accept_prob=accept_prob.mean(),
             noise_level=couplings[-1],
-            num_score_evals=jnp.asarray(len(self._couplings) * evaluations_given(self._solver), jnp.int32),
+            num_score_evals=jnp.asarray(len(self._couplings) * of_draw, jnp.int32),
             diverging=(rest_bad | bad).any(),
             rng_key=key,
         )
@@ -301,7 +303,7 @@ class SplitGibbs(DiffusionKernel):
         """Draws of the rest-kernel after its centre has moved; the last state, mean acceptance, and divergence."""
         rest_state = self._rest.refresh(rest_state, args, kwargs)
 
-        def draw(rest_state: Any, _: None) -> tuple:
+        def draw(rest_state: Any, _: None) -> tuple[Any, tuple]:
             rest_state = self._rest.sample(rest_state, args, kwargs)
             accept_prob = jnp.asarray(getattr(rest_state, "accept_prob", jnp.nan))
             return rest_state, (accept_prob, jnp.asarray(getattr(rest_state, "diverging", False)))

@@ -18,7 +18,6 @@ from jax.typing import ArrayLike
 
 from numpyro_diffusion.infer.kernel.stand_in import Point, StandIn, inside
 from numpyro_diffusion.infer.model.record import Reading
-from numpyro_diffusion.infer.model.sites import PriorSite
 from numpyro_diffusion.infer.model.structure import Structure
 
 _COUPLING_KWARG = "_split_gibbs_coupling"
@@ -36,11 +35,8 @@ class Coupled(StandIn):
 
     def normal_shapes(self, structure: Structure) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the offsets: those of points of the denoisers' own spaces."""
-        sites = {name: structure.latent[name] for name in structure.diffusion}
-        return {
-            offset_name(name): PriorSite.of(site.prior, site.shape).batch_shape + site.prior.noise_shape
-            for name, site in sites.items()
-        }
+        sites = {name: structure.latent[name].prior_site for name in structure.diffusion}
+        return {offset_name(name): site.batch_shape + site.prior.noise_shape for name, site in sites.items()}
 
     def images(self, reading: Reading, point: Point, given: tuple[dict[str, jax.Array], ArrayLike]) -> Point:
         """The points of the diffusion sites, on their supports."""

@@ -30,14 +30,14 @@ References:
     https://doi.org/10.1080/00401706.1995.10484303.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from numpyro_diffusion.denoise import Denoiser
-from numpyro_diffusion.guidance import Guided
+from numpyro_diffusion.guidance.guided import Outlook
 from numpyro_diffusion.solve import GaussianSolver, Solver
 from numpyro_diffusion.solve.base import Memory
 
@@ -130,8 +130,17 @@ def transition(
     return Transition(mean.astype(x_t.dtype), jnp.where(is_fine, shift, 0.0), deviation, ~is_fine), memory
 
 
+class LooksAhead(Protocol):
+    """What can tell how well a noisy point will explain the data: `Guided`, or another formula for the same."""
+
+    @property
+    def base(self) -> Denoiser: ...
+
+    def outlook(self, x_t: jax.Array, t: ArrayLike, /) -> Outlook: ...
+
+
 def outlooks(
-    solver: GaussianSolver, guided: Guided, points: jax.Array, memory: Memory, t: ArrayLike, s: ArrayLike
+    solver: GaussianSolver, guided: LooksAhead, points: jax.Array, memory: Memory, t: ArrayLike, s: ArrayLike
 ) -> tuple[jax.Array, Transition, Memory]:
     """The twisting function and the transitions of particles, by one call of the network for all of them.
 

@@ -196,7 +196,8 @@ def _report(draws: _Values, starts: _Values, ends: _Values, kernel: str) -> Bias
         )
     if count < _FEWEST:
         problems.append(f"only {count} chains, of at least {_FEWEST}: errors are rough")
-    return BiasReport(*found, correlation, count, kernel, tuple(problems))
+    means, mean_errors, spreads, spread_errors = found
+    return BiasReport(means, mean_errors, spreads, spread_errors, correlation, count, kernel, tuple(problems))
 
 
 def _own_errors(run: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ named.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -55,7 +55,9 @@ def rank(
     Raises:
         ValueError: if the sampler has failed everywhere.
     """
-    every, scale, rows = None, None, []
+    every: int | None = None
+    scale: dict[str, np.ndarray] = {}
+    rows: list[tuple[dict[str, Any], int]] = []
     for batch in batches:
         if not (good := _look(batch, latent, failures)).any():
             continue
@@ -65,7 +67,7 @@ def rank(
         if every is None:
             every = spacing(float((chains * length / sizes).mean(0).max()), length)
             scale = {name: np.maximum(truths[name].std(0), 1e-30) for name in latent}
-        row = {"ranks": {}, "means": {}, "deviations": {}, "ess": sizes.min(1), "r_hat": r_hat.max(1)}
+        row: dict[str, Any] = {"ranks": {}, "means": {}, "deviations": {}, "ess": sizes.min(1), "r_hat": r_hat.max(1)}
         thinned = {name: _flat(value[:, :, ::every]) for name, value in draws.items()}
         for name, truth in truths.items():
             below = (thinned[name] < truth[:, None]).sum(1)
@@ -132,8 +134,9 @@ def mixing(draws: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         with np.errstate(invalid="ignore", divide="ignore"):
             sizes.append(effective_sample_size(ranks))
             r_hats.append(split_gelman_rubin(ranks) if chains > 1 else np.full(ranks.shape[2:], np.nan))
-    sizes, r_hats = np.concatenate(sizes, -1), np.concatenate(r_hats, -1)
-    return np.where(np.isfinite(sizes), sizes, chains * length), np.where(np.isfinite(sizes), r_hats, 1.0)
+    size, r_hat = np.concatenate(sizes, -1), np.concatenate(r_hats, -1)
+    known = np.isfinite(size)
+    return np.where(known, size, chains * length), np.where(known, r_hat, 1.0)
 
 
 def spacing(time: float, length: int) -> int:
@@ -151,4 +154,4 @@ def still(draws: np.ndarray) -> np.ndarray:
 
 def any_of(values: np.ndarray, lead: int) -> np.ndarray:
     """Whether any is true, over all but the first dimensions."""
-    return values.reshape(*values.shape[:lead], -1).any(-1)
+    return np.asarray(values.reshape(*values.shape[:lead], -1).any(-1))

@@ -129,7 +129,8 @@ class SBC:
         arguments = _Arguments(self._simulator, args, kwargs, self._data)
         key_run, key_ranks = jax.random.split(rng_key)
         keys = jax.random.split(key_run, self._num_simulations)
-        failures, said = {}, {}
+        failures: dict[str, list[int]] = {}
+        said: dict[str, list[int]] = {}
         if isinstance(self._sampler(self._model), MCMCKernel):
             batches = self._batches(keys, arguments)
         else:
@@ -175,7 +176,8 @@ class SBC:
             wanted = np.arange(first, min(first + size, len(keys)))
             filled = np.resize(wanted, size)  # one shape, one program
             both = self._program[1](keys[filled])
-            yield Batch(*jax.tree.map(lambda leaf, indices=wanted: np.asarray(leaf)[: len(indices)], both), wanted)
+            truths, draws = jax.tree.map(lambda leaf, indices=wanted: np.asarray(leaf)[: len(indices)], both)
+            yield Batch(truths, draws, wanted)
 
     def _fitting(self, one: Callable, key: jax.Array) -> int:
         """How many simulations a batch may have."""
@@ -214,8 +216,8 @@ class SBC:
             indices.append(i)
         if not indices:
             raise ValueError(f"the sampler failed in all {len(keys)} simulations; the last error is above") from error
-        stacked = (jax.tree.map(lambda *leaves: np.stack(leaves), *trees) for trees in (truths, draws))
-        yield Batch(*stacked, np.asarray(indices))
+        all_truths, all_draws = (jax.tree.map(lambda *leaves: np.stack(leaves), *trees) for trees in (truths, draws))
+        yield Batch(all_truths, all_draws, np.asarray(indices))
 
 
 class _Arguments:

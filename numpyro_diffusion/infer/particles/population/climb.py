@@ -6,6 +6,7 @@ all temperatures, and driven from the host.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -84,7 +85,8 @@ class Climb:
 
     def bind(self, args: tuple, kwargs: dict[str, Any]) -> "Programs":
         """The programs at the model's arguments."""
-        return Programs(*self._compiled.bind(args, kwargs), self._parts, self._settings)
+        start, reweigh, tune, judge, fresh, advance, report = self._compiled.bind(args, kwargs)
+        return Programs(start, reweigh, tune, judge, fresh, advance, report, self._parts, self._settings)
 
     def _coordinates(self, args: tuple, kwargs: dict[str, Any]) -> NoiseVector:
         return NoiseVector(Record(self._model).at(args, kwargs))
@@ -170,9 +172,9 @@ class Programs(NamedTuple):
     reweigh: Callable[..., Any]
     tune: Callable[..., Any]
     judge: Callable[..., Any]
-    fresh: Callable[..., Any]
-    advance: Callable[..., Any]
-    report: Callable[..., Any]
+    fresh: partial[Any]
+    advance: partial[Any]
+    report: partial[Any]
     parts: Parts
     settings: Settings
 
@@ -218,6 +220,7 @@ class Programs(NamedTuple):
             moves = joined(moves, some)
             if float(moves.correlation) <= float(enough) and needed == self.settings.max_moves:
                 needed = done + _AT_ONCE
+        assert moves is not None
         happened = Temperature(
             stage.temperature,
             effective,
@@ -226,7 +229,7 @@ class Programs(NamedTuple):
             lag=_lag(before.walkers.log_likelihood, stage.walkers.log_likelihood),
             num_blind=blind,
         )
-        return stage, Temperature(*map(np.asarray, happened))
+        return stage, Temperature._make(map(np.asarray, happened))
 
 
 class Chains:
@@ -242,25 +245,30 @@ class Chains:
     def __init__(self, programs: Programs, key: jax.Array, stage: Stage, between: int) -> None:
         self._programs, self._key, self._stage, self._between = programs, key, stage, between
         self._draws: list[dict[str, np.ndarray]] = []
-        self.moves: Moves | None = None
+        self._moves: Moves | None = None
 
-    def draw(self, number: int, tick: Callable[[], Any]) -> None:
+    def draw(self, number: int, tick: Callable[[], Any]) -> Moves:
         """Draws of every chain; those of before are thinned, so that all draws are equally far from each other.
 
         Args:
-            number: how many there are afterwards, too.
+            number: how many there are afterwards, too, at least one.
             tick: is called after each.
+
+        Returns:
+            All moves so far.
         """
         first = len(self._draws)
         for _ in range(number):
-            done = 0 if self.moves is None else int(self.moves.num_moves)
+            done = 0 if self._moves is None else int(self._moves.num_moves)
             key, q = jax.random.fold_in(self._key, done), self._stage.walkers.q
             self._stage, some = self._programs.move(key, self._stage, q, self._between, adapting=False)
-            self.moves = joined(self.moves, some)
+            self._moves = joined(self._moves, some)
             self._draws.append(self._programs.values(self._stage))
             tick()
         if first:
             self._draws, self._between = self._draws[1::2], 2 * self._between
+        assert self._moves is not None
+        return self._moves
 
     def values(self, num_islands: int) -> dict[str, np.ndarray]:
         """Draws by site, (islands, N / islands, draws, ...)."""

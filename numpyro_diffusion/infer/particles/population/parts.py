@@ -6,7 +6,6 @@ program runs in as many threads as there are cores, each on some of the islands.
 """
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -28,9 +27,9 @@ class Parts:
     def __init__(self, num_islands: int) -> None:
         most = min(_num_cores(), num_islands) if jax.default_backend() == "cpu" else 1
         self.number = max(n for n in range(1, most + 1) if num_islands % n == 0)
-        self._executables: dict[Callable[..., Any], Callable[..., Any]] = {}
+        self._executables: dict[Any, Any] = {}
 
-    def run(self, program: partial, by_island: Any, *shared: Any) -> Any:
+    def run(self, program: partial[Any], by_island: Any, *shared: Any) -> Any:
         """Runs a program on all parts.
 
         It is compiled before: a thread does not know what holds in the one that starts it, such as double precision.
@@ -49,10 +48,11 @@ class Parts:
         operands = [
             jax.device_put((*program.args, np.int32(i), self._part(by_island, i), *shared)) for i in range(self.number)
         ]
-        if program.func not in self._executables:
+        jitted: Any = program.func
+        if jitted not in self._executables:
             self._executables = dict(list(self._executables.items())[1 - _KEPT :])
-            self._executables[program.func] = program.func.lower(*operands[0]).compile()
-        executable = self._executables[program.func]
+            self._executables[jitted] = jitted.lower(*operands[0]).compile()
+        executable = self._executables[jitted]
         with ThreadPoolExecutor(self.number) as pool:
             done = list(pool.map(lambda some: jax.block_until_ready(executable(*some)), operands))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *done)

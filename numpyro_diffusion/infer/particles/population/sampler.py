@@ -122,7 +122,8 @@ class PopulationHMC(ParticleSampler):
         self._num_draws, self._num_steps = num_draws, num_steps
         self._limits = correlation, max_moves
         self._max_gradients, self._max_seconds = max_gradients, max_seconds
-        self._collapsed, self._settings = collapsed, None
+        self._collapsed = collapsed
+        self._settings: Settings | None = None
         self._climbs: dict[int, Climb] = {}
         self._looks: list[Look] = []
 
@@ -205,12 +206,14 @@ class PopulationHMC(ParticleSampler):
         kwargs: dict[str, Any],
     ) -> tuple[Round, Look]:
         """From the prior to draws of the posterior, with `number` walkers on each island."""
-        started, islands = time.monotonic(), self._shape[0]
+        started, islands, settings = time.monotonic(), self._shape[0], self._settings
+        assert settings is not None
         if number not in self._climbs:
-            self._climbs[number] = Climb(self._model, self._settings, number)
+            self._climbs[number] = Climb(self._model, settings, number)
         programs = self._climbs[number].bind(args, kwargs)
         key_start, key_climb, key_draw = jax.random.split(key, 3)
-        stage, history, label = programs.start(key_start), [], f"round {len(self._looks) + 1}"
+        stage, label = programs.start(key_start), f"round {len(self._looks) + 1}"
+        history: list[Temperature] = []
         if last is None:
             look_at_start(np.asarray(stage.walkers.log_likelihood))
         with self._bar(1.0, f"{label}, temperature") as bar:
@@ -222,15 +225,15 @@ class PopulationHMC(ParticleSampler):
         between = -(-int(history[-1].num_moves) // self._num_draws)  # draws span as many as it took
         evidence, drawing = widened(evidence_of(stage.log_evidence), history), time.monotonic()
         chains, lengths = Chains(programs, key_draw, stage, between), 0
-        before, each = sum(int(h.num_moves) for h in history), self._settings.gradients * islands * number
+        before, each = sum(int(h.num_moves) for h in history), settings.gradients * islands * number
         while True:
             with self._bar(self._num_draws, f"{label}, draws") as bar:
-                chains.draw(self._num_draws, partial(bar.update, 1))
-            lengths, now, moves = lengths + 1, time.monotonic(), int(chains.moves.num_moves)
+                between_draws = chains.draw(self._num_draws, partial(bar.update, 1))
+            lengths, now, moves = lengths + 1, time.monotonic(), int(between_draws.num_moves)
             spent = (before + moves) * each + len(history) * islands * number
             seconds_each = (now - drawing) / (moves * each)
             values = chains.values(islands)
-            this = Round(values, evidence, history, chains.moves, spent, now - started, seconds_each, number, factor)
+            this = Round(values, evidence, history, between_draws, spent, now - started, seconds_each, number, factor)
             seen = look(this, last, names)
             goes_on = seen.needs_draws and lengths < _LENGTHS
             if not (goes_on and self._affords(spent, moves * each, moves * each * seconds_each)):

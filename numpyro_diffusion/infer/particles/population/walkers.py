@@ -29,6 +29,7 @@ References:
     https://arxiv.org/abs/2404.15253.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -121,7 +122,7 @@ class Target:
         """
 
         def tempered(q: jax.Array) -> tuple[jax.Array, Nodes]:
-            parts = self._coordinates.along(q, self.summed, lattices.reshape(-1))
+            parts = self._coordinates.along(q, self.summed, lattices.reshape(-1))  # type: ignore[arg-type]
             values = self._tempered(parts).reshape(lattices.shape)
             sums = logsumexp(values, axis=1)
             chosen = jax.random.categorical(key, jax.lax.stop_gradient(sums))
@@ -143,7 +144,7 @@ class Target:
         if self.summed is None:
             return self.at(q)
         key_sum, key_draw = jax.random.split(key)
-        return self.drawn(key_draw, *self.through(key_sum, q, lattice))
+        return self.drawn(key_draw, *self.through(key_sum, q, lattice))  # type: ignore[arg-type]
 
     def drawn(self, key: jax.Array, walker: Walker, nodes: "Nodes") -> Walker:
         """The walker with the site drawn from the nodes."""
@@ -164,11 +165,13 @@ def trajectory(key: jax.Array, target: Target, walker: Walker, tuning: Tuning, n
     """One move of one walker, with a metric of its own: where it is then, and what happened."""
     key_momentum, key_step, key_accept, key_sum, key_draw = jax.random.split(key, 5)
     momentum = jax.random.normal(key_momentum, walker.q.shape, walker.q.dtype)
-    metric, start, at = tuning.metric, (walker, None), lambda q: (target.at(q), None)
+    metric = tuning.metric
+    start: tuple[Walker, Nodes | None] = walker, None
+    at: Callable[[jax.Array], tuple[Walker, Nodes | None]] = lambda q: (target.at(q), None)  # noqa: E731
     if target.summed is not None:
-        start = target.through(key_sum, walker.q, tuning.lattice)
+        start = _, nodes = target.through(key_sum, walker.q, tuning.lattice)  # type: ignore[arg-type]
         momentum = momentum.at[target.index].set(0.0)
-        at = partial(target.sum_at, key_sum, lattices=start[1].value[None])
+        at = partial(target.sum_at, key_sum, lattices=nodes.value[None])
     xi = _SPREAD * jax.random.t(key_step, _FREEDOM, (), walker.q.dtype)
     log_step = _log_local(start[0], metric) + xi
     step_size = tuning.step_size * jnp.exp(log_step)
@@ -274,5 +277,6 @@ def _all(key: jax.Array, target: Target, walkers: Walker, tuning: Tuning, num_st
     def island(keys: jax.Array, walkers: Walker, tuning: Tuning) -> tuple[Walker, Move]:
         return jax.vmap(lambda key, walker: one(key, walker=walker, tuning=tuning))(keys, walkers)
 
-    moved = jax.vmap(island)(*_by_island((jax.random.split(key, number), walkers), islands), by_island)
+    keys, grouped = _by_island((jax.random.split(key, number), walkers), islands)
+    moved = jax.vmap(island)(keys, grouped, by_island)
     return jax.tree.map(lambda leaf: leaf.reshape(number, *leaf.shape[2:]), moved)
