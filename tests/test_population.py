@@ -34,6 +34,7 @@ from numpyro_diffusion.infer.model.record import Record
 from numpyro_diffusion.infer.noise import lattice
 from numpyro_diffusion.infer.noise.vector import NoiseVector
 from numpyro_diffusion.infer.particles.evidence import resample_islands
+from numpyro_diffusion.infer.particles.population import parts
 from numpyro_diffusion.infer.particles.population.walkers import Target, followed, make_moves, tuned
 from numpyro_diffusion.solve import Heun
 
@@ -175,6 +176,24 @@ def test_a_metric_of_many_dimensions_does_not_bias_the_walkers():
     q = jax.random.laplace(jax.random.key(1), (16, 256, 64))
     moved = jax.jit(partial(jax.lax.map, adapt))((q, jax.random.split(KEY, 16)))
     assert float(jnp.mean(moved**2)) == pytest.approx(2.0, abs=4.0 * np.sqrt(20.0 / moved.size))
+
+
+@pytest.mark.parametrize(("cores", "number"), [(1, 1), (3, 2), (8, 4)])
+def test_islands_are_moved_in_threads(cores, number, monkeypatch, x64):
+    """One for each core of a number that divides the islands; in the precision of the thread that starts them."""
+    monkeypatch.setattr("numpyro_diffusion.infer.particles.population.parts._num_cores", lambda: cores)
+    islands = parts.Parts(4)
+    assert islands.number == number
+
+    def add(offset, part, operands, shared):
+        return operands[0] + offset + shared, jnp.full(len(operands[1]), part)
+
+    q, metric = jnp.arange(24.0).reshape(12, 2), np.zeros(4)
+    moved, part = islands.run(partial(jax.jit(add), 10.0), (q, metric), jnp.asarray(0.1))
+    assert moved.dtype == np.float64
+    np.testing.assert_array_equal(moved, q + 10.0 + 0.1)
+    np.testing.assert_array_equal(part, np.repeat(np.arange(number), 4 // number))
+    assert pickle.loads(pickle.dumps(islands)).number == number
 
 
 def test_lattices():
