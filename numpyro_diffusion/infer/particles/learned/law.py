@@ -13,8 +13,8 @@ q(y_{k-1} \mid y_k) = \sum_j r_j(y_k)\, N\!\left(m_j(y_k) + (1 - \rho_k)\, \delt
 
 $\rho_k = \lambda_{k-1}^2 / \lambda_k^2$. Without the network this is the mixture, whatever the levels are.
 
-**The weight.** The density of $y_0$ alone is not known, and not needed. On whole walks the posterior is $\pi(y_0)$ times
-the law $f$ of the noise that is added, and
+**The weight.** The density of $y_0$ alone is not known, and not needed. On whole walks the posterior is $\pi(y_0)$
+times the law $f$ of the noise that is added, and
 
 $$\frac{\pi(y_0)\, f(y_1 \dots y_K \mid y_0)}{q(y_0 \dots y_K)}$$
 
@@ -101,6 +101,11 @@ class Law(NamedTuple):
     units: Units
     denoiser: NetworkDenoiser | None
     levels: jax.Array
+
+    @property
+    def num_modes(self) -> int:
+        """Normal laws in the mixture, without the wide one."""
+        return len(self.modes.log_weights) - 1
 
     def draw(self, key: jax.Array) -> jax.Array:
         """A walk down to a whitened vector, the first row, (K + 1, d)."""

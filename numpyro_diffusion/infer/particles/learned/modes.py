@@ -9,8 +9,8 @@ $$r_{ij} \propto w_j N(x_i; \mu_j, S_j), \qquad w_j = \frac{n_j}{n}, \quad
 S_j = \frac{1}{n_j} \sum_i r_{ij} (x_i - \mu_j)(x_i - \mu_j)^\top, \quad n_j = \sum_i r_{ij}.$$
 
 A mode in 50 dimensions has 1225 correlations, and may have a few hundred draws. So those of each part are multiplied by
-$1 - \gamma_j$, where $\gamma_j = \min(1, \sum (1 - r^2)^2 / (n_j - 1) / \sum r^2)$ is 1 where all look like chance. Parts
-are split along their longest axis, all at once, for as long as draws held out gain by it: a mode need not be normal.
+$1 - \gamma_j$, where $\gamma_j = \min(1, \sum (1 - r^2)^2 / (n_j - 1) / \sum r^2)$ is 1 where all look like chance.
+Parts are split along their longest axis, all at once, for as long as draws held out gain by it: no mode need be normal.
 
 References:
     Schäfer and Strimmer, A shrinkage approach to large-scale covariance matrix estimation, 2005,
@@ -150,4 +150,8 @@ def _split(parts: Parts) -> Parts:
     values, vectors = np.linalg.eigh(covariances)
     move = np.sqrt(values[:, -1:]) * vectors[:, :, -1]
     inner = covariances - 0.5 * np.einsum("ji,jk->jik", move, move)
-    return np.tile(weights / 2.0, 2), np.concatenate([means + 0.7 * move, means - 0.7 * move]), np.tile(inner, (2, 1, 1))
+    return (
+        np.tile(weights / 2.0, 2),
+        np.concatenate([means + 0.7 * move, means - 0.7 * move]),
+        np.tile(inner, (2, 1, 1)),
+    )

@@ -9,7 +9,6 @@ is better: the network is kept where draws held out gain log-density by it, whic
 walks of `law` give, beyond its error.
 """
 
-import warnings
 from typing import Any
 
 import jax
@@ -82,8 +81,3 @@ def _bound(key: jax.Array, law: Law, rows: jax.Array) -> jax.Array:
     """A bound on the log-density of each row, from one walk."""
     keys = jax.random.split(key, len(rows))
     return jax.vmap(lambda key, w: law.log_density(law.noised(key, w)))(keys, jnp.asarray(rows))
-
-
-def told_of(error: Exception) -> None:
-    """Warns that there is no network."""
-    warnings.warn(f"the network of the global moves is left out: {error}", stacklevel=4)

@@ -22,41 +22,40 @@ References:
 """
 
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.flatten_util import ravel_pytree
+from jax.scipy.special import logsumexp
 from numpyro.infer import init_to_sample
+from tqdm.auto import tqdm
 
-from numpyro_diffusion import _checks, _precision
+from numpyro_diffusion import _checks
 from numpyro_diffusion.infer.combine import Cycle
 from numpyro_diffusion.infer.gradient import MALA
-from numpyro_diffusion.infer.gradient.target import Target
-from numpyro_diffusion.infer.kernel.compiled import Compiled
 from numpyro_diffusion.infer.kernel.inner import KernelLike, build
-from numpyro_diffusion.infer.kernel.start import Strategy, start
+from numpyro_diffusion.infer.kernel.start import Strategy
 from numpyro_diffusion.infer.model.checks import check_continuous, check_fixed
 from numpyro_diffusion.infer.model.density import LogPrior, Source, Status, log_prior_of
 from numpyro_diffusion.infer.model.handlers import Model
-from numpyro_diffusion.infer.model.record import Record as ModelRecord
+from numpyro_diffusion.infer.model.record import Reading, Record
 from numpyro_diffusion.infer.particles.evidence import Draws, Outcome, ParticleSampler, evidence_of
-from numpyro_diffusion.infer.particles.learned import modes
-from numpyro_diffusion.infer.particles.learned.law import Law, Modes
-from numpyro_diffusion.infer.particles.learned.moves import Record, jump, local_cost, squared_length
-from numpyro_diffusion.infer.particles.learned.network import corrected, told_of
-from numpyro_diffusion.learned.units import Units
+from numpyro_diffusion.infer.particles.learned.chains import Chains, Programs
+from numpyro_diffusion.infer.particles.learned.chains import Record as Moved
+from numpyro_diffusion.infer.particles.learned.fitted import Fitted
+from numpyro_diffusion.infer.particles.learned.law import Law
+from numpyro_diffusion.infer.particles.learned.network import corrected
 
 _ENOUGH = 0.7
 """Acceptance of global moves from which on a network could add little."""
 _HARDLY = 0.01
+_AT_START = 2
+"""Evaluations of a chain before it moves: of its start, and of the local kernel there."""
 
 
-class Round(NamedTuple):
+class Stage(NamedTuple):
     """A part of a run."""
 
     name: str  # "local", "refit", "network" or "frozen"
@@ -162,19 +161,12 @@ class LearnedMCMC(ParticleSampler):
         if not self._density.has_density:
             raise ValueError(f'LearnedMCMC tests its moves by a density; {density} has none. Use density="auto"')
         self._local = Cycle([build("local_kernel", local_kernel, model)])
-        self._num_warmup, self._num_refits, self._num_proposals = num_warmup, num_refits, num_proposals
-        self._network, self._training = network, (num_levels, num_steps)
-        self._init_strategy = init_strategy
-        self._compiled = Compiled(
-            model,
-            self._starts,
-            partial(self._walk, num_warmup),
-            partial(self._walk, num_draws),
-            partial(self._mix, refit_steps),
-            partial(self._mix, num_draws),
-            self._report,
-        )
-        self._rounds: list[Round] = []
+        self._num_warmup, self._num_refits, self._refit_steps = num_warmup, num_refits, refit_steps
+        self._num_proposals, self._network = num_proposals, network
+        self._num_levels, self._num_steps = num_levels, num_steps
+        most = max(num_warmup, num_draws, refit_steps)
+        self._programs = Chains(model, self._local, self._density, init_strategy, num_chains, num_proposals, most)
+        self._stages: list[Stage] = []
         self._law, self._fields, self._moves = None, {}, None
 
     @property
@@ -196,15 +188,14 @@ class LearnedMCMC(ParticleSampler):
         return self._law
 
     @property
-    def rounds(self) -> list[Round]:
+    def stages(self) -> list[Stage]:
         """The parts of the last run."""
-        _ = self._ran
-        return self._rounds
+        return self._ran.history
 
     @property
     def num_target_evals(self) -> int:
         """Evaluations of the model in the last run, with its gradient or without, warm-up included."""
-        return sum(each.num_target_evals for each in self.rounds)
+        return sum(each.num_target_evals for each in self.stages)
 
     @property
     def global_moves(self) -> GlobalMoves | None:
@@ -231,95 +222,71 @@ class LearnedMCMC(ParticleSampler):
         print(f"{self.num_target_evals} evaluations of the target")
 
     def _sample(self, rng_key: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Outcome:
-        reading = ModelRecord(self._model).at(args, kwargs)
+        reading = Record(self._model).at(args, kwargs)
         if not reading.structure.latent:
             raise ValueError("LearnedMCMC needs a latent site; the model has none")
         check_fixed("LearnedMCMC", reading.structure)
         check_continuous("LearnedMCMC", reading.structure)
-        programs = self._compiled.bind(args, kwargs)
-        starts, warm, local_draws, refit, draw, report = programs
-        self._rounds, self._law, self._moves, key = [], None, None, rng_key
-        keys = jax.random.split(jax.random.fold_in(key, 0), 4)
-        chains = self._shape[0]
+        programs, (chains, draws) = self._programs.bind(args, kwargs), self._shape
+        self._stages, self._law, self._moves = [], None, None
+        key_start, key_chains, key_learn, key_draw = jax.random.split(rng_key, 4)
         with self._bar(self._num_refits + 3, "learned MCMC") as bar:
             begun = time.monotonic()
-            z = starts(jax.random.split(keys[0], chains))
-            chain_keys = jax.random.split(keys[1], chains)
-            state = self._local.init(chain_keys, self._num_warmup, z, model_args=args, model_kwargs=kwargs)
-            state, record = warm(state)
-            self._note("local", record, begun, extra=2 * chains)
+            z, keys = programs.start(jax.random.split(key_start, chains)), jax.random.split(key_chains, chains)
+            state = self._local.init(keys, self._num_warmup, z, model_args=args, model_kwargs=kwargs)
+            state, record = programs.local(self._num_warmup, state)
+            self._note("local", begun, record, extra=_AT_START * chains)
             bar.update(1)
             problems = ()
             try:
-                state, law = self._learn(keys[2], state, record, refit, reading, bar)
+                state, law = self._learn(key_learn, state, record, programs, reading, bar)
             except (ValueError, FloatingPointError, np.linalg.LinAlgError) as error:
                 law, problems = None, (f"all moves were local, since nothing could be learned: {error}",)
             begun = time.monotonic()
-            state, record = local_draws(state) if law is None else draw(keys[3], state, law)
+            state, record = programs.local(draws, state) if law is None else programs.both(key_draw, draws, state, law)
             self._law = law
-            self._note("frozen", record, begun)
+            self._note("frozen", begun, record, law)
             bar.update(bar.total - bar.n)
-        return self._outcome_of(record, report, law, problems)
+        return self._outcome_of(record, programs, law, problems)
 
     def _learn(
-        self, key: jax.Array, state: Any, record: Record, refit: Callable, reading: Any, bar: Any
+        self, key: jax.Array, state: Any, record: Moved, programs: Programs, reading: Reading, bar: tqdm
     ) -> tuple[Any, Law]:
-        """The law after all fits, and the chains then.
+        """The chains after all fits, and the law.
 
         Raises:
             ValueError: if it cannot be learned.
+            FloatingPointError: if the training of a network diverges.
         """
-        chains, rng = self._shape[0], np.random.default_rng(int(jax.random.bits(key, dtype=jnp.uint32)))
-        if chains < 2:
-            raise ValueError("a single chain has no others to learn from; raise num_chains")
-        q = np.asarray(record.q[self._num_warmup // 2 :], np.float64)
-        if q.shape[0] * chains < modes.FEWEST:
-            raise ValueError(
-                f"{q.shape[0]} draws of {chains} chains are fewer than {modes.FEWEST}; raise num_chains or num_warmup"
-            )
-        if not np.isfinite(q).all():
-            raise ValueError("draws of the local kernel are not finite")
-        units = _measured(q.reshape(-1, q.shape[-1]), _entries(reading))
-        whiten = partial(_whitened, units)
-        parts = modes.find(whiten(q).swapaxes(0, 1), rng)
-        law = _law_of(parts, units)
-        rows = np.zeros((0, q.shape[-1]))
+        rng = np.random.default_rng(int(jax.random.bits(key, dtype=jnp.uint32)))
+        fitted = Fitted(record.q[self._num_warmup // 2 :], _entries(reading), rng)
+        law = fitted.law()
         for index in range(self._num_refits):
             begun = time.monotonic()
-            state, record = refit(jax.random.fold_in(key, index), state, law)
-            self._note("refit", record, begun, law)
-            new = whiten(np.asarray(record.q, np.float64)).reshape(-1, rows.shape[1])
-            rows = np.concatenate([rows[-len(new) :], new])  # of two rounds
-            parts = modes.refine(modes.thinned(rows, rng), parts, 8)
-            law = _law_of(parts, units)
+            state, record = programs.both(jax.random.fold_in(key, index), self._refit_steps, state, law)
+            self._note("refit", begun, record, law)
+            fitted.again(record.q)
+            law = fitted.law()
             bar.update(1)
-        wanted = self._network is not None and self._num_refits > 0
-        if wanted and (self._network != "auto" or self._rounds[-1].accept_prob < _ENOUGH):
-            begun, (num_levels, num_steps) = time.monotonic(), self._training
-            backbone = None if self._network == "auto" else self._network
-            try:
-                law = corrected(
-                    key, law, modes.thinned(rows, rng), backbone, num_levels, num_steps=num_steps
-                )
-            except FloatingPointError as error:
-                told_of(error)
-            self._rounds.append(
-                Round("network", np.nan, len(parts[0]), law.denoiser is not None, 0, time.monotonic() - begun)
-            )
+        rows, wanted = fitted.rows, self._network is not None
+        if wanted and (self._network != "auto" or not self._stages[-1].accept_prob > _ENOUGH) and len(rows):
+            begun, backbone = time.monotonic(), None if self._network == "auto" else self._network
+            law = corrected(key, law, rows, backbone, self._num_levels, num_steps=self._num_steps)
+            self._note("network", begun, None, law)
         return state, law
 
-    def _note(self, name: str, record: Record, begun: float, law: Law | None = None, extra: int = 0) -> None:
+    def _note(self, name: str, begun: float, record: Moved | None, law: Law | None = None, extra: int = 0) -> None:
         """Keeps what a part of the run has to say."""
-        law = self._law if law is None else law
-        evaluations = int(np.asarray(record.num_target_evals).sum(dtype=np.int64)) + extra
-        count, network = (0, False) if law is None else (len(law.modes.log_weights) - 1, law.denoiser is not None)
-        accepted = float(np.mean(np.asarray(record.accept_prob)))
-        self._rounds.append(Round(name, accepted, count, network, evaluations, time.monotonic() - begun))
+        evaluations = extra + (0 if record is None else int(record.num_target_evals.sum(dtype=np.int64)))
+        count, network = (0, False) if law is None else (law.num_modes, law.denoiser is not None)
+        accepted = np.nan if record is None else float(record.accept_prob.mean())
+        self._stages.append(Stage(name, accepted, count, network, evaluations, time.monotonic() - begun))
 
-    def _outcome_of(self, record: Record, report: Callable, law: Law | None, problems: tuple[str, ...]) -> Outcome:
-        by_chain = Record(*(np.asarray(leaf).swapaxes(0, 1) for leaf in record))
+    def _outcome_of(self, record: Moved, programs: Programs, law: Law | None, problems: tuple[str, ...]) -> Outcome:
+        by_chain = Moved(*(leaf.swapaxes(0, 1) for leaf in record))
         chains, draws = by_chain.accept_prob.shape
-        values = {name: np.asarray(v) for name, v in report(by_chain.q.reshape(chains * draws, -1)).items()}
+        values = programs.report(by_chain.q.reshape(chains * draws, -1))
+        values = {name: np.asarray(value) for name, value in values.items()}
         names = ("accept_prob", "local_accept_prob", "diverging", "num_target_evals")
         self._fields = {name: getattr(by_chain, name) for name in names}
         if law is not None:
@@ -338,105 +305,17 @@ class LearnedMCMC(ParticleSampler):
                 )
         islands = np.full(chains, np.nan)
         if law is not None:
-            islands = jax.nn.logsumexp(by_chain.log_mean_weight, axis=1) - np.log(draws)
+            islands = logsumexp(by_chain.log_mean_weight, axis=1) - np.log(draws)
         indices = np.arange(chains * draws)
         return Outcome(
             Draws(values, indices, indices.reshape(chains, draws)),
             evidence_of(jnp.asarray(islands)),
-            self._rounds,
+            self._stages,
             problems,
         )
-
-    def _starts(self, keys: jax.Array, args: tuple, kwargs: dict[str, Any]) -> dict[str, jax.Array]:
-        """Where chains start, unconstrained."""
-        reading = ModelRecord(self._model).at(args, kwargs)
-
-        def valid(z: dict[str, jax.Array]) -> jax.Array:
-            target = Target(reading, self._density, z)
-            return jnp.isfinite(target.log_target(target.flat))
-
-        return jax.vmap(lambda key: start(key, reading, None, self._init_strategy, valid))(keys)
-
-    def _local_move(self, state: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple]:
-        state = self._local.sample(state, args, kwargs)
-        evaluations = local_cost(state, self.local_kernel)
-        return state, (_flat(state.z), state.accept_prob[:, 0], state.diverging, evaluations)
-
-    def _walk(self, length: int, state: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Record]:
-        """Local moves alone."""
-
-        def step(state: Any, _: None) -> tuple[Any, Record]:
-            state, (q, accept_prob, diverging, evaluations) = self._local_move(state, args, kwargs)
-            nothing = jnp.full_like(accept_prob, jnp.nan)
-            return state, Record(
-                q, nothing, accept_prob, diverging, nothing, nothing, nothing, evaluations, evaluations
-            )
-
-        return jax.lax.scan(step, state, None, length)
-
-    def _mix(
-        self, length: int, key: jax.Array, state: Any, law: Law, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[Any, Record]:
-        """A global move and a local one, in every draw."""
-        reading = ModelRecord(self._model).at(args, kwargs)
-        target = Target(reading, self._density, jax.tree.map(lambda leaf: leaf[0], state.z))
-
-        def step(state: Any, key: jax.Array) -> tuple[Any, Record]:
-            move = partial(jump, law=law, log_target=target.log_target, num_proposals=self._num_proposals)
-            with _precision.highest():
-                jumps = jax.vmap(move)(jax.random.split(key, self._shape[0]), _flat(state.z))
-            state = self._local.refresh(state._replace(z=jax.vmap(target.unflatten)(jumps.q)), args, kwargs)
-            state, (q, accept_prob, diverging, evaluations) = self._local_move(state, args, kwargs)
-            return state, Record(
-                q,
-                jumps.accept_prob,
-                accept_prob,
-                diverging | jumps.diverging,
-                jumps.log_mean_weight,
-                jumps.squared,
-                squared_length(law, jumps.q, q),
-                evaluations,
-                evaluations + self._num_proposals + 2,
-            )
-
-        return jax.lax.scan(step, state, jax.random.split(key, length))
-
-    def _report(self, q: jax.Array, args: tuple, kwargs: dict[str, Any]) -> dict[str, jax.Array]:
-        """Values by site, constrained."""
-        reading = ModelRecord(self._model).at(args, kwargs)
-        unflatten = ravel_pytree(reading.origin())[1]
-        return jax.vmap(lambda q: reading.constrain(unflatten(q), deterministic=True))(q)
-
-
-def _flat(z: dict[str, jax.Array]) -> jax.Array:
-    return jax.vmap(lambda z: ravel_pytree(z)[0])(z)
 
 
 def _entries(reading: Any) -> list[str]:
     """A name for each entry of an unconstrained vector."""
     origin = reading.origin()
     return [f"{name}{list(i) or ''}" for name in sorted(origin) for i in np.ndindex(origin[name].shape)]
-
-
-def _measured(q: np.ndarray, entries: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Location and factor by which draws are standardised, entry by entry."""
-    location, deviation = q.mean(0), q.std(0)
-    constant = [entry for entry, d, m in zip(entries, deviation, location, strict=True) if not d > 1e-7 * abs(m)]
-    if constant:
-        raise ValueError(f"draws of {', '.join(constant[:5])} do not vary: no chain has moved")
-    return location, np.diag(deviation)
-
-
-def _whitened(units: tuple[np.ndarray, np.ndarray], q: np.ndarray) -> np.ndarray:
-    location, factor = units
-    return np.linalg.solve(factor, (q - location).reshape(-1, len(location)).T).T.reshape(q.shape)
-
-
-def _law_of(parts: modes.Parts, units: tuple[np.ndarray, np.ndarray]) -> Law:
-    """The mixture as a law, in single precision."""
-    weights, means, covariances = modes.defended(parts)
-    values, vectors = np.linalg.eigh(covariances)
-    arrays = np.log(weights), means, np.maximum(values, 1e-10), vectors
-    as_arrays = partial(jnp.asarray, dtype=jnp.result_type(float))
-    mixture = Modes(*map(as_arrays, arrays))
-    return Law(mixture, Units(*map(as_arrays, units)), None, jnp.zeros(0, as_arrays(0.0).dtype))
