@@ -2,8 +2,8 @@
 
 The diabetes data that scikit-learn ships (442 patients): body mass index, blood pressure, HDL, triglycerides and
 glucose have one common factor. Its sign is free, so the posterior of the loadings has two modes, of weight one half
-each, and no data can choose. NUTS stays in the mode that it has come to first. `LearnedMCMC` runs short local chains from draws of
-the prior, learns a law from all of them, and takes it for jumps, which a Metropolis test keeps exact.
+each, and no data can choose. NUTS stays in the mode that it has come to first. `LearnedMCMC` runs short local chains
+from draws of the prior, learns a law from all of them, and takes it for jumps, which a Metropolis test keeps exact.
 
     python examples/learned_mcmc.py          # a minute
     python examples/learned_mcmc.py --fast   # few chains and draws: to test the installation

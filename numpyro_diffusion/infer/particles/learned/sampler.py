@@ -271,7 +271,8 @@ class LearnedMCMC(ParticleSampler):
         rows, wanted = fitted.rows, self._network is not None
         if wanted and (self._network != "auto" or not self._stages[-1].accept_prob > _ENOUGH) and len(rows):
             begun, backbone = time.monotonic(), None if self._network == "auto" else self._network
-            law = corrected(key, law, rows, backbone, self._num_levels, num_steps=self._num_steps)
+            key_train = jax.random.fold_in(key, self._num_refits)
+            law = corrected(key_train, law, rows, backbone, self._num_levels, num_steps=self._num_steps)
             self._note("network", begun, None, law)
         return state, law
 
