@@ -24,8 +24,12 @@ FEWEST = 100
 MOST_PARTS = 96
 _ROWS = 12_000
 _STEPS, _STEPS_SPLIT = 5, 20
+_ROWS_A_DIMENSION = 5
+"""Of each part that others are split into."""
 _GAIN = 0.03
 """Nats that a draw held out must gain by a split."""
+_SETTLED = 1e-3
+"""Share of the rows that may still change parts when the steps end."""
 _SMALLEST_WEIGHT = 1e-4
 _DEFENSIVE, _WIDER = 0.02, 1.5
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -46,7 +50,7 @@ def find(draws: np.ndarray, rng: np.random.Generator) -> Parts:
     squares = np.stack([(own - mean).T @ (own - mean) for own, mean in zip(grouped, means, strict=True)])
     parts = refine(rows, (counts / counts.sum(), means, _covariances(squares, counts)), _STEPS)
     best = score(held_out, parts)
-    while 2 * len(parts[0]) <= min(MOST_PARTS, len(rows) // (2 * rows.shape[1])):
+    while 2 * len(parts[0]) <= min(MOST_PARTS, len(rows) // (_ROWS_A_DIMENSION * rows.shape[1])):
         finer = refine(rows, _split(parts), _STEPS_SPLIT)
         gained = score(held_out, finer)
         if not gained > best + _GAIN:
@@ -77,11 +81,15 @@ def groups(draws: np.ndarray) -> list[list[int]]:
 
 
 def refine(rows: np.ndarray, parts: Parts, steps: int) -> Parts:
-    """Some steps of expectation and maximisation, rows (n, d)."""
+    """Steps of expectation and maximisation, at most so many, rows (n, d)."""
+    before = np.zeros(())
     for _ in range(steps):
         log_parts = _log_parts(rows, parts)
         shares = np.exp(log_parts - log_parts.max(1, keepdims=True))
         shares /= shares.sum(1, keepdims=True)
+        if np.abs(shares - before).sum() < _SETTLED * len(rows):
+            break
+        before = shares
         counts = shares.sum(0)
         means = np.where(counts[:, None] > 1e-3, shares.T @ rows / np.maximum(counts, 1e-9)[:, None], parts[1])
         squares = np.empty_like(parts[2])

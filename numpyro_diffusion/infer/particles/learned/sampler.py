@@ -48,7 +48,7 @@ from numpyro_diffusion.infer.particles.learned.fitted import Fitted
 from numpyro_diffusion.infer.particles.learned.law import Law
 from numpyro_diffusion.infer.particles.learned.network import corrected
 
-_ENOUGH = 0.7
+_ENOUGH = 0.5
 """Acceptance of global moves from which on a network could add little."""
 _HARDLY = 0.01
 _AT_START = 2
