@@ -246,9 +246,10 @@ def test_falls_back_to_the_local_kernel_and_says_so(options, reason):
 @pytest.mark.parametrize("num_chains", [7, 601])
 def test_odd_numbers_of_chains_and_an_inner_kernel_of_numpyro(num_chains):
     local = partial(HMC, num_steps=4, trajectory_length=None)
-    sampler = LearnedMCMC(two_modes, local, num_chains, **SHORT).run(jax.random.key(1), -4.0)
+    sampler = LearnedMCMC(two_modes, local, num_chains, **SHORT, thinning=2).run(jax.random.key(1), -4.0)
+    assert sampler.get_samples()["x"].shape == (num_chains * 40,)
     assert sampler.global_moves.accept_prob > 0.4
-    assert sampler.num_target_evals == num_chains * (2 + 60 * 4 + (4 + 3) * (2 * 12 + 40))
+    assert sampler.num_target_evals == num_chains * (2 + 60 * 4 + (4 + 3) * (2 * 12 + 2 * 40))
 
 
 @pytest.mark.slow

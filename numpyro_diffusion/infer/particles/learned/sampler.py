@@ -96,7 +96,8 @@ class LearnedMCMC(ParticleSampler):
         local_kernel: kernel class, factory or kernel: `MALA`, `HMC`, or another that can be handed a point.
         num_chains: chains, at least 2 for anything to be learned; each mode must be found by some.
         num_warmup: local moves of each chain before the first fit; half of them are learned from.
-        num_draws: draws of each chain after the freeze, at least 2.
+        num_draws: draws of each chain after the freeze that are kept, at least 2.
+        thinning: of so many draws after the freeze one is kept.
         num_refits: how often the law is fitted again, to draws with global moves.
         refit_steps: draws of each chain between fits.
         num_proposals: of a global move, in one batch.
@@ -140,6 +141,7 @@ class LearnedMCMC(ParticleSampler):
         num_warmup: int = 300,
         num_draws: int = 100,
         *,
+        thinning: int = 1,
         num_refits: int = 3,
         refit_steps: int = 25,
         num_proposals: int = 1,
@@ -153,7 +155,7 @@ class LearnedMCMC(ParticleSampler):
         _checks.at_least(1, num_chains=num_chains, refit_steps=refit_steps, num_proposals=num_proposals)
         _checks.at_least(2, num_warmup=num_warmup, num_draws=num_draws, num_levels=num_levels)
         _checks.at_least(0, num_refits=num_refits)
-        _checks.at_least(1, num_steps=num_steps)
+        _checks.at_least(1, num_steps=num_steps, thinning=thinning)
         super().__init__(model, num_chains * num_draws, num_chains, 1.0, progress_bar)
         if not (network is None or network == "auto" or isinstance(network, nnx.Module)):
             raise TypeError(f'network must be "auto", None or a flax.nnx.Module; got {network!r}')
@@ -163,8 +165,8 @@ class LearnedMCMC(ParticleSampler):
         self._local = Cycle([build("local_kernel", local_kernel, model)])
         self._num_warmup, self._num_refits, self._refit_steps = num_warmup, num_refits, refit_steps
         self._num_proposals, self._network = num_proposals, network
-        self._num_levels, self._num_steps = num_levels, num_steps
-        most = max(num_warmup, num_draws, refit_steps)
+        self._num_levels, self._num_steps, self._thinning = num_levels, num_steps, thinning
+        most = max(num_warmup, num_draws * thinning, refit_steps)
         self._programs = Chains(model, self._local, self._density, init_strategy, num_chains, num_proposals, most)
         self._stages: list[Stage] = []
         self._law, self._fields, self._moves = None, {}, None
@@ -243,7 +245,8 @@ class LearnedMCMC(ParticleSampler):
             except (ValueError, FloatingPointError, np.linalg.LinAlgError) as error:
                 law, problems = None, (f"all moves were local, since nothing could be learned: {error}",)
             begun = time.monotonic()
-            state, record = programs.local(draws, state) if law is None else programs.both(key_draw, draws, state, law)
+            steps = draws * self._thinning
+            state, record = programs.local(steps, state) if law is None else programs.both(key_draw, steps, state, law)
             self._law = law
             self._note("frozen", begun, record, law)
             bar.update(bar.total - bar.n)
@@ -285,11 +288,11 @@ class LearnedMCMC(ParticleSampler):
 
     def _outcome_of(self, record: Moved, programs: Programs, law: Law | None, problems: tuple[str, ...]) -> Outcome:
         by_chain = Moved(*(leaf.swapaxes(0, 1) for leaf in record))
-        chains, draws = by_chain.accept_prob.shape
-        values = programs.report(by_chain.q.reshape(chains * draws, -1))
+        (chains, draws), kept = self._shape, slice(self._thinning - 1, None, self._thinning)
+        values = programs.report(by_chain.q[:, kept].reshape(chains * draws, -1))
         values = {name: np.asarray(value) for name, value in values.items()}
         names = ("accept_prob", "local_accept_prob", "diverging", "num_target_evals")
-        self._fields = {name: getattr(by_chain, name) for name in names}
+        self._fields = {name: getattr(by_chain, name)[:, kept] for name in names}
         if law is not None:
             cost = self._num_proposals + 1.0
             self._moves = GlobalMoves(
@@ -306,7 +309,7 @@ class LearnedMCMC(ParticleSampler):
                 )
         islands = np.full(chains, np.nan)
         if law is not None:
-            islands = logsumexp(by_chain.log_mean_weight, axis=1) - np.log(draws)
+            islands = logsumexp(by_chain.log_mean_weight, axis=1) - np.log(by_chain.accept_prob.shape[1])
         indices = np.arange(chains * draws)
         return Outcome(
             Draws(values, indices, indices.reshape(chains, draws)),
