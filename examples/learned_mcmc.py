@@ -5,7 +5,7 @@ glucose have one common factor. Its sign is free, so the posterior of the loadin
 each, and no data can choose. NUTS stays in the mode that it has come to first. `LearnedMCMC` runs short local chains
 from draws of the prior, learns a law from all of them, and takes it for jumps, which a Metropolis test keeps exact.
 
-    python examples/learned_mcmc.py          # a minute
+    python examples/learned_mcmc.py          # a minute or two
     python examples/learned_mcmc.py --fast   # few chains and draws: to test the installation
 
 Writes examples/output/learned_mcmc.png.
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="few chains and draws")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    x, (num_draws, num_chains) = measurements(), ((800, 40) if options.fast else (10_000, 100))
+    x, (num_draws, num_chains) = measurements(), ((400, 40) if options.fast else (4000, 100))
     runs = {
         "NUTS": by_nuts(options.seed, x, num_draws),
         "LearnedMCMC": by_learning(options.seed, x, num_draws, num_chains),
