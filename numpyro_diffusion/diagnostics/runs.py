@@ -156,14 +156,14 @@ def _max_tree_depth(kernel: Any) -> int | None:
 
 
 def _of_particles(sampler: Any) -> Run:
-    """Islands as chains."""
+    """Islands as chains, or the chains of a sampler that is no kernel."""
     draws = {name: np.asarray(value) for name, value in sampler.get_samples(group_by_chain=True).items()}
     attributes = _statement(sampler)
     evidence = getattr(sampler, "log_evidence", None)
     if evidence is not None:
         attributes |= {"log_evidence": float(evidence.value), "log_evidence_error": float(evidence.standard_error)}
         attributes["log_evidence_islands"] = np.asarray(evidence.islands, float)
-    for name in ("num_score_evals", "num_gradients"):
+    for name in ("num_score_evals", "num_gradients", "num_target_evals"):
         if hasattr(sampler, name):
             attributes[name] = int(getattr(sampler, name))
     rounds = getattr(sampler, "rounds", None)
@@ -175,7 +175,9 @@ def _of_particles(sampler: Any) -> Run:
     attributes["problems"] = "\n".join(problem.replace("\n", " ") for problem in sampler.problems)
     model = getattr(sampler, "model", None)
     arguments: tuple[tuple, dict] = getattr(sampler, "arguments", ((), {}))
-    return Run(draws, {}, _annealing(sampler), {**attributes, **versions()}, None, model, arguments)
+    fields = sampler.get_extra_fields(group_by_chain=True) if hasattr(sampler, "get_extra_fields") else {}
+    statistics = {_NAMES.get(name, name).replace("accept_prob", "acceptance_rate"): v for name, v in fields.items()}
+    return Run(draws, statistics, _annealing(sampler), {**attributes, **versions()}, None, model, arguments)
 
 
 def _annealing(sampler: Any) -> Arrays:
