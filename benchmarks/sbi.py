@@ -178,16 +178,20 @@ def rows_of(name: str, count: int, num_data: int, draws: int, num_steps: int, ch
     data = task.simulate(rng, task.prior(rng, num_data))
     flow = jax.jit(lambda y, z: DiffusionPrior(denoiser, cond=y, flow_solver=FLOW).flow(z))
     kernel = moves(corrected(task.model, denoiser), data.shape[1])
-    options = {"num_warmup": 20, "num_samples": 2 * -(-draws // chains), "thinning": 2, "num_chains": chains}
+    steps = 2 * -(-draws // chains)
+    options = {"num_warmup": steps, "num_samples": steps, "thinning": 2, "num_chains": chains}
     mcmc = MCMC(kernel, **options, chain_method="vectorized", progress_bar=False, jit_model_args=True)
     scores, accepted = [], []
     for i, y in enumerate(data):
         exact, other = (task.posterior(rng, y, draws) for _ in range(2))
         z = jax.random.normal(jax.random.key(i), (draws, exact.shape[1]))
         mcmc.run(jax.random.key(100 + i), jnp.asarray(y), extra_fields=("accept_prob",))  # begins at draws of the law
-        after = np.asarray(mcmc.get_samples()["theta"])[:draws]
-        accepted.append(float(mcmc.get_extra_fields()["accept_prob"][..., 0].mean()))
-        scores.append([c2st(x, exact) for x in (np.asarray(flow(y, z)), after, other)])
+        after = np.asarray(mcmc.get_samples()["theta"])
+        accept_prob = np.asarray(mcmc.get_extra_fields()["accept_prob"]).reshape(
+            len(after), -1
+        )  # a column for each kernel
+        accepted.append(float(accept_prob[:, 0].mean()))
+        scores.append([c2st(x, exact) for x in (np.asarray(flow(y, z)), after[:draws], other)])
     before, after, floor = np.mean(scores, 0)
     return {
         "task": name, "simulations": count, "before": before, "after": after, "floor": floor,
@@ -218,7 +222,7 @@ def main() -> None:
     parser.add_argument("--simulations", default="1000,10000")
     parser.add_argument("--data", type=int, default=10, help="data sets for each task")
     parser.add_argument("--draws", type=int, default=10_000)
-    parser.add_argument("--chains", type=int, default=200)
+    parser.add_argument("--chains", type=int, default=50)
     parser.add_argument("--steps", type=int, default=10_000, help="of training, at most")
     parser.add_argument("--sbc", type=int, default=300, help="simulations of SBC, 0 for none")
     parser.add_argument("--fast", action="store_true", help="one task, short training, few draws: two minutes")
