@@ -75,7 +75,7 @@ class DiffusionPrior(dist.Distribution):
     Raises:
         TypeError: if `denoiser` is not a denoiser, `transform` not a NumPyro transform, or a solver of the wrong kind.
         ValueError: if `density` is unknown, "denoiser" without a log-density or "flow" for a `Product`, which has no
-            flow; if `density_probes` is below one; or if `cond` does not end with the network's `cond_shape`.
+            flow; if `density_probes` is below one; or if `cond` is missing, or not of the network's `cond_shape`.
 
     References:
         Song et al., Score-based generative modeling through stochastic differential equations, 2021,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffusion import _checks
+from numpyro_diffusion.denoise.network import NetworkDenoiser
 from numpyro_diffusion.denoise.prediction import Denoiser
 from numpyro_diffusion.denoise.wrapped import Conditioned, inside
 from numpyro_diffusion.nn.condition import Condition
@@ -29,9 +30,16 @@ def with_batch(denoiser: Denoiser, batch_dims: int | None = None) -> tuple[Denoi
         The denoiser, all arrays of its condition with the same leading dimensions, and these dimensions.
 
     Raises:
-        ValueError: if the condition is not of the network's `cond_shape`, or has fewer dimensions than `batch_dims`.
+        ValueError: if the condition is not of the network's `cond_shape`, or has fewer dimensions than `batch_dims`; or
+            if there is none and the network was always trained with one.
     """
     if not isinstance(denoiser, Conditioned):
+        network = inside(denoiser)
+        if isinstance(network, NetworkDenoiser) and network.needs_condition:
+            raise ValueError(
+                "cond must be given: the network was always trained with a condition, and stands for no law without "
+                "one. Train it with cond_dropout= to have both"
+            )
         return denoiser, ()
     leaves = jax.tree.leaves(denoiser.cond)
     if batch_dims is None:

@@ -44,6 +44,7 @@ from numpyro_diffusion import _checks, _precision
 from numpyro_diffusion.denoise.prediction import DensityKind, Prediction
 from numpyro_diffusion.denoise.targets import TARGETS
 from numpyro_diffusion.nn import modes
+from numpyro_diffusion.nn.condition import Absent, ConditionEmbedding
 from numpyro_diffusion.noise import VE, Scaled, Schedule, check_decreasing, value_and_slope
 
 
@@ -162,6 +163,24 @@ class NetworkDenoiser:
         """The same network for data of another location and scale."""
         location, scale = _check_units(location, scale, self.event_shape, self.dtype)
         return self._replace(_location=location, _scale=scale)
+
+    def with_condition_units(self, location: ArrayLike, scale: ArrayLike) -> "NetworkDenoiser":
+        """The same network for conditions of another location and scale, both of its `cond_shape`.
+
+        A network without a `ConditionEmbedding` stays as it is: it standardises conditions itself.
+        """
+        backbone = nnx.merge(self._graphdef, self.weights, copy=True)
+        for _, node in nnx.iter_graph(backbone):
+            if isinstance(node, ConditionEmbedding):
+                node.location[...] = jnp.broadcast_to(jnp.asarray(location, self.dtype), node.cond_shape)
+                node.scale[...] = jnp.broadcast_to(jnp.asarray(scale, self.dtype), node.cond_shape)
+        return self._replace(weights=nnx.state(backbone))
+
+    @property
+    def needs_condition(self) -> bool:
+        """Whether the network takes conditions and has never been trained without one, as far as that is known."""
+        absent = [leaf[...] for _, leaf in nnx.to_flat_state(self.weights) if isinstance(leaf, Absent)]
+        return any(not isinstance(leaf, jax.core.Tracer) and not np.any(leaf) for leaf in absent)
 
     def freeze(self) -> "NetworkDenoiser":
         """The same denoiser with zero gradient for its weights, location and scale."""

@@ -1,4 +1,4 @@
-"""Densities: log p(x) of a diffusion model by its probability flow, and variational bounds on it."""
+"""Densities: log p(x) of a diffusion model by its probability flow or by a map, and variational bounds on it."""
 
 from numpyro_diffusion.density.bits import bits_per_dim, dequantize
 from numpyro_diffusion.density.bound import (
@@ -10,11 +10,13 @@ from numpyro_diffusion.density.bound import (
     learn_variances,
 )
 from numpyro_diffusion.density.flow import LogProb, clean_log_density, clean_score, log_prob
+from numpyro_diffusion.density.pushed import Pushed, pushed
 
 __all__ = [
     "Elbo",
     "ElboGap",
     "LogProb",
+    "Pushed",
     "bits_per_dim",
     "clean_log_density",
     "clean_score",
@@ -24,4 +26,5 @@ __all__ = [
     "importance_weighted_bound",
     "learn_variances",
     "log_prob",
+    "pushed",
 ]

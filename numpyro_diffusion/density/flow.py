@@ -37,7 +37,7 @@ from jax.scipy.stats import norm
 from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks, _precision
-from numpyro_diffusion.denoise import Denoiser, Product
+from numpyro_diffusion.denoise import Denoiser, Product, density_kind
 from numpyro_diffusion.denoise.wrapped import inside
 from numpyro_diffusion.solve import AdaptiveFlow, Heun, flow
 
@@ -187,10 +187,41 @@ def clean_log_density(denoiser: Denoiser, x: jax.Array) -> jax.Array:
 
     Returns:
         The log-density in nats, a scalar.
+
+    Raises:
+        ValueError: if it is known up to a constant, and is differentiated in what the constant depends on.
     """
+    if density_kind(denoiser) == "unnormalized":
+        return _up_to_a_constant(denoiser, x)
+    return _own_log_density(denoiser, x)
+
+
+def _own_log_density(denoiser: Denoiser, x: jax.Array) -> jax.Array:
     t = denoiser.schedule.t_min
     alpha = denoiser.schedule.alpha(t)
     return (denoiser.log_density((alpha * x).astype(x.dtype), t) + x.size * jnp.log(alpha)).astype(x.dtype)  # type: ignore[attr-defined]
+
+
+@jax.custom_jvp
+def _up_to_a_constant(denoiser: Denoiser, x: jax.Array) -> jax.Array:
+    return _own_log_density(denoiser, x)
+
+
+@partial(_up_to_a_constant.defjvp, symbolic_zeros=True)
+def _up_to_a_constant_jvp(primals, tangents):
+    (denoiser, x), (denoiser_dot, x_dot) = primals, tangents
+    dots = jax.tree.leaves(denoiser_dot, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
+    if not all(isinstance(dot, SymbolicZero) for dot in dots):
+        raise ValueError(
+            "this log-density is known but for a constant that depends on the condition (or another array of the "
+            "denoiser), so it has a gradient in the point only. For a likelihood, or a prior that depends on another "
+            'latent site, use density="flow"'
+        )
+    return jax.jvp(partial(_own_log_density, denoiser), (x,), (_instantiated(x_dot, x),))
+
+
+def _instantiated(dot: jax.Array | SymbolicZero, x: jax.Array) -> jax.Array:
+    return jnp.zeros_like(x) if isinstance(dot, SymbolicZero) else dot
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

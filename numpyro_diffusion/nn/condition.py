@@ -4,6 +4,9 @@
 their condition and some lose it, as the training of classifier-free guidance needs. `None` means no condition, and an
 array means one that is present; the network learns what to take in place of an absent one.
 
+Conditions come in any units. The embedding standardises each entry, $(c - m) / s$, by a location and a scale that it
+holds beside its weights: `fit` sets them to the mean and the standard deviation of the conditions that it is given.
+
 References:
     Ho and Salimans, Classifier-free diffusion guidance, 2022, https://arxiv.org/abs/2207.12598.
 """
@@ -30,8 +33,16 @@ class Condition:
     present: jax.Array
 
 
+class Absent(nnx.Param):
+    """What a network takes in place of a condition: zeros until it has been trained without one."""
+
+
+class Unit(nnx.Variable):
+    """Location or scale of conditions; not trained."""
+
+
 class ConditionEmbedding(nnx.Module):
-    """Two layers from a condition to features, and a learned vector for its absence.
+    """Two layers from a standardised condition to features, and a learned vector for its absence.
 
     Args:
         cond_shape: shape of a condition.
@@ -43,7 +54,8 @@ class ConditionEmbedding(nnx.Module):
         self.cond_shape = tuple(cond_shape)
         self.first = nnx.Linear(math.prod(self.cond_shape), features, rngs=rngs)
         self.second = nnx.Linear(features, features, rngs=rngs)
-        self.absent = nnx.Param(jnp.zeros(features))
+        self.absent = Absent(jnp.zeros(features))
+        self.location, self.scale = Unit(jnp.zeros(self.cond_shape)), Unit(jnp.ones(self.cond_shape))
 
     def __call__(self, cond: Condition | jax.Array | None) -> jax.Array:
         """Maps one condition, present or not, to features.
@@ -57,7 +69,8 @@ class ConditionEmbedding(nnx.Module):
             cond = Condition(cond, jnp.asarray(True))
         if jnp.shape(cond.value) != self.cond_shape:
             raise ValueError(f"cond must have shape {self.cond_shape}; got {jnp.shape(cond.value)}. Use jax.vmap")
-        embedded = self.second(jax.nn.silu(self.first(jnp.reshape(cond.value, (-1,)))))
+        standard = (cond.value - self.location[...]) / self.scale[...]
+        embedded = self.second(jax.nn.silu(self.first(jnp.reshape(standard, (-1,)))))
         return jnp.where(cond.present, embedded, self.absent[...])
 
 

@@ -6,7 +6,8 @@ c^2 = \frac1{n d} \sum_{i} \| x_i - m \|^2,$$
 so that the data have mean zero in every feature and unit variance over all of them. The scale is one number, not one
 per feature: the noise stays isotropic in the units of the data, and features that hardly vary stay small. The
 arithmetic is NumPy's, in double precision, so that an offset far larger than the spread costs no digits; mean and scale
-are rounded to the network's precision first, since that is what the denoiser will hold.
+are rounded to the network's precision first, since that is what the denoiser will hold. Conditions are not noised: each
+of their entries has a location and a scale of its own, which the network holds (`nn.condition`).
 
 Rows stay on the device; each step draws its own from them, with replacement. A stream is any iterable of batches, for
 data larger than memory: each call takes the next ones, standardises them on the host and puts them on the device. Its
@@ -103,12 +104,16 @@ class Stream:
         mesh: Mesh | None,
     ) -> None:
         self._source, self._batches = batches, iter(batches)
-        self._event_shape, self._batch_size, self._mesh = denoiser.event_shape, batch_size, mesh
+        self._backbone, self._batch_size, self._mesh = denoiser.backbone, batch_size, mesh
         self._room, self._read = steps_per_call, 0
         first = list(itertools.islice(self._walk(), steps_per_call))
         if not first:
             raise ValueError("data must have at least one batch; got an iterable of none")
-        self.denoiser = denoiser if given else measure_units(denoiser, np.concatenate([x for x, _ in first]))
+        if not given:
+            points, conds = zip(*first, strict=True)
+            denoiser = measure_units(denoiser, np.concatenate(points))
+            denoiser = measure_condition(denoiser, None if conds[0] is None else np.concatenate(conds))
+        self.denoiser = denoiser
         self.digest, self.conditional = _files.digest(first), first[0][1] is not None
         self._rest = itertools.chain(first, self._walk())
 
@@ -127,12 +132,12 @@ class Stream:
     def _check(self, batch: Any) -> tuple[np.ndarray, np.ndarray | None]:
         x, cond = batch if isinstance(batch, tuple) else (batch, None)
         name = f"batch {self._read} of data"
-        x = check_rows(name, x, self._event_shape)
+        x = check_rows(name, x, self._backbone.event_shape)
         if len(x) != self._batch_size:
             raise ValueError(
                 f"{name} must have batch_size={self._batch_size} rows; got {len(x)}. Leave out an incomplete last one"
             )
-        return x, None if cond is None else check_cond(f"the condition of {name}", cond, len(x))
+        return x, check_cond(f"the condition of {name}", cond, len(x), self._backbone)
 
     def take(self, count: int) -> tuple[Rows | None, int]:
         batches = list(itertools.islice(self._rest, count))
@@ -183,15 +188,19 @@ def open_data(
         source, denoiser, rest = stream, stream.denoiser, None
     else:
         denoiser, x = standardize(backbone, data, schedule, target)
-        rows = x, None if cond is None else jnp.asarray(check_cond("cond", cond, len(x)))
+        cond = check_cond("cond", cond, len(x), denoiser.backbone)
+        if not isinstance(backbone, NetworkDenoiser):
+            denoiser = measure_condition(denoiser, cond)
+        rows = x, None if cond is None else jnp.asarray(cond)
         rows, rest = split_rows(key, rows, fraction if held_out is None else 0.0)
         source = Resident(rows, mesh)
     if held_out is not None:
         others, given_cond = held_out if isinstance(held_out, tuple) else (held_out, None)
         others = check_rows("held_out", others, denoiser.event_shape)
-        if given_cond is not None:
-            given_cond = jnp.asarray(check_cond("the condition of held_out", given_cond, len(others)))
-        rest = jnp.asarray(apply_units(denoiser, others)), given_cond
+        given_cond = check_cond("the condition of held_out", given_cond, len(others), denoiser.backbone)
+        if (given_cond is not None) != source.conditional:
+            raise ValueError("held_out must be a pair of rows and conditions if, and only if, data have conditions")
+        rest = jnp.asarray(apply_units(denoiser, others)), None if given_cond is None else jnp.asarray(given_cond)
     return Data(denoiser, source, rest if rest is None else _place(rest, mesh, PartitionSpec()))
 
 
@@ -284,13 +293,34 @@ def is_stream(data: Any) -> bool:
     return isinstance(data, Iterable) and not (hasattr(data, "__array__") or isinstance(data, list | tuple))
 
 
-def check_cond(name: str, cond: Any, num_rows: int) -> np.ndarray:
-    """Raises unless there is one finite condition for each row."""
+def check_cond(name: str, cond: Any, num_rows: int, backbone: nnx.Module) -> np.ndarray | None:
+    """Raises unless there is one finite condition for each row, of the network's `cond_shape` where it has one."""
+    says, one = hasattr(backbone, "cond_shape"), getattr(backbone, "cond_shape", None)
+    kind = type(backbone).__name__
+    if cond is None:
+        if one is not None:
+            raise ValueError(f"{name} must be given: this {kind} has cond_shape={one}. Or make it without cond_shape=")
+        return None
     cond = np.asarray(cond)
+    if not np.issubdtype(cond.dtype, np.number) and cond.dtype != bool:
+        raise TypeError(f"{name} must be numbers; got an array of {cond.dtype}")
     if cond.ndim == 0 or len(cond) != num_rows:
         raise ValueError(f"{name} must have one entry for each of the {num_rows} rows; got shape {cond.shape}")
+    if says and one is None:
+        raise ValueError(f"{name} must be None: this {kind} is unconditional. Make it with cond_shape={cond.shape[1:]}")
+    if says and cond.shape[1:] != one:
+        expected = ", ".join(["rows", *map(str, one)])
+        raise ValueError(f"{name} must have shape ({expected}), after the cond_shape of the {kind}; got {cond.shape}")
     _checks.finite(name, cond, "Drop or impute those rows")
     return cond
+
+
+def measure_condition(denoiser: NetworkDenoiser, cond: np.ndarray | None) -> NetworkDenoiser:
+    """The denoiser with location and scale of each entry of these conditions; an entry that is constant has scale 1."""
+    if getattr(denoiser.backbone, "cond_shape", None) is None or cond is None:
+        return denoiser
+    scale = cond.std(axis=0, dtype=np.float64)
+    return denoiser.with_condition_units(cond.mean(axis=0, dtype=np.float64), np.where(scale > 0.0, scale, 1.0))
 
 
 def _padded(batches: list[np.ndarray], room: int) -> np.ndarray:
