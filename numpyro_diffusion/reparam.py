@@ -137,7 +137,7 @@ class TransportReparam(Reparam):
             raise TypeError(f"law must be a DiffusionPrior; got {type(law).__name__}")
         if isinstance(law.flow_solver, FlowMap):
             raise ValueError("law must have a solver as flow_solver: a FlowMap need not be one-to-one")
-        self.law = law
+        self.law, self._pushed = law, partial(pushed, law.flow_solver)
 
     def __call__(self, name: str, fn: dist.Distribution, obs: jax.Array | None) -> tuple[Any, jax.Array | None]:
         """Called by `numpyro.handlers.reparam`.
@@ -167,7 +167,7 @@ class TransportReparam(Reparam):
         noise = dist.Normal(jnp.zeros(noise_shape), 1.0).to_event(len(noise_shape)).expand(fn.batch_shape)
         z = numpyro.sample(noise_name(name), noise)
         with _precision.highest():
-            u, log_q = law.over_points(partial(pushed, law.flow_solver), fn.batch_shape, z)
+            u, log_q = law.over_points(self._pushed, fn.batch_shape, z)
             x, log_det = u, 0.0
             if law.transform is not None:
                 x = law.transform(u)

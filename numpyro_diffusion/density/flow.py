@@ -208,7 +208,7 @@ def _up_to_a_constant(denoiser: Denoiser, x: jax.Array) -> jax.Array:
 
 
 @partial(_up_to_a_constant.defjvp, symbolic_zeros=True)
-def _up_to_a_constant_jvp(primals, tangents):
+def _up_to_a_constant_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     (denoiser, x), (denoiser_dot, x_dot) = primals, tangents
     dots = jax.tree.leaves(denoiser_dot, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
     if not all(isinstance(dot, SymbolicZero) for dot in dots):

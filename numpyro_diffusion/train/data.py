@@ -104,7 +104,8 @@ class Stream:
         mesh: Mesh | None,
     ) -> None:
         self._source, self._batches = batches, iter(batches)
-        self._backbone, self._batch_size, self._mesh = denoiser.backbone, batch_size, mesh
+        self._backbone: Any = denoiser.backbone
+        self._batch_size, self._mesh = batch_size, mesh
         self._room, self._read = steps_per_call, 0
         first = list(itertools.islice(self._walk(), steps_per_call))
         if not first:
@@ -309,7 +310,7 @@ def check_cond(name: str, cond: Any, num_rows: int, backbone: nnx.Module) -> np.
     if says and one is None:
         raise ValueError(f"{name} must be None: this {kind} is unconditional. Make it with cond_shape={cond.shape[1:]}")
     if says and cond.shape[1:] != one:
-        expected = ", ".join(["rows", *map(str, one)])
+        expected = ", ".join(["rows", *map(str, one or ())])
         raise ValueError(f"{name} must have shape ({expected}), after the cond_shape of the {kind}; got {cond.shape}")
     _checks.finite(name, cond, "Drop or impute those rows")
     return cond
