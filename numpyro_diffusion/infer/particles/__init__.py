@@ -1,7 +1,8 @@
 """Samplers that move a population of particles from the prior to the posterior."""
 
+from numpyro_diffusion.infer.particles.designed import DesignedDiffusion
 from numpyro_diffusion.infer.particles.population import PopulationHMC
 from numpyro_diffusion.infer.particles.tempered import TemperedSMC
 from numpyro_diffusion.infer.particles.twisted import TwistedSMC
 
-__all__ = ["PopulationHMC", "TemperedSMC", "TwistedSMC"]
+__all__ = ["DesignedDiffusion", "PopulationHMC", "TemperedSMC", "TwistedSMC"]
