@@ -5,17 +5,20 @@ Given $x_t$, the clean point has the law
 $$p(x \mid x_t) \propto \pi(x)\, N(x; u, \lambda^2 I), \qquad u = x_t / \alpha_t, \quad \lambda = \sigma_t / \alpha_t,$$
 
 for any unnormalised $\pi$. Its mean is the denoiser, and its normalising constant the noisy density $p_t(x_t)$. Both
-are estimated by $n$ particles. They start at
+are estimated from particles of three kinds,
 
-$$q(x) = \tfrac12 N(x; u, \lambda^2 I) + \tfrac12 N(x; \hat u, v I), \qquad
-\frac1v = \frac1{\lambda^2} + \frac1{s^2}, \quad \frac{\hat u}{v} = \frac{u}{\lambda^2} + \frac{m}{s^2},$$
+* $n / 2$ from $N(u, \lambda^2 I)$, the noise alone: good at low noise;
+* $n / 2$ from $N(\hat u, v I)$, $1 / v = 1 / \lambda^2 + 1 / s^2$, $\hat u / v = u / \lambda^2 + m / s^2$: the answer
+  if $\pi$ were $N(m, s^2 I)$, with its location $m$ and scale $s$;
+* $M$ from $N(m, s^2 I)$, the same for all points, where $\pi$ is evaluated once for a whole batch: good at high noise,
 
-the noise alone, and the answer for $\pi = N(m, s^2 I)$ with the location $m$ and scale $s$ of $\pi$. The first half is
-good at low noise and bounds the weights by $2 \pi$, the second at high noise. Without steps they are weighted by
-$\pi(x) N(x; u, \lambda^2 I) / q(x)$: self-normalised importance sampling. With $K$ steps each particle walks by
-Metropolis-adjusted Langevin steps through $q^{1 - k / K} (\pi N)^{k / K}$ and is weighted by annealed importance
-sampling. This is the inner Langevin of reverse diffusion Monte Carlo with a weight for what the walk has missed: the
-estimate of $p_t(x_t)$ is unbiased, and that of the mean consistent in $n$, for any number and size of steps.
+by self-normalised importance sampling: each has the weight $\pi(x)\, N(x; u, \lambda^2 I) / \sum_k n_k q_k(x)$ against
+all three together, so that no kind has to be chosen, and no weight exceeds $2 \pi(x) / n$.
+
+With $K$ steps there are the first two kinds, and each particle walks by Metropolis-adjusted Langevin steps through
+$q^{1 - k / K} (\pi N)^{k / K}$ and is weighted by annealed importance sampling. This is the inner Langevin of reverse
+diffusion Monte Carlo with a weight for what the walk has missed: the estimate of $p_t(x_t)$ is unbiased, and that of
+the mean consistent in $n$, for any number and size of steps.
 
 Both fail as all importance sampling does: the number of particles that is needed grows exponentially with the
 dimension at high noise, where $p(x \mid x_t)$ is $\pi$ itself. Steps delay that. `Estimate.effective_size` tells.
@@ -27,8 +30,8 @@ draws.
 References:
     Huang, Dong, Hao, Ma, Zhang, Reverse diffusion Monte Carlo, 2024, https://arxiv.org/abs/2307.02037.
     Neal, Annealed importance sampling, 2001, https://arxiv.org/abs/physics/9803008.
-    Owen, Zhou, Safe and effective importance sampling, 2000 (mixtures with a safe part),
-    https://doi.org/10.1080/01621459.2000.10473909.
+    Veach, Guibas, Optimally combining sampling techniques for Monte Carlo rendering, 1995 (the weights against all
+    kinds together), https://doi.org/10.1145/218380.218498.
 """
 
 import math
@@ -60,8 +63,36 @@ class Particles(NamedTuple):
     draw: jax.Array  # one of the particles, by weight
 
 
+class Shared(NamedTuple):
+    """Particles that serve all noisy points, drawn from N(location, scale^2)."""
+
+    points: jax.Array  # (M, *event_shape)
+    log_density: jax.Array  # (M,)
+    gradient: jax.Array  # of it, as the points
+
+
+Density = Callable[[jax.Array], jax.Array]
+
+
+def shared(
+    log_density: Density, key: jax.Array, shape: tuple[int, ...], count: int, location: ArrayLike, scale: ArrayLike
+) -> Shared:
+    """Particles for all noisy points, `count` of them and of `shape`; the rest as in `posterior`."""
+    points = location + scale * jax.random.normal(key, (count, *shape))
+    return Shared(points, *_evaluated(log_density, points, True))
+
+
+def _evaluated(log_density: Density, x: jax.Array, gradient: bool) -> tuple[jax.Array, jax.Array]:
+    """The log-density of points, minus infinity where it is none, and its gradient if it is asked for."""
+    if gradient:
+        value, slope = jax.vmap(jax.value_and_grad(log_density))(x)
+    else:
+        value, slope = jax.vmap(log_density)(x), jnp.zeros_like(x)
+    return jnp.where(jnp.isnan(value) | jnp.isposinf(value), -jnp.inf, value).astype(x.dtype), slope
+
+
 def posterior(
-    log_density: Callable[[jax.Array], jax.Array],
+    log_density: Density,
     key: jax.Array,
     u: jax.Array,
     level: ArrayLike,
@@ -71,6 +102,7 @@ def posterior(
     num_particles: int,
     num_steps: int = 0,
     gradient: bool = True,
+    others: Shared | None = None,
 ) -> Particles:
     r"""Estimates the law of a clean point given a noisy one.
 
@@ -84,6 +116,7 @@ def posterior(
         num_particles: even.
         num_steps: Langevin steps of each, 0 for none.
         gradient: whether the mean uses the gradient of `log_density`, see `weighted`.
+        others: particles that serve other points too; not with steps.
 
     Returns:
         The `Particles`; if all weights vanish, the mean of $N(\hat u, v)$ with an infinite error.
@@ -95,15 +128,16 @@ def posterior(
 
     def log_start(d: jax.Array) -> jax.Array:
         """The density of the start over that of the noise, of displacements from u."""
-        both = jnp.sum(d**2 / level**2 - (d - pulled) ** 2 / variance, axes)
-        return jnp.logaddexp(0.0, 0.5 * (both - dimension * jnp.log(variance / level**2))) - math.log(2.0)
+        local = jnp.sum(d**2, axes) / level**2
+        kinds = [jnp.zeros_like(local), 0.5 * (local - jnp.sum((d - pulled) ** 2, axes) / variance)]
+        kinds[1] -= 0.5 * dimension * jnp.log(variance / level**2)
+        if others is not None:
+            far = 0.5 * (local - jnp.sum((d + (u - location)) ** 2, axes) / scale**2)
+            kinds.append(far - dimension * jnp.log(scale / level) + math.log(2.0 * len(others.points) / num_particles))
+        return jax.nn.logsumexp(jnp.stack(kinds), 0) - math.log(2.0)
 
     def target(d: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if gradient or num_steps:
-            value, slope = jax.vmap(jax.value_and_grad(log_density))(u + d)
-        else:
-            value, slope = jax.vmap(log_density)(u + d), d
-        return jnp.where(jnp.isnan(value) | jnp.isposinf(value), -jnp.inf, value).astype(u.dtype), slope
+        return _evaluated(log_density, u + d, gradient or num_steps > 0)
 
     noise = jax.random.normal(key_start, (num_particles, *u.shape), u.dtype)
     is_local = (jnp.arange(num_particles) % 2 == 0).reshape(-1, *[1] * u.ndim)
@@ -112,6 +146,9 @@ def posterior(
     if num_steps:
         d, at, log_weights = _walk(key_walk, d, at, target, log_start, level, variance, num_steps)
     else:
+        if others is not None:
+            d = jnp.concatenate([d, (others.points - u).astype(d.dtype)])
+            at = jax.tree.map(lambda own, other: jnp.concatenate([own, other.astype(own.dtype)]), at, tuple(others[1:]))
         log_weights = at[0] - log_start(d)
     possible = jnp.isfinite(log_weights).any()
     safe = jnp.where(possible, log_weights, 0.0)
@@ -183,9 +220,10 @@ class FromTarget(Written):
         location: a centre of the law, of `event_shape` or a scalar.
         scale: a typical standard deviation of the law, a positive scalar. Too wide costs particles, too narrow loses
             tails and modes. Where coordinates differ, standardise them first.
-        num_particles: behind each estimate, even.
-        num_steps: Langevin steps of each particle; 0 is importance sampling, which is smooth in `x_t`. With steps it is
-            not: derivatives leave out that a step may be accepted or not.
+        num_particles: behind each estimate alone, even.
+        num_shared: particles behind all estimates, which a batch of points costs once; 0 for none.
+        num_steps: Langevin steps of each particle; 0 is importance sampling, which is smooth in `x_t`. With steps no
+            particles are shared, and derivatives leave out that a step may be accepted or not.
         gradient: whether to use the gradient of `log_density` for the mean. Leave it out for a density with a jump.
         schedule: the noising process, in the units of the data; by default the levels of `VE()` in units of `scale`.
         parameters: arrays that the function needs, a pytree.
@@ -216,14 +254,15 @@ class FromTarget(Written):
         scale: ArrayLike,
         *,
         num_particles: int = 256,
+        num_shared: int = 1000,
         num_steps: int = 0,
         gradient: bool = True,
         schedule: Schedule | None = None,
         parameters: Any = None,
     ) -> None:
         super().__init__("log_density", log_density, event_shape, schedule, location, scale, parameters)
-        check_numbers(num_particles, num_steps)
-        self.key, self._choice = key, (num_particles, num_steps, bool(gradient))
+        check_numbers(num_particles, num_shared, num_steps)
+        self.key, self._choice = key, (num_particles, 0 if num_steps else num_shared, num_steps, bool(gradient))
         self._check_values()
 
     def _check_values(self) -> None:
@@ -268,19 +307,13 @@ class FromTarget(Written):
             The `Estimate`.
         """
         x_t = self._check_point(x_t)
-        num_particles, num_steps, gradient = self._choice
+        num_particles, num_shared, num_steps, gradient = self._choice
         alpha, level = self.schedule.alpha(t), self.schedule.noise_level(t)
-        found = posterior(
-            lambda x: self._function(x, self.parameters),
-            self.key if key is None else key,
-            (x_t / alpha).astype(x_t.dtype),
-            level,
-            self.location,
-            self.scale,
-            num_particles=num_particles,
-            num_steps=num_steps,
-            gradient=gradient,
-        )
+        key_shared, key_own = jax.random.split(self.key if key is None else key)
+        law, units = lambda x: self._function(x, self.parameters), (self.location, self.scale)
+        others = shared(law, key_shared, self.event_shape, num_shared, *units) if num_shared else None
+        numbers = {"num_particles": num_particles, "num_steps": num_steps, "gradient": gradient, "others": others}
+        found = posterior(law, key_own, (x_t / alpha).astype(x_t.dtype), level, *units, **numbers)
         x0, eps = x_t / alpha + found.shift, -found.shift / level
         prediction = Prediction(x0.astype(x_t.dtype), eps.astype(x_t.dtype), x_t, t, self.schedule)
         log_density = found.log_density - x_t.size * jnp.log(alpha)
@@ -297,9 +330,9 @@ class FromTarget(Written):
         return self
 
 
-def check_numbers(num_particles: int, num_steps: int, name: str = "num_particles") -> None:
-    """Raises `ValueError` unless there is an even number of particles and a number of steps."""
+def check_numbers(num_particles: int, num_shared: int, num_steps: int, name: str = "num_particles") -> None:
+    """Raises `ValueError` unless there is an even number of particles, and the others are not negative."""
     _checks.at_least(2, **{name: num_particles})
-    _checks.at_least(0, num_steps=num_steps)
+    _checks.at_least(0, num_shared=num_shared, num_steps=num_steps)
     if num_particles % 2:
-        raise ValueError(f"{name} must be even, half for each part of the start; got {num_particles}")
+        raise ValueError(f"{name} must be even, half of each kind; got {num_particles}")
