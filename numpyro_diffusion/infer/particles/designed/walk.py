@@ -107,12 +107,18 @@ class Walk:
 
         inner = {"num_particles": self.num_inner, "num_steps": self.num_steps}
         keys = jax.random.split(key, len(points))
-        return jax.lax.map(one, (keys, points), batch_size=min(_AT_ONCE, len(points)))
+        return jax.lax.map(one, (keys, points), batch_size=_batch(len(points)))
 
 
 def _log_normal(x: jax.Array, variance: jax.Array) -> jax.Array:
     """Log-density of N(0, variance) at points (..., D)."""
     return -0.5 * jnp.sum(x**2 / variance + jnp.log(2.0 * math.pi * variance), -1)
+
+
+def _batch(count: int) -> int:
+    """How many of them at once: without a remainder, which would be a second program, if that is possible."""
+    best = max(size for size in range(1, _AT_ONCE + 1) if count % size == 0)
+    return best if 4 * best > _AT_ONCE else min(_AT_ONCE, count)
 
 
 def check_alive(cloud: Cloud, level: jax.Array) -> None:
