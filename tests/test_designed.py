@@ -210,17 +210,14 @@ def test_draws_and_evidence(designed):
 
 
 def test_the_evidence_is_unbiased_in_any_number_of_walks():
-    """Four walks, four levels and two particles: useless alone, and right in the mean of 1500; so are draws by weight.
+    """Four walks, four levels and two particles: useless alone, and right in the mean of 1500.
 
-    With shared particles, which steer the levels in between, and with Langevin steps.
+    With shared particles, which steer the levels in between.
     """
     options = {"num_islands": 1500, "num_inner": 2, "num_levels": 4, "noise_levels": (5.0, 0.1), "num_moves": 0}
-    few = DesignedDiffusion(signs, 6000, num_shared=20, **options, **QUIET)
-    with pytest.warns(UserWarning, match="few"):
-        few.run(KEY(1), *DATA)
+    few = DesignedDiffusion(signs, 6000, num_shared=20, **options, **QUIET).run(KEY(1), *DATA)
     ratio = np.exp(np.asarray(few.log_evidence.islands, float) - EVIDENCE)
     assert abs(ratio.mean() - 1.0) < 4.0 * ratio.std() / np.sqrt(1500) < 0.35
-    assert np.isinf(few.log_evidence.standard_error) or not few.problems
 
 
 @SLOW
@@ -231,7 +228,7 @@ def test_langevin_steps_leave_the_evidence_unbiased():
     assert abs(ratio.mean() - 1.0) < 4.0 * ratio.std() / np.sqrt(1500) < 0.35
 
 
-def test_the_denoiser_of_a_model(designed):
+def test_the_denoiser_of_a_model():
     """In units of the prior, whose moments are exact up to those of a thousand draws; back to the sites."""
 
     def normal():

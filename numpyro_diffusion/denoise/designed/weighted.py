@@ -39,7 +39,7 @@ _FEW = 8.0
 class Estimate(NamedTuple):
     """A prediction with what it is worth."""
 
-    prediction: Prediction
+    prediction: Prediction  # of the clean point
     standard_error: jax.Array  # of the posterior mean, of `event_shape`; infinite where all weights vanish
     effective_size: jax.Array  # of the weights, a scalar between 1 and their number; 0 where all vanish
     log_density: jax.Array  # of the noisy law at `x_t`, its exponential unbiased, a scalar

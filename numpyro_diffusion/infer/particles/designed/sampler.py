@@ -145,6 +145,7 @@ class DesignedDiffusion(ParticleSampler):
         self._walk = Walk(self._shape, num_inner, 0 if num_steps else num_shared, num_steps, ess_threshold)
         self._noise_levels = np.geomspace(highest, lowest, num_levels)
         self._num_moves, self._given = num_moves, None if scale is None else (dict(location), dict(scale))
+        self._of_denoiser: tuple[Units, tuple, dict[str, Any]] | None = None
         self._compiled = Compiled(model, self._units, self._start, self._down, self._finish)
 
     @property
@@ -175,8 +176,8 @@ class DesignedDiffusion(ParticleSampler):
         """
         key_units, key = jax.random.split(rng_key)
         units = self._prepare(key_units, args, kwargs)
-        self._arguments, self._last_units, walk = (args, kwargs), units, self._walk
-        reading = self._reading()
+        self._of_denoiser, walk = (units, args, kwargs), self._walk
+        reading = Record(self._model).at(args, kwargs)
 
         def log_density(w: jax.Array, units: Units) -> jax.Array:
             return Standardised(reading, units).log_density(w)
@@ -186,7 +187,9 @@ class DesignedDiffusion(ParticleSampler):
 
     def constrain(self, vectors: jax.Array) -> dict[str, jax.Array]:
         """Values by site, with the deterministic ones, of vectors (..., D) that the last `denoiser` is of."""
-        vector = Standardised(self._reading(), self._last_units)
+        if self._of_denoiser is None:
+            raise RuntimeError("denoiser() must come first")
+        vector = vector_of(self._model, *self._of_denoiser)
         flat = vectors.reshape(-1, vectors.shape[-1])
         values = jax.lax.map(vector.constrain, flat)
         return {name: value.reshape(*vectors.shape[:-1], *value.shape[1:]) for name, value in values.items()}
@@ -214,7 +217,7 @@ class DesignedDiffusion(ParticleSampler):
             check_alive(cloud, levels[-1])
             draws, islands, level, moves = finish(key_finish, units, cloud, levels[-1])
             bar.update()
-        self._last_units, self._moves_made = units, int(moves)
+        self._moves_made = int(moves)
         found = jax.tree.map(lambda *leaves: np.array(leaves), *history, level)
         evidence, problems = evidence_of(islands), self._problems(found)
         if problems:
