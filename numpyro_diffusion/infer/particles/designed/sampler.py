@@ -225,19 +225,30 @@ class DesignedDiffusion(ParticleSampler):
         return Outcome(draws, evidence, found, problems)
 
     def _problems(self, levels: Level) -> tuple[str, ...]:
-        """A message if few walks had all the weight at some level."""
+        """A message if few walks or few particles had all the weight at some level."""
+        inner = self._walk.num_inner + self._walk.num_shared
+        blind = (levels.noise_level >= 1.0) & (levels.inner_size < min(_FEW, 0.25 * inner))
+        problems = []
+        if blind.any():
+            problems.append(
+                f"at high noise only {levels.inner_size[blind].min():.1f} of the {inner} particles behind an estimate are "
+                "effective: they hardly find the posterior, parts of it may be lost to all islands alike, and the log "
+                "evidence is most likely too small, so its error is infinite. Raise num_shared, give a location and a "
+                "scale nearer to the posterior, or use TemperedSMC(model)"
+            )
         poor = levels.per_island < min(_FEW, 0.25 * self._shape[1])
         if not poor.any():
-            return ()
+            return tuple(problems)
         worst = int(np.argmin(levels.per_island))
-        return (
+        problems.append(
             f"the weights degenerate at {poor.sum()} of {len(poor)} noise levels: of the {self._shape[1]} walks of an "
             f"island only {levels.per_island[worst]:.1f} are effective at noise level {levels.noise_level[worst]:.3g}, "
             f"where estimates of the denoiser have {levels.inner_size[worst]:.1f} effective particles of "
             f"{self._walk.num_inner + self._walk.num_shared}. Draws are copies of a few and modes may be lost; the log "
             "evidence is most likely too small by more than islands show, so its error is infinite. Raise num_shared, "
-            "num_inner or num_steps, give a location and a scale nearer to the posterior, or use TemperedSMC(model)",
+            "num_inner or num_steps, give a location and a scale nearer to the posterior, or use TemperedSMC(model)"
         )
+        return tuple(problems)
 
     def print_summary(self, prob: float = 0.9) -> None:
         super().print_summary(prob)
