@@ -3,6 +3,7 @@
 from numpyro_diffusion.denoise.analytic import Gaussian, GaussianMixture
 from numpyro_diffusion.denoise.combined import MixtureOf, Product
 from numpyro_diffusion.denoise.covariance import Covariance, covariance
+from numpyro_diffusion.denoise.designed import Estimate, FromSamples, FromTarget
 from numpyro_diffusion.denoise.from_function import FromDensity, FromFunction
 from numpyro_diffusion.denoise.network import NetworkDenoiser
 from numpyro_diffusion.denoise.prediction import Denoiser, Prediction, density_kind, require_denoiser
@@ -13,8 +14,11 @@ __all__ = [
     "Conditioned",
     "Covariance",
     "Denoiser",
+    "Estimate",
     "FromDensity",
     "FromFunction",
+    "FromSamples",
+    "FromTarget",
     "Gaussian",
     "GaussianMixture",
     "Given",

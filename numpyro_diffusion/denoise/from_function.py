@@ -36,7 +36,7 @@ from numpyro_diffusion.noise import Schedule, schedule_for
 PREDICTS = ("score", "eps", "x0")
 
 
-class _Written:
+class Written:
     """What the two have in common: a static function of (x_t, t, parameters), and where the data lie."""
 
     _choice: bool | str  # of the user, besides the function
@@ -89,7 +89,7 @@ class _Written:
 
 
 @jax.tree_util.register_pytree_node_class
-class FromDensity(_Written):
+class FromDensity(Written):
     r"""The denoiser of a noised log-density.
 
     Args:
@@ -151,7 +151,7 @@ class FromDensity(_Written):
 
 
 @jax.tree_util.register_pytree_node_class
-class FromFunction(_Written):
+class FromFunction(Written):
     r"""The denoiser of a function of your own: a score, a predicted noise or a posterior mean.
 
     Args:

@@ -15,7 +15,7 @@ from numpyro_diffusion.infer.model import (
     with_flow,
 )
 from numpyro_diffusion.infer.noise import CrankNicolson, DelayedAcceptance, EllipticalSlice, NoiseSpace
-from numpyro_diffusion.infer.particles import LearnedMCMC, PopulationHMC, TemperedSMC, TwistedSMC
+from numpyro_diffusion.infer.particles import DesignedDiffusion, LearnedMCMC, PopulationHMC, TemperedSMC, TwistedSMC
 from numpyro_diffusion.infer.reverse import DiffusionPCN, GuidedPCN, Independence, ParticleGibbs, SplitGibbs
 from numpyro_diffusion.infer.trust import SBC, BiasReport, bias_report
 
@@ -29,6 +29,7 @@ __all__ = [
     "Cycle",
     "DelayedAcceptance",
     "Density",
+    "DesignedDiffusion",
     "DiffusionGibbs",
     "DiffusionKernel",
     "DiffusionPCN",

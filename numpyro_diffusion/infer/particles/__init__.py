@@ -1,8 +1,9 @@
 """Samplers that move a population of particles from the prior to the posterior."""
 
+from numpyro_diffusion.infer.particles.designed import DesignedDiffusion
 from numpyro_diffusion.infer.particles.learned import LearnedMCMC
 from numpyro_diffusion.infer.particles.population import PopulationHMC
 from numpyro_diffusion.infer.particles.tempered import TemperedSMC
 from numpyro_diffusion.infer.particles.twisted import TwistedSMC
 
-__all__ = ["LearnedMCMC", "PopulationHMC", "TemperedSMC", "TwistedSMC"]
+__all__ = ["DesignedDiffusion", "LearnedMCMC", "PopulationHMC", "TemperedSMC", "TwistedSMC"]

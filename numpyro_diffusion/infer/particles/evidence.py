@@ -32,7 +32,7 @@ from numpyro import diagnostics
 from tqdm.auto import tqdm
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.infer.kernel.choose import systematic
+from numpyro_diffusion.infer.kernel.choose import effective_size, systematic
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading, Record
 
@@ -115,6 +115,42 @@ def resample_islands(key: jax.Array, log_weights: jax.Array) -> jax.Array:
     chosen += size * jnp.arange(islands)[:, None]
     anywhere = systematic(key_all, log_weights.reshape(-1)).reshape(islands, size)
     return jnp.where(jnp.isfinite(log_weights).any(1, keepdims=True), chosen, anywhere)
+
+
+class Resampled(NamedTuple):
+    """Islands after those with uneven weights have been resampled."""
+
+    ancestors: jax.Array  # flat indices, (islands * n,)
+    log_weights: jax.Array  # zero where resampled, (islands, n)
+    log_gain: jax.Array  # by which the log-evidence of each island has grown, (islands,)
+    sizes: jax.Array  # effective size of each island before, (islands,)
+    now: jax.Array  # whether it was resampled, (islands,)
+
+
+def resample_uneven(key: jax.Array, log_weights: jax.Array, threshold: float) -> Resampled:
+    """Resamples the islands whose weights have become uneven.
+
+    Args:
+        key: random key.
+        log_weights: logarithms, without NaN and plus infinity, shape (K, n).
+        threshold: share of an island's particles below which its effective size asks for it, in (0, 1].
+
+    Returns:
+        The `Resampled`.
+    """
+    islands, n = log_weights.shape
+    sizes = jax.vmap(effective_size)(log_weights)
+    now = sizes < threshold * n
+    chosen = jax.vmap(systematic)(jax.random.split(key, islands), log_weights)
+    chosen = jnp.where(now[:, None], chosen, jnp.arange(n)) + n * jnp.arange(islands)[:, None]
+    mean = logsumexp(log_weights, axis=1) - jnp.log(n)
+    rest = jnp.where(now[:, None], 0.0, log_weights)
+    return Resampled(chosen.reshape(-1), rest, jnp.where(now, mean, 0.0), sizes, now)
+
+
+def harmonic_mean(sizes: jax.Array) -> jax.Array:
+    """Of effective sizes, since the relative variances of the islands' weights are proportional to their inverses."""
+    return 1.0 / jnp.mean(1.0 / jnp.maximum(sizes, 1.0))
 
 
 Sampler = TypeVar("Sampler", bound="ParticleSampler")

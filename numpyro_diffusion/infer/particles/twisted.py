@@ -48,7 +48,15 @@ from numpyro_diffusion.infer.model.checks import check_walk
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.observation import GuidedSites, check_guidance, guided_sites
 from numpyro_diffusion.infer.model.record import Reading, Record
-from numpyro_diffusion.infer.particles.evidence import Draws, Outcome, ParticleSampler, evidence_of, resample_islands
+from numpyro_diffusion.infer.particles.evidence import (
+    Draws,
+    Outcome,
+    ParticleSampler,
+    evidence_of,
+    harmonic_mean,
+    resample_islands,
+    resample_uneven,
+)
 from numpyro_diffusion.infer.particles.look_ahead import LookAhead
 from numpyro_diffusion.infer.reverse.base import solver_of
 from numpyro_diffusion.infer.reverse.walk import Transition, check_solver, log_walk_weight, outlooks
@@ -246,19 +254,11 @@ class TwistedSMC(ParticleSampler):
 
     def _resample(self, key: jax.Array, cloud: Cloud, log_twist: jax.Array) -> tuple[Cloud, jax.Array, Level]:
         """Weighs by the twisting function, and resamples where the weights have become uneven."""
-        islands, n = self._shape
         log_weights = without_improper(cloud.log_weights + log_twist.reshape(self._shape))
-        sizes = jax.vmap(effective_size)(log_weights)
-        now = sizes < self._ess_threshold * n
-        chosen = jax.vmap(systematic)(jax.random.split(key, islands), log_weights)
-        chosen = jnp.where(now[:, None], chosen, jnp.arange(n)) + n * jnp.arange(islands)[:, None]
-        mean = logsumexp(log_weights, axis=1) - jnp.log(n)
-        cloud = cloud._replace(
-            log_weights=jnp.where(now[:, None], 0.0, log_weights),
-            log_evidence=cloud.log_evidence + jnp.where(now, mean, 0.0),
-        )
+        ancestors, log_weights, log_gain, sizes, now = resample_uneven(key, log_weights, self._ess_threshold)
+        cloud = cloud._replace(log_weights=log_weights, log_evidence=cloud.log_evidence + log_gain)
         zero = jnp.zeros(())
-        return cloud, chosen.reshape(-1), Level(zero, sizes.sum(), _harmonic_mean(sizes), jnp.mean(now), zero, zero)
+        return cloud, ancestors, Level(zero, sizes.sum(), harmonic_mean(sizes), jnp.mean(now), zero, zero)
 
     def _weigh(self, key: jax.Array, cloud: Cloud, args: tuple, kwargs: dict) -> tuple[Draws, jax.Array, Level]:
         """Weighs clean points by the model: draws, the evidence of each island, and the effective sizes."""
@@ -273,13 +273,8 @@ class TwistedSMC(ParticleSampler):
         values = jax.vmap(lambda z: reading.constrain(z, deterministic=True))(z)
         sizes, zero = jax.vmap(effective_size)(log_weights), jnp.zeros(())
         noise_level = guided.schedule.noise_level(times[-1])
-        level = Level(noise_level, sizes.sum(), _harmonic_mean(sizes), zero, zero, zero)
+        level = Level(noise_level, sizes.sum(), harmonic_mean(sizes), zero, zero, zero)
         return Draws(values, pooled, resample_islands(key_islands, log_weights)), log_evidence, level
-
-
-def _harmonic_mean(sizes: jax.Array) -> jax.Array:
-    """Of effective sizes, since the relative variances of the islands' weights are proportional to their inverses."""
-    return 1.0 / jnp.mean(1.0 / jnp.maximum(sizes, 1.0))
 
 
 def _positive(log_twist: jax.Array) -> tuple[jax.Array, jax.Array]:
