@@ -10,7 +10,7 @@ from numpyro_diffusion.density.bound import (
     learn_variances,
 )
 from numpyro_diffusion.density.flow import LogProb, clean_log_density, clean_score, log_prob
-from numpyro_diffusion.density.pushed import Pushed, pushed
+from numpyro_diffusion.density.pushforward import Pushed, pushed
 
 __all__ = [
     "Elbo",
