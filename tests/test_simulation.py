@@ -186,7 +186,7 @@ def test_many_data_by_exact_scores(x64):
 
     @jax.jit
     def both(theta):
-        of_model = lambda theta: log_density(composed, (y, AmortisedPosterior(), 97), {}, {"theta": theta})[0]  # noqa: E731
+        of_model = lambda theta: log_density(composed, (y, AmortisedPosterior()), {"steps": 97}, {"theta": theta})[0]  # noqa: E731
         return jax.vmap(jax.value_and_grad(of_model))(theta)
 
     values, slopes = both(jnp.asarray(points))
