@@ -231,7 +231,7 @@ class DesignedDiffusion(ParticleSampler):
         problems = []
         if blind.any():
             problems.append(
-                f"at high noise only {levels.inner_size[blind].min():.1f} of the {inner} particles behind an estimate are "
+                f"at high noise only {levels.inner_size[blind].min():.1f} of the {inner} particles of an estimate are "
                 "effective: they hardly find the posterior, parts of it may be lost to all islands alike, and the log "
                 "evidence is most likely too small, so its error is infinite. Raise num_shared, give a location and a "
                 "scale nearer to the posterior, or use TemperedSMC(model)"
