@@ -26,6 +26,7 @@ from numpyro_diffusion.diagnostics import verdict
 from numpyro_diffusion.infer import LearnedMCMC
 
 OUTPUT = Path(__file__).parent / "output"
+KEPT = {"thinning": 5, "progress_bar": False}
 NAMES = ["body mass index", "blood pressure", "HDL", "triglycerides", "glucose"]
 
 
@@ -54,7 +55,7 @@ def by_nuts(seed: int, x: np.ndarray, num_draws: int) -> MCMC:
 
 
 def by_learning(seed: int, x: np.ndarray, num_draws: int, num_chains: int) -> LearnedMCMC:
-    sampler = LearnedMCMC(factor, num_chains=num_chains, num_draws=num_draws // num_chains, progress_bar=False)
+    sampler = LearnedMCMC(factor, num_chains=num_chains, num_draws=num_draws // num_chains, **KEPT)
     return sampler.run(jax.random.key(seed), x)
 
 
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="few chains and draws")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    x, (num_draws, num_chains) = measurements(), ((800, 40) if options.fast else (10_000, 50))
+    x, (num_draws, num_chains) = measurements(), ((800, 40) if options.fast else (10_000, 100))
     runs = {
         "NUTS": by_nuts(options.seed, x, num_draws),
         "LearnedMCMC": by_learning(options.seed, x, num_draws, num_chains),
