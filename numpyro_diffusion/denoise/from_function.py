@@ -37,14 +37,14 @@ PREDICTS = ("score", "eps", "x0")
 
 
 class Written:
-    """What the two have in common: a static function of (x_t, t, parameters), and where the data lie."""
+    """What all have in common: a static function, mostly of (x_t, t, parameters), and where the data lie."""
 
-    _choice: bool | str  # of the user, besides the function
+    _choice: bool | str | tuple[int, int, int, bool]  # of the user, besides the function
 
     def __init__(
         self,
         name: str,
-        function: Callable[[jax.Array, ArrayLike, Any], jax.Array],
+        function: Callable[..., jax.Array],
         event_shape: tuple[int, ...],
         schedule: Schedule | None,
         location: ArrayLike,

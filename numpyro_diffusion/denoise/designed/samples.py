@@ -20,6 +20,7 @@ References:
 """
 
 import math
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -176,11 +177,11 @@ class FromSamples:
         points = self.location + self._blocks.reshape(-1, *self.event_shape)[chosen]
         return points + self.bandwidth * jax.random.normal(key_noise, points.shape, points.dtype)
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple, None]:
         return (self._blocks, self._log_weights, self.bandwidth, self.location, self.scale, self._schedule), None
 
     @classmethod
-    def tree_unflatten(cls, _, leaves):
+    def tree_unflatten(cls, _: None, leaves: tuple) -> Self:
         self = object.__new__(cls)
         self._blocks, self._log_weights, self.bandwidth, self.location, self.scale, self._schedule = leaves
         return self

@@ -36,7 +36,7 @@ References:
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,12 @@ Density = Callable[[jax.Array], jax.Array]
 
 
 def shared(
-    log_density: Density, key: jax.Array, shape: tuple[int, ...], count: int, location: ArrayLike, scale: ArrayLike
+    log_density: Density,
+    key: jax.Array,
+    shape: tuple[int, ...],
+    count: int,
+    location: jax.Array | float,
+    scale: jax.Array | float,
 ) -> Shared:
     """Particles for all noisy points, `count` of them and of `shape`; the rest as in `posterior`."""
     points = location + scale * jax.random.normal(key, (count, *shape))
@@ -245,6 +250,8 @@ class FromTarget(Written):
         True
     """
 
+    _choice: tuple[int, int, int, bool]  # numbers of particles, of shared ones and of steps; whether by gradient
+
     def __init__(
         self,
         log_density: Callable[[jax.Array, Any], jax.Array],
@@ -307,24 +314,26 @@ class FromTarget(Written):
             The `Estimate`.
         """
         x_t = self._check_point(x_t)
-        num_particles, num_shared, num_steps, gradient = self._choice
+        n, num_shared, num_steps, gradient = self._choice
         alpha, level = self.schedule.alpha(t), self.schedule.noise_level(t)
         key_shared, key_own = jax.random.split(self.key if key is None else key)
         law, units = lambda x: self._function(x, self.parameters), (self.location, self.scale)
         others = shared(law, key_shared, self.event_shape, num_shared, *units) if num_shared else None
-        numbers = {"num_particles": num_particles, "num_steps": num_steps, "gradient": gradient, "others": others}
-        found = posterior(law, key_own, (x_t / alpha).astype(x_t.dtype), level, *units, **numbers)
+        u = (x_t / alpha).astype(x_t.dtype)
+        found = posterior(
+            law, key_own, u, level, *units, num_particles=n, num_steps=num_steps, gradient=gradient, others=others
+        )
         x0, eps = x_t / alpha + found.shift, -found.shift / level
         prediction = Prediction(x0.astype(x_t.dtype), eps.astype(x_t.dtype), x_t, t, self.schedule)
         log_density = found.log_density - x_t.size * jnp.log(alpha)
         return Estimate(prediction, found.standard_error, found.effective_size, log_density.astype(x_t.dtype))
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple, tuple]:
         leaves, static = super().tree_flatten()
         return (*leaves, self.key), static
 
     @classmethod
-    def tree_unflatten(cls, static, leaves):
+    def tree_unflatten(cls, static: tuple, leaves: tuple) -> Self:
         self = super().tree_unflatten(static, leaves[:-1])
         self.key = leaves[-1]
         return self

@@ -144,7 +144,8 @@ class DesignedDiffusion(ParticleSampler):
             raise ValueError(f"location and scale must be given together; got {location=}, {scale=}")
         self._walk = Walk(self._shape, num_inner, 0 if num_steps else num_shared, num_steps, ess_threshold)
         self._noise_levels = np.geomspace(highest, lowest, num_levels)
-        self._num_moves, self._given = num_moves, None if scale is None else (dict(location), dict(scale))
+        self._num_moves = num_moves
+        self._given = None if location is None or scale is None else (dict(location), dict(scale))
         self._of_denoiser: tuple[Units, tuple, dict[str, Any]] | None = None
         self._compiled = Compiled(model, self._units, self._start, self._down, self._finish)
 
@@ -182,8 +183,17 @@ class DesignedDiffusion(ParticleSampler):
         def log_density(w: jax.Array, units: Units) -> jax.Array:
             return Standardised(reading, units).log_density(w)
 
-        numbers = {"num_particles": walk.num_inner, "num_shared": walk.num_shared, "num_steps": walk.num_steps}
-        return FromTarget(log_density, units[0].shape, key, 0.0, 1.0, parameters=units, **numbers)
+        return FromTarget(
+            log_density,
+            units[0].shape,
+            key,
+            0.0,
+            1.0,
+            num_particles=walk.num_inner,
+            num_shared=walk.num_shared,
+            num_steps=walk.num_steps,
+            parameters=units,
+        )
 
     def constrain(self, vectors: jax.Array) -> dict[str, jax.Array]:
         """Values by site, with the deterministic ones, of vectors (..., D) that the last `denoiser` is of."""
@@ -231,10 +241,10 @@ class DesignedDiffusion(ParticleSampler):
         problems = []
         if blind.any():
             problems.append(
-                f"at high noise only {levels.inner_size[blind].min():.1f} of the {inner} particles of an estimate are "
-                "effective: they hardly find the posterior, parts of it may be lost to all islands alike, and the log "
-                "evidence is most likely too small, so its error is infinite. Raise num_shared, give a location and a "
-                "scale nearer to the posterior, or use TemperedSMC(model)"
+                f"at high noise only {levels.inner_size[blind].min():.1f} of the {inner} particles behind an estimate "
+                "are effective: they hardly find the posterior, parts of it may be lost to all islands alike, and the "
+                "log evidence is most likely too small, so its error is infinite. Raise num_shared, give a location "
+                "and a scale nearer to the posterior, or use TemperedSMC(model)"
             )
         poor = levels.per_island < min(_FEW, 0.25 * self._shape[1])
         if not poor.any():
@@ -292,8 +302,17 @@ class DesignedDiffusion(ParticleSampler):
         z, moves = jax.vmap(vector.point)(clean), jnp.zeros((), int)
         if self._num_moves:
             keys, nan = jax.random.split(key_moves, len(clean)), jnp.full((), jnp.nan)
-            limits = {"correlation": _CORRELATION, "max_moves": self._num_moves}
-            z, made = move(MALA(self._model), keys, z, args, kwargs, nan, jnp.full(NUM_STEP_SIZES, nan), **limits)
+            z, made = move(
+                MALA(self._model),
+                keys,
+                z,
+                args,
+                kwargs,
+                nan,
+                jnp.full(NUM_STEP_SIZES, nan),
+                correlation=_CORRELATION,
+                max_moves=self._num_moves,
+            )
             moves = made.num_moves
         values = jax.vmap(partial(vector.reading.constrain, deterministic=True))(z)
         pooled = pool_islands(key_pooled, log_evidence, n)

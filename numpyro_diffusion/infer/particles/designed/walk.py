@@ -103,9 +103,18 @@ class Walk:
         """What the particles of each walk say."""
 
         def one(each: tuple[jax.Array, jax.Array]) -> Particles:
-            return posterior(vector.log_density, each[0], each[1], level, 0.0, 1.0, others=pool, **inner)
+            return posterior(
+                vector.log_density,
+                each[0],
+                each[1],
+                level,
+                0.0,
+                1.0,
+                num_particles=self.num_inner,
+                num_steps=self.num_steps,
+                others=pool,
+            )
 
-        inner = {"num_particles": self.num_inner, "num_steps": self.num_steps}
         keys = jax.random.split(key, len(points))
         return jax.lax.map(one, (keys, points), batch_size=_batch(len(points)))
 

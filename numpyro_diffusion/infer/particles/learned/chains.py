@@ -10,7 +10,7 @@ The law is an argument of the programs: they are compiled once for all fits of a
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -38,18 +38,22 @@ class Jump(NamedTuple):
     squared: jax.Array  # squared length of the move in standard deviations, over 2 d: 1 for independent draws
 
 
-class Record(NamedTuple):
+Leaf = TypeVar("Leaf", jax.Array, np.ndarray)
+"""Arrays of JAX in a program, of NumPy outside of it."""
+
+
+class Record(NamedTuple, Generic[Leaf]):
     """What steps of all chains have to say, each (steps, chains, ...)."""
 
-    q: jax.Array  # unconstrained vectors, (..., d)
-    accept_prob: jax.Array  # of the global move; NaN without one
-    local_accept_prob: jax.Array
-    diverging: jax.Array
-    log_mean_weight: jax.Array
-    global_squared: jax.Array
-    local_squared: jax.Array
-    local_evals: jax.Array  # evaluations of the target in the local move
-    num_target_evals: jax.Array  # in all
+    q: Leaf  # unconstrained vectors, (..., d)
+    accept_prob: Leaf  # of the global move; NaN without one
+    local_accept_prob: Leaf
+    diverging: Leaf
+    log_mean_weight: Leaf
+    global_squared: Leaf
+    local_squared: Leaf
+    local_evals: Leaf  # evaluations of the target in the local move
+    num_target_evals: Leaf  # in all
 
 
 def jump(key: jax.Array, q: jax.Array, law: Law, log_target: Callable, num_proposals: int) -> Jump:
@@ -123,10 +127,10 @@ class Chains:
 
         return jax.vmap(lambda key: start(key, reading, None, self._init_strategy, valid))(keys)
 
-    def _walk(self, count: jax.Array, state: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Record]:
+    def _walk(self, count: jax.Array, state: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Record[jax.Array]]:
         """Local moves alone."""
 
-        def step(_: jax.Array, state: Any) -> tuple[Any, Record]:
+        def step(_: jax.Array, state: Any) -> tuple[Any, Record[jax.Array]]:
             state, (q, accept_prob, diverging, evaluations) = self._local_move(state, args, kwargs)
             nothing = jnp.full_like(accept_prob, jnp.nan)
             return state, Record(
@@ -137,12 +141,12 @@ class Chains:
 
     def _mix(
         self, key: jax.Array, count: jax.Array, state: Any, law: Law, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[Any, Record]:
+    ) -> tuple[Any, Record[jax.Array]]:
         """A global move and a local one, in every step."""
         target = Target(self._reading(args, kwargs), self._density, jax.tree.map(lambda leaf: leaf[0], state.z))
         move = partial(jump, law=law, log_target=target.log_target, num_proposals=self._num_proposals)
 
-        def step(i: jax.Array, state: Any) -> tuple[Any, Record]:
+        def step(i: jax.Array, state: Any) -> tuple[Any, Record[jax.Array]]:
             keys = jax.random.split(jax.random.fold_in(key, i), self._num_chains)
             with _precision.highest():
                 jumps = jax.vmap(move)(keys, _flat(state.z))
@@ -168,7 +172,7 @@ class Chains:
         evaluations = jnp.broadcast_to(jnp.asarray(steps, jnp.int32), state.i.shape)
         return state, (_flat(state.z), state.accept_prob[:, 0], state.diverging, evaluations)
 
-    def _steps(self, step: Callable, count: jax.Array, state: Any) -> tuple[Any, Record]:
+    def _steps(self, step: Callable, count: jax.Array, state: Any) -> tuple[Any, Record[jax.Array]]:
         """Some steps, and what they have to say, in the first rows of arrays for the largest number."""
         shapes = jax.eval_shape(step, jnp.zeros((), jnp.int32), state)[1]
         records = jax.tree.map(lambda leaf: jnp.zeros((self._most, *leaf.shape), leaf.dtype), shapes)
@@ -191,19 +195,19 @@ class Programs(NamedTuple):
     """What is compiled."""
 
     start: Callable[..., dict[str, jax.Array]]
-    walk: Callable[..., tuple[Any, Record]]
-    mix: Callable[..., tuple[Any, Record]]
+    walk: Callable[..., tuple[Any, Record[jax.Array]]]
+    mix: Callable[..., tuple[Any, Record[jax.Array]]]
     report: Callable[..., dict[str, jax.Array]]
 
-    def local(self, count: int, state: Any) -> tuple[Any, Record]:
+    def local(self, count: int, state: Any) -> tuple[Any, Record[np.ndarray]]:
         """That many local moves of each chain."""
         return self._cut(count, *self.walk(np.int32(count), state))
 
-    def both(self, key: jax.Array, count: int, state: Any, law: Law) -> tuple[Any, Record]:
+    def both(self, key: jax.Array, count: int, state: Any, law: Law) -> tuple[Any, Record[np.ndarray]]:
         """That many global moves, and as many local ones."""
         return self._cut(count, *self.mix(key, np.int32(count), state, law))
 
-    def _cut(self, count: int, state: Any, records: Record) -> tuple[Any, Record]:
+    def _cut(self, count: int, state: Any, records: Record[jax.Array]) -> tuple[Any, Record[np.ndarray]]:
         return state, Record(*(np.asarray(leaf)[:count] for leaf in records))
 
 

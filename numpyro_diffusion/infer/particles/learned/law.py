@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from numpyro_diffusion.denoise import NetworkDenoiser
 from numpyro_diffusion.learned.units import Units
@@ -54,24 +55,24 @@ class Modes(NamedTuple):
         """Coordinates of a point from each mean along the axes, (J, d)."""
         return jnp.einsum("jik,ji->jk", self.axes, y - self.means)
 
-    def log_parts(self, y: jax.Array, level: jax.Array) -> jax.Array:
+    def log_parts(self, y: jax.Array, level: ArrayLike) -> jax.Array:
         """Log-density of each part, with its weight, under noise, (J,)."""
         return self.log_weights + log_normal(self.along(y), self.variances + level**2)
 
-    def log_density(self, y: jax.Array, level: jax.Array) -> jax.Array:
+    def log_density(self, y: jax.Array, level: ArrayLike) -> jax.Array:
         """Of a point under noise, a scalar."""
         return jax.nn.logsumexp(self.log_parts(y, level))
 
-    def given(self, y: jax.Array, level: jax.Array) -> jax.Array:
+    def given(self, y: jax.Array, level: ArrayLike) -> jax.Array:
         """Posterior means of the clean point by part, given a noisy one, (J, d)."""
         gain = self.variances / (self.variances + level**2)
         return self.means + jnp.einsum("jik,jk->ji", self.axes, gain * self.along(y))
 
-    def denoise(self, y: jax.Array, level: jax.Array) -> jax.Array:
+    def denoise(self, y: jax.Array, level: ArrayLike) -> jax.Array:
         """The posterior mean of the clean point, (d,)."""
         return jax.nn.softmax(self.log_parts(y, level)) @ self.given(y, level)
 
-    def sample(self, key: jax.Array, level: jax.Array) -> jax.Array:
+    def sample(self, key: jax.Array, level: ArrayLike) -> jax.Array:
         """A point under noise, (d,)."""
         key_part, key_point = jax.random.split(key)
         j = jax.random.categorical(key_part, self.log_weights)

@@ -66,7 +66,8 @@ def groups(draws: np.ndarray) -> list[list[int]]:
     variances += 1e-3 * np.median(variances, 0) + 1e-12
     drift = np.sum((draws[:, :half].mean(1) - draws[:, half:].mean(1)) ** 2 / variances, -1) / 4.0
     limit = 9.0 + 8.0 * float(np.median(drift))
-    means, found, leaders = draws.mean(1), [], np.zeros(0, int)
+    found: list[list[int]] = []
+    means, leaders = draws.mean(1), np.zeros(0, int)
     for chain in np.argsort(drift, kind="stable"):
         if drift[chain] > limit and found:
             break

@@ -169,7 +169,9 @@ class LearnedMCMC(ParticleSampler):
         most = max(num_warmup, num_draws * thinning, refit_steps)
         self._programs = Chains(model, self._local, self._density, init_strategy, num_chains, num_proposals, most)
         self._stages: list[Stage] = []
-        self._law, self._fields, self._moves = None, {}, None
+        self._law: Law | None = None
+        self._fields: dict[str, np.ndarray] = {}
+        self._moves: GlobalMoves | None = None
 
     @property
     def status(self) -> Status:
@@ -239,7 +241,7 @@ class LearnedMCMC(ParticleSampler):
             state, record = programs.local(self._num_warmup, state)
             self._note("local", begun, record, extra=_AT_START * chains)
             bar.update(1)
-            problems = ()
+            problems: tuple[str, ...] = ()
             try:
                 state, law = self._learn(key_learn, state, record, programs, reading, bar)
             except (ValueError, FloatingPointError, np.linalg.LinAlgError) as error:
@@ -253,7 +255,7 @@ class LearnedMCMC(ParticleSampler):
         return self._outcome_of(record, programs, law, problems)
 
     def _learn(
-        self, key: jax.Array, state: Any, record: Moved, programs: Programs, reading: Reading, bar: tqdm
+        self, key: jax.Array, state: Any, record: Moved[np.ndarray], programs: Programs, reading: Reading, bar: tqdm
     ) -> tuple[Any, Law]:
         """The chains after all fits, and the law.
 
@@ -279,18 +281,22 @@ class LearnedMCMC(ParticleSampler):
             self._note("network", begun, None, law)
         return state, law
 
-    def _note(self, name: str, begun: float, record: Moved | None, law: Law | None = None, extra: int = 0) -> None:
+    def _note(
+        self, name: str, begun: float, record: Moved[np.ndarray] | None, law: Law | None = None, extra: int = 0
+    ) -> None:
         """Keeps what a part of the run has to say."""
         evaluations = extra + (0 if record is None else int(record.num_target_evals.sum(dtype=np.int64)))
         count, network = (0, False) if law is None else (law.num_modes, law.denoiser is not None)
         accepted = np.nan if record is None else float(record.accept_prob.mean())
         self._stages.append(Stage(name, accepted, count, network, evaluations, time.monotonic() - begun))
 
-    def _outcome_of(self, record: Moved, programs: Programs, law: Law | None, problems: tuple[str, ...]) -> Outcome:
+    def _outcome_of(
+        self, record: Moved[np.ndarray], programs: Programs, law: Law | None, problems: tuple[str, ...]
+    ) -> Outcome:
         by_chain = Moved(*(leaf.swapaxes(0, 1) for leaf in record))
         (chains, draws), kept = self._shape, slice(self._thinning - 1, None, self._thinning)
-        values = programs.report(by_chain.q[:, kept].reshape(chains * draws, -1))
-        values = {name: np.asarray(value) for name, value in values.items()}
+        sites = programs.report(by_chain.q[:, kept].reshape(chains * draws, -1))
+        values = {name: np.asarray(value) for name, value in sites.items()}
         names = ("accept_prob", "local_accept_prob", "diverging", "num_target_evals")
         self._fields = {name: getattr(by_chain, name)[:, kept] for name in names}
         if law is not None:
