@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -33,9 +34,9 @@ from numpyro_diffusion.infer.kernel.metric import estimate
 from numpyro_diffusion.infer.model.record import Record
 from numpyro_diffusion.infer.noise import lattice
 from numpyro_diffusion.infer.noise.vector import NoiseVector
-from numpyro_diffusion.infer.particles.evidence import resample_islands
-from numpyro_diffusion.infer.particles.population import parts
-from numpyro_diffusion.infer.particles.population.walkers import Target, followed, make_moves, tuned
+from numpyro_diffusion.infer.particles.evidence import evidence_of, resample_islands
+from numpyro_diffusion.infer.particles.population import parts, rounds
+from numpyro_diffusion.infer.particles.population.walkers import Moves, Target, followed, make_moves, tuned
 from numpyro_diffusion.solve import Heun
 
 KEY = jax.random.key(0)
@@ -194,6 +195,19 @@ def test_islands_are_moved_in_threads(cores, number, monkeypatch, x64):
     np.testing.assert_array_equal(moved, q + 10.0 + 0.1)
     np.testing.assert_array_equal(part, np.repeat(np.arange(number), 4 // number))
     assert pickle.loads(pickle.dumps(islands)).number == number
+
+
+def test_chains_go_on_while_that_brings_draws():
+    """Too few draws, and nothing else wrong: more of them, or walkers where twice the length brought hardly any."""
+    values = {"x": np.random.default_rng(0).normal(size=(4, 8, 8))}  # some 256 effective ones, of 400
+    moves = Moves(*map(np.asarray, (8, 0.1, 0, np.full(32, 0.7), 0)))
+    history = [rounds.Temperature(*np.ones(9), num_blind=np.zeros(1))]
+    this = rounds.Round(values, evidence_of(jnp.zeros(4)), history, moves, 1, 1.0, 1.0, 8, 2)
+    found = rounds.look(this, this, ["x"])
+    assert 150 < found.ess < 400 and found.problems and found.needs_draws and not found.needs_walkers
+    for before, says in ((0.5, "needs_draws"), (0.9, "needs_walkers")):
+        seen = rounds.look(this, this, ["x"], replace(found, ess=before * found.ess))
+        assert (seen.needs_draws, seen.needs_walkers) == (says == "needs_draws", says == "needs_walkers")
 
 
 def test_lattices():

@@ -35,6 +35,8 @@ _APART = 4.5
 _BLIND = 0.01
 CURE = "Raise the budget"
 _DIVERGING = 0.2
+_GROWTH = 1.3
+"""Of the effective size, by chains of twice the length: chains that mix have twice as much, others hardly more."""
 _HARDLY = 0.1
 _STUCK = 0.015
 
@@ -89,6 +91,7 @@ class Look:
         problems: what keeps it from counting as converged.
         needs_draws: whether more draws of the same chains may be all that it takes: they are stationary, and rounds
             agree.
+        needs_walkers: whether longer chains have not brought more: each is kept in its mode.
     """
 
     num_walkers: int
@@ -105,6 +108,7 @@ class Look:
     seconds: float
     problems: tuple[str, ...]
     needs_draws: bool
+    needs_walkers: bool
 
     @property
     def converged(self) -> bool:
@@ -125,13 +129,14 @@ class Look:
         )
 
 
-def look(this: Round, last: Round | None, names: list[str]) -> Look:
+def look(this: Round, last: Round | None, names: list[str], shorter: Look | None = None) -> Look:
     """Judges a round.
 
     Args:
         this: the round.
         last: the one before, with fewer moves or walkers; None for the first.
         names: of the coordinates' sites.
+        shorter: what this round looked like when its chains were half as long.
 
     Returns:
         The `Look`.
@@ -143,6 +148,7 @@ def look(this: Round, last: Round | None, names: list[str]) -> Look:
     against = [finding for finding in found.findings if finding.counts]
     problems += [f"{f.text}. {CURE}" for f in against if not (f.cause == "slow" and nested[0] >= LARGEST_RHAT)]
     others = _of_rounds(this, last, distance, where) + _of_moves(this, names)
+    is_locked = shorter is not None and found.ess < _GROWTH * shorter.ess
     return Look(
         num_walkers=this.num_walkers * len(this.evidence.islands),
         factor=this.factor,
@@ -157,7 +163,8 @@ def look(this: Round, last: Round | None, names: list[str]) -> Look:
         num_gradients=this.num_gradients,
         seconds=this.seconds,
         problems=(*problems, *others),
-        needs_draws=bool(problems) and not others and drift[0] < LARGEST_RHAT,
+        needs_draws=bool(problems) and not others and not is_locked and drift[0] < LARGEST_RHAT,
+        needs_walkers=bool(problems) and not others and is_locked,
     )
 
 

@@ -12,9 +12,10 @@ the result counts as converged if, for every site,
 * the effective sample size exceeds 400, and hardly any walker is stuck where its steps are too long;
 * both runs agree in means and in the log evidence, within their errors.
 
-If only the number of draws is wanting, the chains go on, at twice the distance between draws, up to three times. If
-walkers drift or runs disagree, the moves are doubled; if stationary islands disagree, modes are kept apart, and the
-walkers are doubled. When the budget is spent first, the run says so and why: its draws are marked as not converged.
+If only the number of draws is wanting, chains go on, at twice the distance between draws, up to three times. If that
+brings hardly more effective draws, each walker is kept in its mode. If walkers drift or runs disagree, the moves are
+doubled; if stationary islands disagree, or walkers keep to their modes, the walkers are. When the budget is spent
+first, the run says so and why: its draws are marked as not converged.
 
 In the last phase, with nothing adapting, the chains leave the model's posterior in noise space invariant: exact for the
 prior that the flow's solver pushes forward. A model without diffusion sites serves as well: any sites whose
@@ -164,7 +165,7 @@ class PopulationHMC(ParticleSampler):
             last = this
             if seen.converged:
                 break
-            if seen.is_apart and len(self._looks) > 1:  # stationary, and yet kept apart by modes
+            if seen.needs_walkers or (seen.is_apart and len(self._looks) > 1):  # stationary, and kept apart by modes
                 number *= 2
             else:
                 factor *= 2
@@ -224,7 +225,7 @@ class PopulationHMC(ParticleSampler):
                 bar.update(float(happened.temperature) - bar.n)
         between = -(-int(history[-1].num_moves) // self._num_draws)  # draws span as many as it took
         evidence, drawing = widened(evidence_of(stage.log_evidence), history), time.monotonic()
-        chains, lengths = Chains(programs, key_draw, stage, between), 0
+        chains, lengths, seen = Chains(programs, key_draw, stage, between), 0, None
         before, each = sum(int(h.num_moves) for h in history), settings.gradients * islands * number
         while True:
             with self._bar(self._num_draws, f"{label}, draws") as bar:
@@ -234,7 +235,7 @@ class PopulationHMC(ParticleSampler):
             seconds_each = (now - drawing) / (moves * each)
             values = chains.values(islands)
             this = Round(values, evidence, history, between_draws, spent, now - started, seconds_each, number, factor)
-            seen = look(this, last, names)
+            seen = look(this, last, names, seen)
             goes_on = seen.needs_draws and lengths < _LENGTHS
             if not (goes_on and self._affords(spent, moves * each, moves * each * seconds_each)):
                 return this, seen
