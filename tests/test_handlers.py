@@ -9,7 +9,20 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro.contrib.control_flow import scan
-from numpyro.handlers import block, condition, do, infer_config, lift, mask, reparam, scale, scope, seed, substitute
+from numpyro.handlers import (
+    block,
+    condition,
+    do,
+    infer_config,
+    lift,
+    mask,
+    reparam,
+    scale,
+    scope,
+    seed,
+    substitute,
+    uncondition,
+)
 from numpyro.infer.reparam import LocScaleReparam
 from numpyro.infer.util import potential_energy
 
@@ -102,6 +115,7 @@ READ = {
     "substitute": substitute(plain, LEVEL),
     "do": do(plain, LEVEL),
     "seed": seed(plain, 0),
+    "uncondition": uncondition(plain),
     "infer_config": infer_config(plain, lambda site: {"event_dims": ["pixel"]} if site["name"] == "x" else {}),
     "reparam of another site": with_loc_scale,
 }

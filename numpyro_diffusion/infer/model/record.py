@@ -282,8 +282,10 @@ def _evaluate(model: Model, args: tuple, kwargs: dict[str, Any], z: dict, values
     with _precision.highest():  # likelihoods of precise data lose their digits in less
         log_probs, sites = compute_log_probs(at_point, args, kwargs, {})
         observed = {name: normal_data(s) for name, s in sites.items() if s["type"] == "sample" and s["is_observed"]}
-    log_jacobian = {name: log_probs.pop(f"_{name}_log_det") for name in z if f"_{name}_log_det" in log_probs}
-    latent = {name: s for name, s in sites.items() if s["type"] == "sample" and not s["is_observed"]}
+    added = {name: f"_{name}_log_det" for name in z}  # factors, which `uncondition` frees with all that is observed
+    log_jacobian = {name: log_probs.pop(site) for name, site in added.items() if site in log_probs}
+    free = {name: s for name, s in sites.items() if s["type"] == "sample" and not s["is_observed"]}
+    latent = {name: s for name, s in free.items() if name not in added.values()}
     diffusion = {name: s for name, s in latent.items() if is_diffusion_site(s)}
     priors, zero = {name: prior_inside(as_written(s), True) for name, s in diffusion.items()}, jnp.zeros(())
     return Evaluation(
