@@ -104,6 +104,7 @@ def test_more_steps_tighten_and_the_continuous_bound_is_their_limit(x64):
     assert abs(got.value - limit) < 4 * got.standard_error + 1e-2
 
 
+@pytest.mark.slow
 def test_learned_variances_are_the_best(x64):
     """On a Gaussian they are known, and the bound is above those of both ends."""
     law, steps = Gaussian(MEAN, VARIANCES, LADDER), 12

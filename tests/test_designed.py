@@ -100,6 +100,7 @@ def box(x, parameters):
     return jnp.where((x > 0.0) & (x < 1.0), 0.0, jnp.where(x > 3.0, jnp.nan, -jnp.inf)).sum()
 
 
+@SLOW
 def test_a_density_with_walls_and_holes():
     """Uniform on (0, 1), NaN beyond 3: a truncated normal, without the gradient; nothing is left far away."""
     denoiser = FromTarget(box, (1,), KEY(0), 0.5, 0.3, num_particles=4000, num_shared=0, gradient=False)
@@ -197,6 +198,7 @@ def designed():
     return DesignedDiffusion(signs, 1600, num_islands=16, num_inner=8, num_shared=300, num_levels=10, **QUIET)
 
 
+@SLOW
 def test_draws_and_evidence(designed):
     """Weights of modes and moments of a constrained site, with the error of the effective size; the evidence, in 4."""
     designed.run(KEY(0), *DATA)
@@ -251,6 +253,7 @@ def narrow():
     numpyro.sample("y", dist.Normal(x, 0.01).to_event(1), obs=jnp.full(8, 2.0))
 
 
+@SLOW
 def test_degenerate_weights_are_reported():
     small = {"num_inner": 2, "num_shared": 10, "num_levels": 3, "num_moves": 0}
     with pytest.warns(UserWarning, match="the weights degenerate|at high noise only"):

@@ -124,6 +124,7 @@ def assert_learned(mcmc):
 BLOCK = {"noise_levels": (5.0,), "num_steps": 3, "num_sweeps": 2}
 
 
+@SLOW
 def test_diffusion_site():
     """Modes of a diffusion site that has a density of its own, beside another site."""
     mcmc = run(DiffusiveGibbs(learned, **BLOCK), 1.0, num_warmup=200, num_samples=2000, chains=2)

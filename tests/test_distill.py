@@ -44,6 +44,7 @@ def distilled():
     return distill(jax.random.key(0), TEACHER, SOLVER, student=MLP((2,), features=32, rngs=nnx.Rngs(1)), **QUICK)
 
 
+@pytest.mark.slow
 def test_one_evaluation_learns_the_flow_of_a_gaussian(distilled):
     """The flow of N(m, s^2) is m + s z up to the solver's error: value, Jacobian, and what the report says."""
     z = jax.random.normal(jax.random.key(1), (400, 2))

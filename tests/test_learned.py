@@ -204,6 +204,7 @@ def test_other_solvers():
 # Files
 
 
+@pytest.mark.slow
 def test_saved_loaded_and_pickled(tmp_path):
     """The same law bit for bit, with its report; new weights are arguments and compile nothing."""
     prior = learn(report=False)

@@ -108,6 +108,7 @@ def correlated():
     return run(NoiseSpace(narrow), 1.0, PRIOR, num_warmup=60, num_samples=25, chains=32)
 
 
+@pytest.mark.slow
 def test_many_chains_are_good_by_themselves(correlated):
     """The mass matrix is dense and that of the posterior for all chains, trees are short, the draws have the law."""
     adapt_state = correlated.last_state.inner_state.adapt_state

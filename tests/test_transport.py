@@ -58,7 +58,7 @@ LEAP = partial(HMC, num_steps=2, trajectory_length=None, step_size=0.7, adapt_st
 @pytest.mark.parametrize(
     "kernel",
     [
-        pytest.param(partial(Independence, num_proposals=2), id="independence"),
+        pytest.param(partial(Independence, num_proposals=2), id="independence", marks=pytest.mark.slow),
         pytest.param(EllipticalSlice, id="elliptical slice"),
         pytest.param(LEAP, id="hmc", marks=pytest.mark.slow),
     ],
