@@ -102,7 +102,9 @@ class TransportReparam(Reparam):
     has $q$ for a proposal, with the exact density of its draws; NUTS, `EllipticalSlice`, `TemperedSMC` or
     `PopulationHMC` move in its noise space, and the last two begin with a population drawn from it. Exact if the map of
     noise to points is one-to-one, as that of a smooth flow in enough steps is, whatever its error. It takes the
-    determinant of a $d \times d$ Jacobian for each evaluation: for sites of few dimensions.
+    determinant of a $d \times d$ Jacobian for each evaluation: for sites of few dimensions. Where $q$ has narrower
+    tails than the posterior, weights have no variance: chains stick there, and an evidence is further off than its
+    error says.
 
     Args:
         law: $q$, with its `flow_solver`. One for each point of a plate if its `cond` is a batch. Give it a `transform`

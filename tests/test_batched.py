@@ -14,6 +14,7 @@ from numpyro.infer.util import log_density
 from numpyro_diffusion.denoise import Conditioned, NetworkDenoiser
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.nn import MLP, Condition
+from numpyro_diffusion.nn.condition import Absent
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.reparam import NoiseReparam
 from numpyro_diffusion.solve import DPMSolverPP, Heun
@@ -24,6 +25,9 @@ SOLVERS = {"sampler": DPMSolverPP(16, eta=1.0), "flow_solver": Heun(4), "density
 def network():
     backbone = MLP((2,), features=8, num_blocks=1, cond_shape=(3,), rngs=nnx.Rngs(0))
     backbone.output_layer.kernel[...] = jax.random.normal(jax.random.key(1), (8, 2), jnp.float32)
+    for _, node in nnx.iter_graph(backbone):
+        if isinstance(node, Absent):  # as after training with and without conditions
+            node[...] = jnp.full_like(node[...], 0.3)
     return NetworkDenoiser(backbone, schedule=VE(0.05, 20.0))
 
 
