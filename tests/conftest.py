@@ -53,11 +53,7 @@ def _is_double(item):
 
 @pytest.fixture(autouse=True, scope="module")
 def programs(request):
-    """Most of the time is the compiler's, so it does not optimise, but for modules that say `OPTIMISED = True`.
-
-    All programs are let go after a module with double precision: those are taken for programs of single precision
-    afterwards (jax 0.10.2: float32 minus a NumPy float64 array then fails).
-    """
+    """Most of the time is the compiler's, so it does not optimise, but for modules that say `OPTIMISED = True`."""
     optimised = getattr(request.module, "OPTIMISED", False)
     if optimised:
         forget()
@@ -65,7 +61,6 @@ def programs(request):
     yield
     if optimised:
         forget()
-        DOUBLE.clear()
         jax.config.update("jax_disable_most_optimizations", True)
 
 
@@ -83,7 +78,7 @@ def forget():
     COMPILED.clear()
 
 
-COMPILED, DOUBLE = [], []
+COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: COMPILED.append(event) if "backend_compile" in event else None
 )
@@ -105,7 +100,6 @@ def compiling():
 @pytest.fixture
 def x64():
     """Double precision for one test: arrays must be made inside it."""
-    DOUBLE.append(True)
     enable = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # the latter in older jax
     with enable(True):
         yield
