@@ -61,7 +61,7 @@ def test_the_error_of_a_target_is_calibrated_and_its_density_unbiased(name):
     """At noise levels where tens of particles are effective: 95 % within two errors, up to a binomial error of 1.1 %.
 
     The bias, of order 1 / n, is far below the error; that of the mean of 400 estimates is not asked for. What the
-    gradient leaves comes from rare particles: its error is right in mean square, and three of four are within two.
+    gradient leaves comes from rare particles: three of four are within two, and the mean square is right at high noise.
     """
     steep = name in ("gradient", "steps")
     for level in (0.3, 1.0, 4.0):

@@ -22,7 +22,7 @@ def test_a_learned_energy_knows_differences_of_log_densities(scalar):
     """
     data = LAW.sample(jax.random.key(0), (20_000,))
     backbone = MLP((2,), features=64, num_blocks=2, embed_features=16, scalar=scalar, rngs=nnx.Rngs(0))
-    options = {"num_steps": 2000, "batch_size": 256, "progress_bar": False}
+    options = {"num_steps": 2000, "batch_size": 512, "progress_bar": False}
     denoiser = fit(jax.random.key(1), backbone, data, target="energy", **options).denoiser
 
     @jax.jit

@@ -98,15 +98,17 @@ def test_normal_draws_stay_normal_and_forgotten_supports_are_named():
 
 @pytest.mark.slow
 def test_studies_in_sequence():
-    """The example with two modes, where a normal law fails; its fast form runs the other too.
+    """The example: first posterior and second data give that of all; a normal law fails where there are two modes.
 
-    The learned law is not within .1 (means .22, .41 in two runs), but nearer than the normal one (2.3).
+    With two modes the learned law is not within .1 (means .22, .41 in two runs), but nearer than the normal one (2.3).
     """
     path = Path(__file__).parents[1] / "examples" / "sequential.py"
     spec = importlib.util.spec_from_file_location("sequential", path)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     sizes = {"num": example.NUM_DRAWS, "num_steps": example.NUM_STEPS}
+    _, one_mode = example.look("regression", seed=0, **sizes)
+    assert max(one_mode["learned prior"]) < 0.1
     _, two_modes = example.look("factor", seed=0, **sizes)
     assert 2.0 * max(two_modes["learned prior"]) < max(two_modes["normal prior"])
     assert min(two_modes["normal prior"]) > 0.5

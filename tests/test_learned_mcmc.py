@@ -94,6 +94,19 @@ def test_the_ranks_see_a_ratio_without_the_proposals_density(network, monkeypatc
         laws.assert_ranks(laws.pair_posterior().ranks({"s": s, "x": x}))
 
 
+def test_noise_of_a_walk_is_that_of_its_density():
+    """The variance at each level is its square, the covariance of two levels the lower one's."""
+    levels = jnp.array([0.2, 0.6, 1.5])
+    law = law_off(False)._replace(levels=levels)
+    w = jnp.array([0.5, -1.0])
+    noise = jax.jit(jax.vmap(lambda key: law.noised(key, w) - w))(jax.random.split(jax.random.key(3), CHAINS))
+    assert not noise[:, 0].any()
+    standard = noise[:, 1:] / levels[:, None]
+    correlation = np.minimum(levels[:, None], levels) / np.maximum(levels[:, None], levels)
+    found = np.einsum("nki,nli->kl", standard, standard) / (2 * CHAINS)
+    np.testing.assert_allclose(found, correlation, atol=4.0 * np.sqrt(2.0 / (2 * CHAINS)))
+
+
 def test_without_a_network_levels_change_nothing():
     """Steps between levels are exact for normal laws: a walk's density over that of its noise is the law's own."""
     single = Modes(jnp.zeros(1), jnp.zeros((1, 2)), jnp.array([[0.7, 1.3]]), jnp.eye(2)[None])

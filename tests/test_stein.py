@@ -202,7 +202,7 @@ def test_ten_thousand_draws_take_little_memory():
     x = np.random.default_rng(0).normal(size=(10_000, 10))
     tracemalloc.start()
     try:
-        stein_test(x, -x, KEY, block_length=1, num_bootstrap=100)
+        stein_test(x, -x, KEY, block_length=1)
         assert tracemalloc.get_traced_memory()[1] < 0.2e9
     finally:
         tracemalloc.stop()

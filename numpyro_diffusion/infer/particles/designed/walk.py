@@ -5,12 +5,12 @@ levels only steers, and may use particles that all walks share. At the lowest le
 estimate is unbiased whatever the others have seen.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.stats import norm
 
 from numpyro_diffusion.denoise.designed.target import Particles, Shared, posterior, shared
 from numpyro_diffusion.infer.kernel.choose import without_improper
@@ -121,7 +121,7 @@ class Walk:
 
 def _log_normal(x: jax.Array, variance: jax.Array) -> jax.Array:
     """Log-density of N(0, variance) at points (..., D)."""
-    return -0.5 * jnp.sum(x**2 / variance + jnp.log(2.0 * math.pi * variance), -1)
+    return norm.logpdf(x, scale=jnp.sqrt(variance)).sum(-1)
 
 
 def _batch(count: int) -> int:

@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.stats import norm
 from jax.typing import ArrayLike
 
 from numpyro_diffusion.denoise import NetworkDenoiser
@@ -40,7 +41,7 @@ from numpyro_diffusion.learned.units import Units
 
 def log_normal(x: jax.Array, variance: jax.Array) -> jax.Array:
     """Log-density of independent centred normal entries, summed over the last axis."""
-    return -0.5 * jnp.sum(x**2 / variance + jnp.log(2.0 * jnp.pi * variance), -1)
+    return norm.logpdf(x, scale=jnp.sqrt(variance)).sum(-1)
 
 
 class Modes(NamedTuple):

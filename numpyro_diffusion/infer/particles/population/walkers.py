@@ -112,6 +112,10 @@ class Target:
         (log_density, log_likelihood), gradient = jax.value_and_grad(tempered, has_aux=True)(q)
         return Walker(q, log_density, gradient, log_likelihood)
 
+    def alone(self, q: jax.Array) -> tuple[Walker, None]:
+        """The same where nothing is summed over: there are no nodes."""
+        return self.at(q), None
+
     def _tempered(self, parts: LogDensity) -> jax.Array:
         return parts.prior + self._temperature * parts.likelihood
 
@@ -167,7 +171,7 @@ def trajectory(key: jax.Array, target: Target, walker: Walker, tuning: Tuning, n
     momentum = jax.random.normal(key_momentum, walker.q.shape, walker.q.dtype)
     metric = tuning.metric
     start: tuple[Walker, Nodes | None] = walker, None
-    at: Callable[[jax.Array], tuple[Walker, Nodes | None]] = lambda q: (target.at(q), None)  # noqa: E731
+    at: Callable[[jax.Array], tuple[Walker, Nodes | None]] = target.alone
     if target.summed is not None:
         start = _, nodes = target.through(key_sum, walker.q, tuning.lattice)  # type: ignore[arg-type]
         momentum = momentum.at[target.index].set(0.0)
