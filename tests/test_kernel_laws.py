@@ -212,7 +212,6 @@ DEAR = {  # chains and steps of the kernels that walk or flow
     ParticleGibbs: (2_500, 3),
     NoiseSpace: (5_000, 3),
     DelayedAcceptance: (10_000, 3),
-    Independence: (10_000, 5),
     DiffusionGibbs: (5_000, 3),
 }
 
