@@ -123,7 +123,8 @@ def test_a_batch_is_one_convolution():
     network = UNet((8, 8), **SMALL, rngs=nnx.Rngs(0))
     graphdef, weights = nnx.split(network)
     jaxpr = jax.make_jaxpr(lambda x: jax.vmap(lambda x: nnx.merge(graphdef, weights)(x, 0.1))(x))(jnp.ones((5, 8, 8)))
-    found = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
+    programs = [jaxpr, *(e.params["call_jaxpr"] for e in jaxpr.eqns if "call_jaxpr" in e.params)]
+    found = [e for program in programs for e in program.eqns if e.primitive.name == "conv_general_dilated"]
     assert len(found) > 5
     for equation in found:
         assert equation.params["feature_group_count"] == equation.params["batch_group_count"] == 1

@@ -28,6 +28,7 @@ from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.nn.condition import Condition, ConditionEmbedding, embed_condition
+from numpyro_diffusion.nn.convolve import convolve
 from numpyro_diffusion.nn.embed import FourierEmbedding
 
 
@@ -84,7 +85,8 @@ class UNet(nnx.Module):
         self.cond_shape, self.scalar = None if cond_shape is None else tuple(cond_shape), scalar
 
         def conv(inward: int, outward: int, size: int = 3, stride: int = 1, **options: Any) -> nnx.Conv:
-            return nnx.Conv(inward, outward, (size,) * spatial, strides=(stride,) * spatial, rngs=rngs, **options)
+            options |= {"conv_general_dilated": convolve, "rngs": rngs}
+            return nnx.Conv(inward, outward, (size,) * spatial, strides=(stride,) * spatial, **options)
 
         def block(inward: int, outward: int, level: int) -> Block:
             return Block(conv, inward, outward, embed_features, attends=level in self.attention, rngs=rngs)
