@@ -177,7 +177,7 @@ def main() -> None:
     flows = {"teacher": prior, "map": prior.with_flow(maps[options.evaluations[0]])}
     short = {"num_walkers": 64, "num_draws": 4, "max_gradients": 1} if options.fast else {}
     samplers = {name: PopulationHMC(model, **short, progress_bar=False) for name in flows}
-    starter = PopulationHMC(model, **{**short, "max_gradients": 1}, progress_bar=False)
+    starter = samplers["map"] if options.fast else PopulationHMC(model, max_gradients=1, progress_bar=False)
     runs, populations = [], []
     for i in range(options.first, options.first + max(options.digits, options.teacher, options.coverage)):
         wanted = {"teacher": i < options.first + options.teacher, "map": i < options.first + options.coverage}

@@ -9,7 +9,7 @@ Beside the learned prior stands the multivariate normal with the mean and covari
 unconstrained coordinates: right for the first, where the posterior is nearly normal, wrong for the second.
 
     python examples/sequential.py          # some minutes
-    python examples/sequential.py --fast   # little training, few draws: to test the installation
+    python examples/sequential.py --fast   # the first, with little training and few draws: to test the installation
 
 Writes examples/output/sequential.png.
 """
@@ -170,7 +170,9 @@ def draw(found: dict[str, dict[str, Draws]], path: Path) -> None:
     """Two entries of each study: the first posterior, that of all data, and the sequels."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained", sharex="row", sharey="row")
+    figure, axes = plt.subplots(
+        len(found), 3, figsize=(11, 3.2 * len(found)), layout="constrained", sharex="row", sharey="row", squeeze=False
+    )
     shown = {
         "regression": ("slope", (4, "slope of total cholesterol"), (5, "slope of LDL")),
         "factor": ("loading", (0, "loading of the body mass index"), (2, "loading of HDL")),
@@ -193,11 +195,11 @@ def draw(found: dict[str, dict[str, Draws]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="little training, few draws")
+    parser.add_argument("--fast", action="store_true", help="the first study, little training, few draws")
     parser.add_argument("--seed", type=int, default=0, help="of chains and training")
     options = parser.parse_args()
-    sizes = (800, 300) if options.fast else (NUM_DRAWS, NUM_STEPS)
-    found = {name: look(name, options.seed, *sizes)[0] for name in STUDIES}
+    sizes, names = ((800, 300), ["regression"]) if options.fast else ((NUM_DRAWS, NUM_STEPS), list(STUDIES))
+    found = {name: look(name, options.seed, *sizes)[0] for name in names}
     draw(found, OUTPUT / ("sequential-fast.png" if options.fast else "sequential.png"))
 
 

@@ -1,4 +1,4 @@
-"""The U-Net learns images; compiled as users compile it, since unoptimised convolutions are far slower."""
+"""The U-Net learns images."""
 
 import jax
 import pytest
@@ -7,8 +7,6 @@ from flax import nnx
 from numpyro_diffusion.data import digits
 from numpyro_diffusion.nn import UNet
 from numpyro_diffusion.train import fit
-
-OPTIMISED = True
 
 
 @pytest.mark.slow
