@@ -19,6 +19,7 @@ from numpyro_diffusion.diagnostics import to_arviz, verdict
 from numpyro_diffusion.infer import LearnedMCMC, LineIntegral
 from numpyro_diffusion.infer.particles.learned import modes
 from numpyro_diffusion.infer.particles.learned.chains import Programs, jump
+from numpyro_diffusion.infer.particles.learned.fitted import Fitted
 from numpyro_diffusion.infer.particles.learned.law import Law, Modes
 from numpyro_diffusion.infer.particles.learned.network import SCHEDULE, Corrected, corrected
 from numpyro_diffusion.learned.units import Units
@@ -253,6 +254,16 @@ def test_falls_back_to_the_local_kernel_and_says_so(options, reason):
     assert sampler.law is None and sampler.global_moves is None and not verdict(sampler).converged
     assert sampler.get_samples()["x"].shape == (options["num_chains"] * 40,)
     assert np.isnan(sampler.log_evidence.value) and np.isnan(sampler.get_extra_fields()["accept_prob"]).all()
+
+
+@pytest.mark.slow
+def test_a_fault_while_it_learns_is_not_taken_for_a_lack_of_draws(monkeypatch):
+    def fault(self):
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(Fitted, "law", fault)
+    with pytest.raises(ValueError, match="^a fault$"):
+        LearnedMCMC(two_modes, **SHORT).run(jax.random.key(0), -4.0)
 
 
 @pytest.mark.slow

@@ -12,6 +12,10 @@ from numpyro_diffusion.learned.units import Units
 _STEPS = 8
 
 
+class NothingToLearn(ValueError):
+    """Draws that no law can be learned from."""
+
+
 class Fitted:
     """A mixture of normal laws, of draws of all chains.
 
@@ -21,16 +25,16 @@ class Fitted:
         rng: random numbers.
 
     Raises:
-        ValueError: if there are too few draws, or a single chain, or an entry does not vary.
+        NothingToLearn: if there are too few draws, or a single chain, or an entry does not vary.
     """
 
     def __init__(self, draws: np.ndarray, entries: list[str], rng: np.random.Generator) -> None:
         self._rng = rng
         length, chains, d = draws.shape
         if chains < 2:
-            raise ValueError("a single chain has no others to learn from. Raise num_chains")
+            raise NothingToLearn("a single chain has no others to learn from. Raise num_chains")
         if length * chains < modes.FEWEST:
-            raise ValueError(
+            raise NothingToLearn(
                 f"{length} draws of {chains} chains are fewer than {modes.FEWEST}. Raise num_chains or num_warmup"
             )
         draws = draws.astype(np.float64)
@@ -38,7 +42,7 @@ class Fitted:
         pairs = zip(entries, self._location, self._deviation, strict=True)
         constant = [entry for entry, mean, deviation in pairs if not deviation > 1e-7 * abs(mean)]
         if constant:
-            raise ValueError(
+            raise NothingToLearn(
                 f"draws of {', '.join(constant[:5])} do not vary: no chain has moved. See why the local kernel rejects"
             )
         self._parts = modes.find(self._standard(draws).swapaxes(0, 1), rng)

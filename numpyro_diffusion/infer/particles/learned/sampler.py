@@ -44,7 +44,7 @@ from numpyro_diffusion.infer.model.record import Reading, Record
 from numpyro_diffusion.infer.particles.evidence import Draws, Outcome, ParticleSampler, evidence_of
 from numpyro_diffusion.infer.particles.learned.chains import Chains, Programs
 from numpyro_diffusion.infer.particles.learned.chains import Record as Moved
-from numpyro_diffusion.infer.particles.learned.fitted import Fitted
+from numpyro_diffusion.infer.particles.learned.fitted import Fitted, NothingToLearn
 from numpyro_diffusion.infer.particles.learned.law import Law
 from numpyro_diffusion.infer.particles.learned.network import corrected
 
@@ -244,7 +244,7 @@ class LearnedMCMC(ParticleSampler):
             problems: tuple[str, ...] = ()
             try:
                 state, law = self._learn(key_learn, state, record, programs, reading, bar)
-            except (ValueError, FloatingPointError, np.linalg.LinAlgError) as error:
+            except (NothingToLearn, FloatingPointError, np.linalg.LinAlgError) as error:
                 law, problems = None, (f"all moves were local, since nothing could be learned: {error}",)
             begun = time.monotonic()
             steps = draws * self._thinning
@@ -260,7 +260,7 @@ class LearnedMCMC(ParticleSampler):
         """The chains after all fits, and the law.
 
         Raises:
-            ValueError: if it cannot be learned.
+            NothingToLearn: if it cannot be learned.
             FloatingPointError: if the training of a network diverges.
         """
         rng = np.random.default_rng(int(jax.random.bits(key, dtype=jnp.uint32)))
