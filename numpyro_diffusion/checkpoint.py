@@ -100,7 +100,7 @@ def save(path: str | os.PathLike, denoiser: NetworkDenoiser | FlowMap | Holder) 
         ...     float(checkpoint.load(path).scale)
         3.0
     """
-    holder, held = type(denoiser), {}
+    holder, held, config = type(denoiser), {}, None
     is_held = _HOLDERS.get(holder.__name__) is holder
     if is_held:
         denoiser, config, held = denoiser.to_saved()  # type: ignore[union-attr]  # as `is_held` says

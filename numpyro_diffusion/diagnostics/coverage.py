@@ -256,11 +256,10 @@ def simulations_needed(
     if (shift is None) == (inflation is None):
         raise ValueError(f"give either shift or inflation; got shift={shift} and inflation={inflation}")
     _inside_unit(level=level, power=power)
+    effect = 0.0 if shift is None else abs(shift)
     if inflation is not None:
         _checks.positive(inflation=inflation)
         effect = abs(np.log(inflation)) / np.sqrt(2.0)
-    if shift is not None:
-        effect = abs(shift)
     if not effect > 0.0:
         raise ValueError(f"shift must not be 0 and inflation not 1; got shift={shift} and inflation={inflation}")
     return int(np.ceil(((norm.isf(0.5 * level) + norm.ppf(power)) / effect) ** 2))

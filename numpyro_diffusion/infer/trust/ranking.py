@@ -127,8 +127,8 @@ def mixing(draws: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         Two arrays (simulations, entries); where nothing varies, sizes are the number of draws and R-hats are one.
     """
     sizes, r_hats = [], []
+    simulations, chains, length = next(iter(draws.values())).shape[:3]
     for value in draws.values():
-        simulations, chains, length = value.shape[:3]
         ranks = rankdata(value.reshape(simulations, chains * length, -1), axis=1)
         ranks = np.moveaxis(ranks.reshape(simulations, chains, length, -1), 0, 2)
         with np.errstate(invalid="ignore", divide="ignore"):
