@@ -119,8 +119,8 @@ METHODS = {
     "designed": partial(by_particles, DesignedDiffusion),
     "langevin": partial(by_particles, partial(DesignedDiffusion, num_steps=8)),
     "unweighted": unweighted,
-    "trained": partial(by_particles, partial(DenoisingDiffusionSampler, num_training_steps=2000)),
-    "unguided": partial(by_particles, partial(DenoisingDiffusionSampler, num_training_steps=2000, guided=False)),
+    "trained": partial(by_particles, DenoisingDiffusionSampler),
+    "unguided": partial(by_particles, partial(DenoisingDiffusionSampler, guided=False)),
     "tempered": partial(by_particles, TemperedSMC),
 }
 

@@ -94,8 +94,8 @@ class DenoisingDiffusionSampler(ParticleSampler):
         num_particles: walks after training, at least 2 an island.
         num_training_steps: steps of training; 0 for none, which is importance sampling from a normal law.
         batch_size: walks in a step of training, at least 2.
-        objective: "log_variance" of the weights, or "kl", the bound on the evidence, whose gradients go through walk
-            and target.
+        objective: "log_variance", how unequal the weights are, or "kl", the bound on the evidence, whose gradients go
+            through walk and target.
         network: a backbone for vectors of twice as many entries as there are unconstrained numbers, whose output is
             zero before training; None for an `MLP`.
         guided: whether the target's gradient steers the walk, at one evaluation a level. Without it, a walk is one
@@ -146,13 +146,13 @@ class DenoisingDiffusionSampler(ParticleSampler):
         num_particles: int = 2000,
         *,
         num_training_steps: int = 1000,
-        batch_size: int = 256,
+        batch_size: int = 128,
         objective: Literal["log_variance", "kl"] = "log_variance",
         network: nnx.Module | None = None,
         guided: bool = True,
         learning_rate: float = 3e-3,
         num_levels: int = 24,
-        noise_levels: tuple[float, float] = (5.0, 0.02),
+        noise_levels: tuple[float, float] = (3.0, 0.03),
         correct: Literal["resample", "independence"] = "resample",
         num_moves: int = 20,
         location: Mapping[str, ArrayLike] | None = None,

@@ -6,7 +6,9 @@ noised target. Two objectives measure how far it is from that:
 $$L_{\mathrm{var}} = \mathrm{Var} \log W, \qquad L_{\mathrm{KL}} = - E \log W .$$
 
 The first takes the walks as given, so that nothing is differentiated through them or through the target, and its
-gradient has no noise left at the optimum. The second, the bound on the evidence, goes through walk and target.
+gradient has no noise left at the optimum. Early in training a few log-weights are off by hundreds, so those that are
+far from the median count by their distance (Huber's loss), which has the same minimum. The second, the bound on the
+evidence, goes through walk and target.
 
 A target that is much narrower than the prior, or has several modes, is not met at once: in the first half of the steps
 it is $N(x; 0, I)\,(\pi(x) / N(x; 0, I))^\beta$, with $\beta$ rising geometrically to 1 from where half of the draws of
@@ -37,7 +39,9 @@ _CLIMB, _WARMUP = 0.5, 0.05
 _LONGEST = 1.0
 """Norm to which longer gradients are shortened."""
 _BEYOND = 10.0
-"""Nats below the least finite log-weight that a walk out of the support counts with."""
+"""Nats below the least finite one of a batch that a walk counts with which ends where the target is zero."""
+_FAR = 3.0
+"""Medians from the median beyond which the distance of a log-weight counts, and not its square."""
 _FEW = 10.0
 """Number of effective walks of an island below which its estimate is not reliable."""
 _LEFT_OUT = 0.01
@@ -83,11 +87,14 @@ class Trainer:
 
     def __init__(self, walk: Walk, objective: str, num_steps: int, batch_size: int, learning_rate: float) -> None:
         self._walk, self._objective, self._num_steps, self._batch_size = walk, objective, num_steps, batch_size
-        warmup = max(1, int(_WARMUP * num_steps))
-        rate = optax.warmup_cosine_decay_schedule(
-            0.1 * learning_rate, learning_rate, warmup, max(num_steps, warmup + 1)
-        )
-        self._optimizer = optax.chain(optax.clip_by_global_norm(_LONGEST), optax.adam(rate))
+        self._learning_rate = learning_rate
+
+    @property
+    def _optimizer(self) -> optax.GradientTransformation:
+        """Made anew, since it does not pickle."""
+        largest, warmup = self._learning_rate, max(1, int(_WARMUP * self._num_steps))
+        rate = optax.warmup_cosine_decay_schedule(0.1 * largest, largest, warmup, max(self._num_steps, warmup + 1))
+        return optax.chain(optax.clip_by_global_norm(_LONGEST), optax.adam(rate))
 
     def start(self, learned: Learned) -> Training:
         """Before the first step."""
@@ -129,7 +136,13 @@ class Trainer:
         tilt = jax.lax.stop_gradient(walked.log_tilt)
         least = jnp.min(tilt, where=inside, initial=jnp.inf) - _BEYOND
         values = walked.log_rest + power * jnp.where(inside, tilt, jnp.where(jnp.isfinite(least), least, 0.0))
-        return jnp.var(values, where=proper), log_weights
+        off = values - jax.lax.stop_gradient(_median(values, proper))
+        bend = jnp.maximum(_FAR * jax.lax.stop_gradient(_median(jnp.abs(off), proper)), 1.0)
+        return 2.0 * jnp.mean(optax.losses.huber_loss(off, delta=bend), where=proper), log_weights
+
+
+def _median(values: jax.Array, where: jax.Array) -> jax.Array:
+    return jnp.nanmedian(jnp.where(where, values, jnp.nan))
 
 
 def problems_of(log_weights: np.ndarray, trace: Trace) -> tuple[str, ...]:
