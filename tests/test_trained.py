@@ -15,6 +15,8 @@ from scipy.stats import norm
 from numpyro_diffusion.diagnostics import to_arviz, verdict
 from numpyro_diffusion.infer import DenoisingDiffusionSampler
 from numpyro_diffusion.infer.particles.trained import walk
+from numpyro_diffusion.infer.particles.trained.problems import problems_of, reference_of
+from numpyro_diffusion.infer.particles.trained.training import Trace
 from numpyro_diffusion.nn import MLP
 
 KEY = jax.random.key
@@ -62,7 +64,7 @@ def test_the_evidence_is_unbiased_whatever_the_network():
     assert bound.value + 4.0 * bound.standard_error < log_evidence_of(Y)
     x, error = sampler.get_samples()["x"], 5.0 * np.sqrt(0.8 / sampler.effective_size)
     assert (abs(x.mean(0) - (1.0 + 0.8 * (Y - 1.0))) < error).all() and (abs(x.var(0) - 0.8) < 1.5 * error).all()
-    assert sampler.num_target_evals == 1000 + 20_000 * (5 + 1 + 1)
+    assert sampler.num_target_evals == 2 * 5000 + 20_000 * (5 + 1 + 1)
 
 
 def test_a_wrong_variance_of_a_step_is_caught(monkeypatch):
@@ -92,7 +94,7 @@ SMALL = {"batch_size": 128, "num_levels": 12, **QUIET}
 
 @pytest.fixture(scope="module")
 def trained():
-    sampler = DenoisingDiffusionSampler(two_modes, 4000, num_training_steps=400, num_islands=10, **SMALL)
+    sampler = DenoisingDiffusionSampler(two_modes, 4000, num_training_steps=300, num_islands=10, **SMALL)
     return pickle.dumps(sampler.train(KEY(0)))  # the programs are left behind
 
 
@@ -116,7 +118,7 @@ def test_two_modes(trained, correct, tmp_path, capsys):
         assert (abs(x[mode].mean(0) - mean) < 4.0 * width / np.sqrt(size * mode.mean())).all()
         assert (abs(x[mode].var(0) / width**2 - 1.0) < 4.0 * np.sqrt(2.0 / (size * mode.mean()))).all()
     assert np.isfinite(sampler.training.loss).all() and sampler.training.power[-1] == 1.0
-    assert sampler.num_target_evals == 1000 + 400 * 128 * 13 + 4000 * (13 + 1 + sampler._moves_made)
+    assert sampler.num_target_evals == 2 * 5000 + 300 * 128 * 13 + 4000 * (13 + 1 + sampler._moves_made)
     sampler = pickle.loads(pickle.dumps(sampler))
     data = to_arviz(sampler)
     assert data["posterior"]["x"].shape == (10, 400, 2) and data["posterior"].attrs["log_evidence"] == value
@@ -135,7 +137,7 @@ def half_line():
 @SLOW
 def test_hard_walls_and_holes():
     """The evidence is P(x > .5), and no draw is outside."""
-    sampler = DenoisingDiffusionSampler(half_line, 2000, num_training_steps=100, num_moves=0, num_islands=10, **SMALL)
+    sampler = DenoisingDiffusionSampler(half_line, 2000, num_training_steps=50, num_moves=0, num_islands=10, **SMALL)
     sampler.run(KEY(0))
     value, error, _ = sampler.log_evidence
     assert not sampler.problems and abs(value - norm.logsf(0.5)) < 4.0 * error < 0.2
@@ -192,6 +194,15 @@ def test_what_cannot_be_trusted_says_so():
     assert np.isinf(lost.log_evidence.standard_error) and not verdict(lost).converged
 
 
+def test_weights_that_agree_on_too_little_are_found_out():
+    """All walks in a mode of share .7, when draws about the prior see both; and not when these are few."""
+    trace = Trace(*np.zeros((4, 10)))
+    (message,) = problems_of(np.full((4, 100), np.log(0.7)), trace, reference_of(jnp.zeros(5000)))
+    assert "modes are lost: the walks hold 0.70" in message
+    assert problems_of(np.zeros((4, 100)), trace, reference_of(jnp.zeros(5000))) == ()
+    assert problems_of(np.zeros((4, 100)), trace, reference_of(jnp.zeros(5000).at[0].set(50.0))) == ()
+
+
 def run(model, *args, **options):
     DenoisingDiffusionSampler(model, 80, **FEW, **options).run(KEY(0), *args)
 
@@ -204,8 +215,8 @@ REFUSED = {
     "nothing": (lambda: run(nothing), "DenoisingDiffusionSampler needs a latent site"),
     "discrete": (lambda: run(discrete), r"sites \['k'\] are discrete"),
     "improper": (lambda: run(improper), "DenoisingDiffusionSampler takes its units .* Give location= and scale="),
-    "nan": (lambda: run(not_a_number), "zero or NaN at all of 1000 points"),
-    "impossible": (lambda: run(impossible), "zero or NaN at all of 1000 points"),
+    "nan": (lambda: run(not_a_number), "zero or NaN at all of 5000 points"),
+    "impossible": (lambda: run(impossible), "zero or NaN at all of 5000 points"),
     "one of two": (lambda: run(narrow, location={"x": 0.0}), "must be given together"),
     "flat": (lambda: run(narrow, location={"x": 0.0}, scale={"x": 0.0}), "those given are not"),
     "network": (lambda: run(normal, Y, network=MLP((3,), 8, 1, rngs=nnx.Rngs(0))), "vectors of 4 entries"),

@@ -10,8 +10,9 @@ and walks chosen by weight are draws of the posterior in the limit of many. Trai
 nothing else: what was learned badly costs effective walks, and that is seen. Walks may also be taken as proposals of
 independent Metropolis chains, one on each island. Moves by MALA separate copies in the end.
 
-What no weight shows is a mode to which no walk has gone. A walk that is trained on its own ends can forget a mode:
-`training` tempers the target against that, which is no proof.
+What no weight shows is a mode to which no walk has gone, and a walk that is trained on its own ends can forget one.
+`training` tempers the target against that, which is no proof. In a few dimensions importance sampling about the prior
+shows it (`problems`); in more, nothing does.
 
 It learns anew for each posterior, and what it learns costs far more evaluations of the target than `TemperedSMC` needs
 for the same draws; see `docs/concepts/trained.md` for figures. It pays if many more draws of one posterior are wanted,
@@ -35,7 +36,7 @@ from jax.scipy.special import logsumexp
 from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
-from numpyro_diffusion.infer.kernel.choose import effective_size, metropolis, next_temperature, without_improper
+from numpyro_diffusion.infer.kernel.choose import effective_size, metropolis, without_improper
 from numpyro_diffusion.infer.kernel.compiled import Compiled
 from numpyro_diffusion.infer.model.density import Status
 from numpyro_diffusion.infer.model.handlers import Model
@@ -59,13 +60,13 @@ from numpyro_diffusion.infer.particles.evidence import (
 )
 from numpyro_diffusion.infer.particles.learned.law import log_normal
 from numpyro_diffusion.infer.particles.mutate import separate
+from numpyro_diffusion.infer.particles.trained.problems import NUM_DRAWS, Reference, problems_of, reference_of
 from numpyro_diffusion.infer.particles.trained.training import (
     OBJECTIVES,
     Trace,
     Trained,
     Trainer,
     Training,
-    problems_of,
 )
 from numpyro_diffusion.infer.particles.trained.walk import Learned, LogDensity, Walk
 from numpyro_diffusion.nn import MLP
@@ -73,8 +74,7 @@ from numpyro_diffusion.nn import MLP
 _NAME = "DenoisingDiffusionSampler"
 _CALLS = 20
 """Compiled calls of training, between which the bar moves."""
-_START = 1000
-"""Draws of N(0, I) by which the first power of the target is found."""
+_AT_ONCE = 1000
 
 Self = TypeVar("Self", bound="DenoisingDiffusionSampler")
 
@@ -176,7 +176,7 @@ class DenoisingDiffusionSampler(ParticleSampler):
         self._num_training_steps, self._batch_size = num_training_steps, batch_size
         self._network, self._correct, self._num_moves = network, correct, num_moves
         self._kept: Trained | None = None
-        self._compiled = Compiled(model, self._units, self._lowest, self._steps, self._draw)
+        self._compiled = Compiled(model, self._units, self._by_prior, self._steps, self._draw)
 
     def train(self: Self, rng_key: jax.Array, *args: Any, **kwargs: Any) -> Self:
         """Trains, and keeps what was learned for all later runs; they are exact at other arguments too, as weights are.
@@ -218,7 +218,7 @@ class DenoisingDiffusionSampler(ParticleSampler):
     def num_target_evals(self) -> int:
         """Of the model's density, with its gradient or without: training, also an earlier one, walks and moves."""
         trained, walks = self._ran.history, self._shape[0] * self._shape[1]
-        return trained.num_target_evals + walks * (self._walk.evaluations + self._moves_made + 1)
+        return trained.num_target_evals + NUM_DRAWS + walks * (self._walk.evaluations + self._moves_made + 1)
 
     def print_summary(self, prob: float = 0.9) -> None:
         super().print_summary(prob)
@@ -229,14 +229,14 @@ class DenoisingDiffusionSampler(ParticleSampler):
 
     def _train(self, key: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Trained:
         check_model(_NAME, Record(self._model).at(args, kwargs), self._given)
-        units_of, lowest_of, steps, _ = self._compiled.bind(args, kwargs)
+        units_of, by_prior, steps, _ = self._compiled.bind(args, kwargs)
         key_units, key_network, key_start, key_steps = jax.random.split(key, 4)
         units = units_of(key_units)
         check_units(_NAME, units, self._given is not None)
-        size, count, lowest = units[0].size, self._num_training_steps, lowest_of(key_start, units)
+        size, count, lowest = units[0].size, self._num_training_steps, by_prior(key_start, units).lowest
         if not bool(lowest > 0.0):
             raise ValueError(
-                f"the model's density must be positive and finite somewhere; it is zero or NaN at all of {_START} "
+                f"the model's density must be positive and finite somewhere; it is zero or NaN at all of {NUM_DRAWS} "
                 "points about the prior. Look for a factor that is not finite, or give location= and scale= nearer to "
                 "the posterior"
             )
@@ -252,11 +252,11 @@ class DenoisingDiffusionSampler(ParticleSampler):
                 training = steps(key_steps, units, training, lowest, jnp.asarray(first), jnp.asarray(end))
                 bar.set_postfix_str(f"loss {training.trace.loss[end - 1]:.3g}", refresh=False)
                 bar.update(end - first)
-        evaluations = _START + count * self._batch_size * self._walk.evaluations
+        evaluations = NUM_DRAWS + count * self._batch_size * self._walk.evaluations
         return Trained(units, training.learned, jax.tree.map(np.asarray, training.trace), evaluations)
 
     def _sample(self, rng_key: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Outcome:
-        key_train, key_draw = jax.random.split(rng_key)
+        key_train, key_draw, key_check = jax.random.split(rng_key, 3)
         trained = self._train(key_train, args, kwargs) if self._kept is None else self._kept
         reading = Record(self._model).at(args, kwargs)
         check_model(_NAME, reading, self._given)
@@ -266,15 +266,17 @@ class DenoisingDiffusionSampler(ParticleSampler):
                 f"the model has {size} unconstrained numbers, and {trained.units[0].size} where train() learned. Train "
                 "again at these arguments"
             )
-        draws, log_weights, moves = self._compiled.bind(args, kwargs)[3](key_draw, trained.units, trained.learned)
+        _, by_prior, _, draw = self._compiled.bind(args, kwargs)
+        draws, log_weights, moves = draw(key_draw, trained.units, trained.learned)
         if not bool(jnp.isfinite(log_weights).any()):
             raise ValueError(
                 "the model's density must be positive and finite at the end of some walk; it is zero or NaN at all of "
                 "them. Look for a factor that is not finite, or raise num_training_steps"
             )
         self._log_weights, self._moves_made = log_weights, int(moves)
-        islands = logsumexp(log_weights, axis=1) - jnp.log(self._shape[1])
-        evidence, problems = evidence_of(islands), problems_of(np.asarray(log_weights), trained.trace)
+        evidence = evidence_of(logsumexp(log_weights, axis=1) - jnp.log(self._shape[1]))
+        reference = by_prior(key_check, trained.units)
+        problems = problems_of(np.asarray(log_weights), trained.trace, reference)
         if problems:
             evidence = evidence._replace(standard_error=jnp.full((), jnp.inf))
         return Outcome(draws, evidence, trained, problems)
@@ -290,11 +292,10 @@ class DenoisingDiffusionSampler(ParticleSampler):
         vector = vector_of(self._model, units, args, kwargs)
         return lambda w: vector.log_density(w) - log_normal(w, jnp.ones(()))
 
-    def _lowest(self, key: jax.Array, units: Units, args: tuple, kwargs: dict) -> jax.Array:
-        """The power of the target at which half of the draws of N(0, I) are effective; 0 if none is."""
-        points = jax.random.normal(key, (_START, units[0].size))
-        tilts = without_improper(jax.vmap(self._log_tilt(units, args, kwargs))(points))
-        return jnp.where(jnp.isfinite(tilts).any(), next_temperature(tilts, jnp.zeros(()), 0.5), 0.0)
+    def _by_prior(self, key: jax.Array, units: Units, args: tuple, kwargs: dict) -> Reference:
+        """What draws of N(0, I) say of the target."""
+        points = jax.random.normal(key, (NUM_DRAWS, units[0].size))
+        return reference_of(jax.lax.map(self._log_tilt(units, args, kwargs), points, batch_size=_AT_ONCE))
 
     def _steps(self, key: jax.Array, units: Units, training: Training, *rest: Any) -> Training:
         """Steps of training."""

@@ -27,7 +27,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from numpyro_diffusion.infer.kernel.choose import effective_size, is_density, keep_finite
@@ -42,10 +41,6 @@ _BEYOND = 10.0
 """Nats below the least finite one of a batch that a walk counts with which ends where the target is zero."""
 _FAR = 3.0
 """Medians from the median beyond which the distance of a log-weight counts, and not its square."""
-_FEW = 10.0
-"""Number of effective walks of an island below which its estimate is not reliable."""
-_LEFT_OUT = 0.01
-"""Share of the steps of training, whose loss was not finite, above which it has failed."""
 
 
 class Trace(NamedTuple):
@@ -143,25 +138,3 @@ class Trainer:
 
 def _median(values: jax.Array, where: jax.Array) -> jax.Array:
     return jnp.nanmedian(jnp.where(where, values, jnp.nan))
-
-
-def problems_of(log_weights: np.ndarray, trace: Trace) -> tuple[str, ...]:
-    """Messages if few walks (islands, n) have all the weight, or training has failed."""
-    problems, steps, n = [], len(trace.loss), log_weights.shape[1]
-    left_out = int(np.isnan(trace.loss).sum())
-    if left_out > _LEFT_OUT * steps:
-        problems.append(
-            f"training has failed: {left_out} of {steps} steps had a loss or a gradient that is not finite and were "
-            "left out. Look for a factor of the model that is not finite, or lower learning_rate"
-        )
-    smallest = float(jax.vmap(effective_size)(log_weights).min())
-    if smallest < min(_FEW, 0.25 * n):
-        last = trace.loss[-max(1, steps // 10) :]
-        how = f"loss {np.nanmean(last):.3g} at the end" if np.isfinite(last).any() else "nothing learned"
-        problems.append(
-            f"the weights degenerate: of the {n} walks of an island only {smallest:.1f} are effective, after {steps} "
-            f"steps of training ({how}). Draws are copies of a few and modes may be lost; the log evidence is most "
-            "likely too small by more than islands show, so its error is infinite. Raise num_training_steps, "
-            "batch_size or num_levels, or use TemperedSMC(model)"
-        )
-    return tuple(problems)
