@@ -73,8 +73,8 @@ def problems_of(log_weights: np.ndarray, trace: Trace, reference: Reference) -> 
     held, error = shares.mean(), np.hypot(shares.std() / np.sqrt(shares.size), float(reference.relative_error))
     if 1.0 - held > _ERRORS * error:
         problems.append(
-            f"modes are lost: the walks hold {held:.2f} +- {error:.2f} of the evidence that {NUM_DRAWS} draws about the "
-            "prior have found. Draws and evidence are wrong by more than islands show, so its error is infinite. Take "
-            "guided=True, more training, or TemperedSMC(model)"
+            f"modes are lost: the walks hold {held:.2f} +- {error:.2f} of the evidence that {NUM_DRAWS} draws about "
+            "the prior have found. Draws and evidence are wrong by more than islands show, so its error is infinite. "
+            "Take guided=True, more training, or TemperedSMC(model)"
         )
     return tuple(problems)
