@@ -99,8 +99,10 @@ def move(
             accept_prob=so_far.accept_prob + jnp.mean(getattr(state, "accept_prob", jnp.nan)),  # the sum, until the end
             noise_level=_centre(state),
             log_growth=_log_step(state) - log_step,
-            num_score_evals=so_far.num_score_evals + jnp.max(jnp.asarray(getattr(state, "num_score_evals", 0))),
-            num_diverging=so_far.num_diverging + jnp.sum(jnp.asarray(getattr(state, "diverging", 0), jnp.int32)),
+            num_score_evals=so_far.num_score_evals
+            + jnp.max(jnp.asarray(getattr(state, "num_score_evals", 0), count.dtype)),
+            num_diverging=so_far.num_diverging
+            + jnp.sum(jnp.asarray(getattr(state, "diverging", 0)), dtype=count.dtype),
         )
 
     zero, one = jnp.zeros(()), jnp.ones(())

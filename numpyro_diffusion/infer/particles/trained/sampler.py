@@ -75,6 +75,7 @@ _NAME = "DenoisingDiffusionSampler"
 _CALLS = 20
 """Compiled calls of training, between which the bar moves."""
 _AT_ONCE = 1000
+"""Draws about the prior that are evaluated together."""
 
 Self = TypeVar("Self", bound="DenoisingDiffusionSampler")
 
@@ -99,7 +100,7 @@ class DenoisingDiffusionSampler(ParticleSampler):
         network: a backbone for vectors of twice as many entries as there are unconstrained numbers, whose output is
             zero before training; None for an `MLP`.
         guided: whether the target's gradient steers the walk, at one evaluation a level. Without it, a walk is one
-            evaluation.
+            evaluation, and modes are easily lost.
         learning_rate: the largest of Adam, positive.
         num_levels: noise levels of a walk, at least 2.
         noise_levels: the highest and the lowest, in units of `scale`.
@@ -119,7 +120,7 @@ class DenoisingDiffusionSampler(ParticleSampler):
             looked at.
 
     Warns:
-        UserWarning: if few walks have all the weight, or training has failed.
+        UserWarning: if few walks have all the weight, modes are lost, or training has failed.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
