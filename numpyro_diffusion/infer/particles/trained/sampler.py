@@ -109,7 +109,7 @@ class DenoisingDiffusionSampler(ParticleSampler):
         num_moves: at most so many moves by MALA in the end, 0 for none.
         location: centre of the law, unconstrained values by site; None takes the mean of draws of the prior.
         scale: standard deviations there, positive, in the same form; None takes those of the prior.
-        num_islands: independent parts of the walks, whose estimates of the evidence give its error.
+        num_islands: parts of the walks, as chains of their own. The error of the evidence is that of all walks.
         progress_bar: whether to show the training.
 
     Raises:
@@ -276,6 +276,8 @@ class DenoisingDiffusionSampler(ParticleSampler):
             )
         self._log_weights, self._moves_made = log_weights, int(moves)
         evidence = evidence_of(logsumexp(log_weights, axis=1) - jnp.log(self._shape[1]))
+        by_walk = evidence_of(log_weights.reshape(-1)).standard_error  # walks are independent, also on one island
+        evidence = evidence._replace(standard_error=by_walk)
         reference = by_prior(key_check, trained.units)
         problems = problems_of(np.asarray(log_weights), trained.trace, reference)
         if problems:
