@@ -14,6 +14,9 @@ Methods, each with as many draws as `--draws` says:
     langevin   the same with 8 Langevin steps of 16 inner particles in place of shared ones
     unweighted draws of a solver of 64 steps with the denoiser of `designed` and 64 particles of its own: reverse
                diffusion without a correction
+    trained    `DenoisingDiffusionSampler`: a walk that is trained on the target, with weights; training is in its
+               evaluations
+    unguided   the same without the gradient in the walk, so that a walk is one evaluation
     tempered   `TemperedSMC` with its default moves
 
 A row has the error of log Z (not for `unweighted`), its own standard error (inf: the run says that it cannot be
@@ -37,7 +40,7 @@ import jax.numpy as jnp
 import mog40
 import numpy as np
 
-from numpyro_diffusion.infer import DesignedDiffusion, TemperedSMC
+from numpyro_diffusion.infer import DenoisingDiffusionSampler, DesignedDiffusion, TemperedSMC
 from numpyro_diffusion.solve import DPMSolverPP, sample
 
 QUIET = {"progress_bar": False}
@@ -93,6 +96,10 @@ def by_particles(make: Callable, problem: Problem, num_draws: int, key: jax.Arra
         sizes = sampler.levels
         evidence |= {"smallest_size": float(sizes.effective_size.min()), "inner_size": float(sizes.inner_size.min())}
         return sampler.get_samples(), evidence, sampler.num_evaluations
+    if isinstance(sampler, DenoisingDiffusionSampler):
+        bound = float(sampler.evidence_bound.value) - problem.log_evidence
+        evidence |= {"effective_size": sampler.effective_size, "bound_off": bound}
+        return sampler.get_samples(), evidence, sampler.num_target_evals
     evidence["own_error"] = np.inf if sampler.problems else evidence["own_error"]
     return sampler.get_samples(), evidence, num_draws * sum(int(t.num_moves) + 2 for t in sampler.temperatures)
 
@@ -112,6 +119,8 @@ METHODS = {
     "designed": partial(by_particles, DesignedDiffusion),
     "langevin": partial(by_particles, partial(DesignedDiffusion, num_steps=8)),
     "unweighted": unweighted,
+    "trained": partial(by_particles, DenoisingDiffusionSampler),
+    "unguided": partial(by_particles, partial(DenoisingDiffusionSampler, guided=False)),
     "tempered": partial(by_particles, TemperedSMC),
 }
 

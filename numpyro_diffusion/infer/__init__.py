@@ -15,7 +15,14 @@ from numpyro_diffusion.infer.model import (
     with_flow,
 )
 from numpyro_diffusion.infer.noise import CrankNicolson, DelayedAcceptance, EllipticalSlice, NoiseSpace
-from numpyro_diffusion.infer.particles import DesignedDiffusion, LearnedMCMC, PopulationHMC, TemperedSMC, TwistedSMC
+from numpyro_diffusion.infer.particles import (
+    DenoisingDiffusionSampler,
+    DesignedDiffusion,
+    LearnedMCMC,
+    PopulationHMC,
+    TemperedSMC,
+    TwistedSMC,
+)
 from numpyro_diffusion.infer.reverse import DiffusionPCN, GuidedPCN, Independence, ParticleGibbs, SplitGibbs
 from numpyro_diffusion.infer.trust import SBC, BiasReport, bias_report
 
@@ -28,6 +35,7 @@ __all__ = [
     "CrankNicolson",
     "Cycle",
     "DelayedAcceptance",
+    "DenoisingDiffusionSampler",
     "Density",
     "DesignedDiffusion",
     "DiffusionGibbs",

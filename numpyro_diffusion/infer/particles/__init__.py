@@ -4,6 +4,14 @@ from numpyro_diffusion.infer.particles.designed import DesignedDiffusion
 from numpyro_diffusion.infer.particles.learned import LearnedMCMC
 from numpyro_diffusion.infer.particles.population import PopulationHMC
 from numpyro_diffusion.infer.particles.tempered import TemperedSMC
+from numpyro_diffusion.infer.particles.trained import DenoisingDiffusionSampler
 from numpyro_diffusion.infer.particles.twisted import TwistedSMC
 
-__all__ = ["DesignedDiffusion", "LearnedMCMC", "PopulationHMC", "TemperedSMC", "TwistedSMC"]
+__all__ = [
+    "DenoisingDiffusionSampler",
+    "DesignedDiffusion",
+    "LearnedMCMC",
+    "PopulationHMC",
+    "TemperedSMC",
+    "TwistedSMC",
+]

@@ -26,11 +26,16 @@ import jax
 import jax.numpy as jnp
 from numpyro.infer.mcmc import MCMCKernel
 
+from numpyro_diffusion.infer.gradient.langevin import MALA
 from numpyro_diffusion.infer.kernel.adapt import pool_adaptation
+from numpyro_diffusion.infer.model.handlers import Model
 
 Points = dict[str, jax.Array]
 NUM_STEP_SIZES = 8
 """Step sizes that are carried from temperature to temperature; further ones of a kernel begin anew."""
+
+_APART = 0.1
+"""Correlation with their ancestors at which copies are separate."""
 
 
 class Moves(NamedTuple):
@@ -94,8 +99,10 @@ def move(
             accept_prob=so_far.accept_prob + jnp.mean(getattr(state, "accept_prob", jnp.nan)),  # the sum, until the end
             noise_level=_centre(state),
             log_growth=_log_step(state) - log_step,
-            num_score_evals=so_far.num_score_evals + jnp.max(jnp.asarray(getattr(state, "num_score_evals", 0))),
-            num_diverging=so_far.num_diverging + jnp.sum(jnp.asarray(getattr(state, "diverging", 0), jnp.int32)),
+            num_score_evals=so_far.num_score_evals
+            + jnp.max(jnp.asarray(getattr(state, "num_score_evals", 0), count.dtype)),
+            num_diverging=so_far.num_diverging
+            + jnp.sum(jnp.asarray(getattr(state, "diverging", 0)), dtype=count.dtype),
         )
 
     zero, one = jnp.zeros(()), jnp.ones(())
@@ -106,6 +113,27 @@ def move(
     state = pool_adaptation(_grown(log_growth, _centred_at(noise_level, state)))
     state, moves = jax.lax.while_loop(going, once, (state, none))
     return point(state), moves._replace(accept_prob=moves.accept_prob / moves.num_moves)
+
+
+def separate(
+    model: Model, key: jax.Array, z: Points, args: tuple, kwargs: dict[str, Any], max_moves: int
+) -> tuple[Points, jax.Array]:
+    """Draws of a model, with copies among them, after moves by `MALA`; and the number of moves.
+
+    Args:
+        model: whose draws they are.
+        key: random key.
+        z: unconstrained values by site, (N, ...).
+        args: the model's arguments.
+        kwargs: its keyword arguments.
+        max_moves: largest number of moves, 0 for none.
+    """
+    if not max_moves:
+        return z, jnp.zeros((), int)
+    keys, nan = jax.random.split(key, len(jax.tree.leaves(z)[0])), jnp.full((), jnp.nan)
+    growth = jnp.full(NUM_STEP_SIZES, nan)
+    z, made = move(MALA(model), keys, z, args, kwargs, nan, growth, correlation=_APART, max_moves=max_moves)
+    return z, made.num_moves
 
 
 def _has_levels(node: Any) -> bool:

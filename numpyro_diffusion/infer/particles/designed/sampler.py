@@ -43,7 +43,6 @@ from jax.typing import ArrayLike
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import FromTarget
 from numpyro_diffusion.denoise.designed.target import Shared, check_numbers
-from numpyro_diffusion.infer.gradient.langevin import MALA
 from numpyro_diffusion.infer.kernel.choose import effective_size, without_improper
 from numpyro_diffusion.infer.kernel.compiled import Compiled
 from numpyro_diffusion.infer.model.density import Status
@@ -52,6 +51,7 @@ from numpyro_diffusion.infer.model.record import Record
 from numpyro_diffusion.infer.particles.designed.vector import (
     Standardised,
     Units,
+    both,
     check_model,
     check_units,
     given_units,
@@ -68,10 +68,8 @@ from numpyro_diffusion.infer.particles.evidence import (
     pool_islands,
     resample_islands,
 )
-from numpyro_diffusion.infer.particles.mutate import NUM_STEP_SIZES, move
+from numpyro_diffusion.infer.particles.mutate import separate
 
-_CORRELATION = 0.1
-"""With their ancestors, at which the moves in the end have done their work."""
 _FEW = 10.0
 """Number of effective walks of an island below which its estimate is not reliable."""
 
@@ -140,12 +138,10 @@ class DesignedDiffusion(ParticleSampler):
         highest, lowest = noise_levels
         _checks.positive(**{"noise_levels[1]": lowest})
         _checks.exceeds("noise_levels[0]", highest, "noise_levels[1]", lowest)
-        if (location is None) != (scale is None):
-            raise ValueError(f"location and scale must be given together; got {location=}, {scale=}")
         self._walk = Walk(self._shape, num_inner, 0 if num_steps else num_shared, num_steps, ess_threshold)
         self._noise_levels = np.geomspace(highest, lowest, num_levels)
         self._num_moves = num_moves
-        self._given = None if location is None or scale is None else (dict(location), dict(scale))
+        self._given = both(location, scale)
         self._of_denoiser: tuple[Units, tuple, dict[str, Any]] | None = None
         self._compiled = Compiled(model, self._units, self._start, self._down, self._finish)
 
@@ -206,9 +202,9 @@ class DesignedDiffusion(ParticleSampler):
 
     def _prepare(self, key: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Units:
         """Checks the model at its arguments, and gives its units."""
-        check_model(Record(self._model).at(args, kwargs), self._given)
+        check_model("DesignedDiffusion", Record(self._model).at(args, kwargs), self._given)
         units = self._compiled.bind(args, kwargs)[0](key)
-        check_units(units, self._given is not None)
+        check_units("DesignedDiffusion", units, self._given is not None)
         return units
 
     def _sample(self, rng_key: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Outcome:
@@ -274,7 +270,7 @@ class DesignedDiffusion(ParticleSampler):
     def _units(self, key: jax.Array, args: tuple, kwargs: dict) -> Units:
         """Location and scale of all latent sites, (D,)."""
         if self._given is None:
-            return units_of_prior(self._model, key, args, kwargs)
+            return units_of_prior("DesignedDiffusion", self._model, key, args, kwargs)
         return given_units(Record(self._model).at(args, kwargs), *self._given)
 
     def _start(
@@ -299,21 +295,7 @@ class DesignedDiffusion(ParticleSampler):
         last = Level(level, sizes.sum(), harmonic_mean(sizes), jnp.ones(()), inner)
         vector = vector_of(self._model, units, args, kwargs)
         clean = cloud.seen.draw[resample_islands(key_resample, log_weights).reshape(-1)]
-        z, moves = jax.vmap(vector.point)(clean), jnp.zeros((), int)
-        if self._num_moves:
-            keys, nan = jax.random.split(key_moves, len(clean)), jnp.full((), jnp.nan)
-            z, made = move(
-                MALA(self._model),
-                keys,
-                z,
-                args,
-                kwargs,
-                nan,
-                jnp.full(NUM_STEP_SIZES, nan),
-                correlation=_CORRELATION,
-                max_moves=self._num_moves,
-            )
-            moves = made.num_moves
+        z, moves = separate(self._model, key_moves, jax.vmap(vector.point)(clean), args, kwargs, self._num_moves)
         values = jax.vmap(partial(vector.reading.constrain, deterministic=True))(z)
         pooled = pool_islands(key_pooled, log_evidence, n)
         return Draws(values, pooled, jnp.arange(len(clean)).reshape(self._shape)), log_evidence, last, moves

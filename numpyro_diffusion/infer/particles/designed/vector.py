@@ -54,6 +54,13 @@ class Standardised:
         return self.reading.constrain(self.point(w), deterministic=True)
 
 
+def both(location: Values | None, scale: Values | None) -> tuple[Values, Values] | None:
+    """Location and scale as the user gives them, None for none; raises `ValueError` for one without the other."""
+    if (location is None) != (scale is None):
+        raise ValueError(f"location and scale must be given together; got {location=}, {scale=}")
+    return None if location is None or scale is None else (dict(location), dict(scale))
+
+
 def given_units(reading: Reading, location: Values, scale: Values) -> Units:
     """Units that the user gives, (D,) each."""
     origin = reading.origin()
@@ -64,7 +71,7 @@ def given_units(reading: Reading, location: Values, scale: Values) -> Units:
     return flat(location), flat(scale)
 
 
-def units_of_prior(model: Model, key: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Units:
+def units_of_prior(sampler: str, model: Model, key: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Units:
     """Mean and standard deviation of draws of the prior, (D,) each; those that are not finite are left out."""
 
     def draw(key: jax.Array) -> jax.Array:
@@ -72,8 +79,8 @@ def units_of_prior(model: Model, key: jax.Array, args: tuple, kwargs: dict[str, 
             values = draw_prior(model, key, args, kwargs)
         except ValueError as error:
             raise ValueError(
-                "DesignedDiffusion takes its units from draws of the prior, and it cannot be drawn. Give location= "
-                f"and scale=, unconstrained values by site: {error}"
+                f"{sampler} takes its units from draws of the prior, and it cannot be drawn. Give location= and "
+                f"scale=, unconstrained values by site: {error}"
             ) from error
         return ravel_pytree(unconstrain_fn(model, args, kwargs, values))[0]
 
@@ -82,20 +89,20 @@ def units_of_prior(model: Model, key: jax.Array, args: tuple, kwargs: dict[str, 
     return jnp.nanmean(draws, 0), jnp.nanstd(draws, 0)
 
 
-def check_units(units: Units, given: bool) -> None:
+def check_units(sampler: str, units: Units, given: bool) -> None:
     """Raises `ValueError` unless every location is finite and every scale positive."""
     location, scale = units
     if not bool(jnp.isfinite(location).all() & jnp.isfinite(scale).all() & (scale > 0).all()):
         source = "those given are not" if given else "the moments of the prior's draws are not"
         raise ValueError(
-            f"DesignedDiffusion needs a finite location and a positive scale of every latent site; {source}. Give "
+            f"{sampler} needs a finite location and a positive scale of every latent site; {source}. Give "
             "location= and scale=, unconstrained values by site"
         )
 
 
-def check_model(reading: Reading, given: tuple[Values, Values] | None) -> None:
+def check_model(sampler: str, reading: Reading, given: tuple[Values, Values] | None) -> None:
     """Raises `ValueError` unless a model can be sampled, in the units that the user has given, or None."""
-    target.check(reading, Density("auto"), "DesignedDiffusion")
+    target.check(reading, Density("auto"), sampler)
     names = sorted(reading.structure.latent)
     for name, values in zip(("location", "scale"), given or (), strict=False):
         if sorted(values) != names:
