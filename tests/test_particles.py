@@ -93,6 +93,19 @@ def test_like_mcmc(smc, tmp_path, monkeypatch, capsys, compiling):
     assert "log evidence" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [TemperedSMC, DesignedDiffusion])
+def test_double_precision(cls, x64):
+    """Moves count in the integers of double precision too."""
+
+    def model(y):
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    x = cls(model, 400, progress_bar=False).run(jax.random.key(0), jnp.asarray(1.0)).get_samples()["x"]
+    assert x.dtype == jnp.float64 and abs(x.mean() - 0.5) < 4.0 * 2.0 * np.sqrt(0.5 / 400)
+
+
 def test_an_island_without_weight_is_filled_from_the_others():
     log_weights = jnp.log(jnp.array([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
     np.testing.assert_array_equal(resample_islands(jax.random.key(0), log_weights), np.ones((2, 3)))
