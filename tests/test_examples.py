@@ -5,12 +5,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import numpyro
 import pytest
 
+from numpyro_diffusion import DiffusionPrior
+from numpyro_diffusion.denoise import Gaussian
 from numpyro_diffusion.diagnostics import verdict
+from numpyro_diffusion.solve import DPMSolverPP
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 multimodal = importlib.import_module("multimodal")
+separation = importlib.import_module("separation")
 
 
 def test_probabilities_of_sets_are_those_of_quadrature():
@@ -50,3 +55,38 @@ def test_a_population_weighs_modes_where_chains_stay():
     error = shares["PopulationHMC"].reshape(4, -1, len(exact)).mean(1).std(0, ddof=1) / 2.0
     assert error.max() < 0.08
     assert np.abs(off).max() < 0.16
+
+
+def test_the_linear_separation_is_the_mean_of_the_joint_normal_law():
+    """Digit, texture and picture are jointly normal: the mean given the picture, by the law of all 192 numbers."""
+    rng = np.random.default_rng(1)
+    examples, y = rng.normal(3.0, 2.0, (200, 8, 8)), rng.normal(size=(8, 8))
+    a, b = separation.GAINS.values()
+    of_digit, of_texture = np.cov(examples.reshape(-1, 64).T), separation.waves()
+    seen = np.hstack([a * np.eye(64), b * np.eye(64)])
+    prior = np.block([[of_digit, np.zeros((64, 64))], [np.zeros((64, 64)), of_texture]])
+    mean = np.concatenate([examples.mean(0).ravel(), np.zeros(64)])
+    precision = np.linalg.inv(prior) + seen.T @ seen / separation.NOISE**2
+    expected = mean + np.linalg.solve(precision, seen.T @ (y.ravel() - seen @ mean)) / separation.NOISE**2
+    np.testing.assert_allclose(np.ravel(separation.linear(y, examples)), expected, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_sources_are_separated_as_in_closed_form(monkeypatch):
+    """With a normal prior for the digits and gains held at the truth, NUTS meets the linear separation.
+
+    Of the 128 means the largest error is some three standard errors; a posterior standard deviation is at most that of
+    the prior, 2 and 1, and there are 100 effective draws or more: .6 and .3.
+    """
+    held = numpyro.handlers.condition(separation.model, separation.GAINS)
+    monkeypatch.setattr(separation, "model", held)
+    rng = np.random.default_rng(2)
+    examples = rng.normal(3.0, 2.0, (1000, 8, 8))
+    flat = examples.reshape(-1, 64)
+    laws = Gaussian(flat.mean(0), np.cov(flat.T)), Gaussian(np.zeros(64), separation.waves())
+    y = rng.normal(2.0, 4.0, (8, 8)).astype(np.float32)
+    priors = [DiffusionPrior(law, flow_solver=DPMSolverPP(10)) for law in laws]
+    draws = separation.sample(0, y, *priors, num=100).get_samples()
+    digit, texture = separation.linear(y, examples)
+    np.testing.assert_allclose(draws["digit"].mean(0), digit.ravel(), atol=0.6)
+    np.testing.assert_allclose(draws["texture"].mean(0), texture.ravel(), atol=0.3)
