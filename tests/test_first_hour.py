@@ -41,8 +41,8 @@ def first_hour(curves, y, blur):
 
     key_fit, key_run = jax.random.split(jax.random.key(0))
     network = MLP((8,), features=32, rngs=nnx.Rngs(0))
-    denoiser = fit(key_fit, network, curves, num_steps=1000, progress_bar=False).denoiser
-    prior = DiffusionPrior(denoiser, flow_solver=DPMSolverPP(16))
+    denoiser = fit(key_fit, network, curves, num_steps=600, progress_bar=False).denoiser
+    prior = DiffusionPrior(denoiser, flow_solver=DPMSolverPP(12))
 
     def model(y, prior):
         x = numpyro.sample("x", prior)
