@@ -57,7 +57,7 @@ def problems_of(log_weights: np.ndarray, trace: Trace, reference: Reference) -> 
             f"training has failed: {left_out} of {steps} steps had a loss or a gradient that is not finite and were "
             "left out. Look for a factor of the model that is not finite, or lower learning_rate"
         )
-    smallest = float(jax.vmap(effective_size)(log_weights).min())
+    smallest = float(jax.vmap(effective_size)(jnp.asarray(log_weights)).min())
     if smallest < min(_FEW, 0.25 * n):
         last = trace.loss[-max(1, steps // 10) :]
         how = f"loss {np.nanmean(last):.3g} at the end" if np.isfinite(last).any() else "nothing learned"

@@ -244,8 +244,8 @@ class DenoisingDiffusionSampler(ParticleSampler):
         network = self._network
         if network is None:
             network = MLP((2 * size,), 64 if size <= 8 else 128, 2, rngs=nnx.Rngs(key_network))
-        if getattr(network, "event_shape", (2 * size,)) != (2 * size,):
-            raise ValueError(f"network must be for vectors of {2 * size} entries; got {network.event_shape}")
+        if (shape := getattr(network, "event_shape", (2 * size,))) != (2 * size,):
+            raise ValueError(f"network must be for vectors of {2 * size} entries; got {shape}")
         training, called = self._trainer.start(self._walk.untrained(network, size)), -(-count // _CALLS)
         with self._bar(count, "training") as bar:
             for first in range(0, count, max(called, 1)):
