@@ -26,7 +26,10 @@ $$G_\theta(x_t, z) = E[x \mid x_t] + s_L \left( z + \frac{L}{\sqrt{s^2 + L^2}}\,
 The mean is the denoiser's: one evaluation of it and one of $N_\theta$. Where $L$ is small beside all scales of $p$,
 $x$ given $x_t$ is nearly Gaussian with deviation $L$ and $N_\theta$ hardly counts: a move of a small step has the
 right drift, which an error of a learned mean, small beside $L$ but not beside $L^2$, would spoil. Elsewhere the law of
-$G_\theta(x_t, z)$ is that which training has made of it.
+$G_\theta(x_t, z)$ is that which training has made of it: between modes, where the flow is steep, regression errs to
+the middle. A *second look* corrects that at the price of two more evaluations: $y = x + \ell \varepsilon$ about the
+draw, and a draw given $x_t$ and $y$, which are one point at a lower level (`denoise.Given`). It leaves $p(x \mid x_t)$
+as it is, and takes what lies between modes to one of them if $\ell$ is a level at which they are apart.
 
 References:
     Potaptchik et al., Meta flow maps enable scalable reward alignment, 2026 (a map of a noisy point and fresh noise),
@@ -42,6 +45,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser, Given, NetworkDenoiser
 from numpyro_diffusion.noise import grid_from
 from numpyro_diffusion.solve import flow
@@ -65,10 +69,11 @@ class GivenMap:
     Args:
         network: a `NetworkDenoiser` of target "x0", location 0 and scale 1 for points of `joined_shape(event_shape)`.
         event_shape: shape of one point and of its noise.
+        second_look: level of a second look at the draw, in units of the denoiser's scale; None for no second look.
 
     Raises:
         TypeError: if `network` is not a `NetworkDenoiser`.
-        ValueError: if it is for points of another shape, or of another target.
+        ValueError: if it is for points of another shape, or of another target, or the level is not positive.
 
     Example:
         >>> import jax.numpy as jnp
@@ -83,23 +88,43 @@ class GivenMap:
 
     stochastic = False
 
-    def __init__(self, network: NetworkDenoiser, event_shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, network: NetworkDenoiser, event_shape: tuple[int, ...], second_look: float | None = None
+    ) -> None:
         if not isinstance(network, NetworkDenoiser):
             raise TypeError(f"network must be a NetworkDenoiser; got {type(network).__name__}")
-        self.network, self.event_shape = network, tuple(event_shape)
+        self.network, self.event_shape, self.second_look = network, tuple(event_shape), second_look
         if (network.event_shape, network.target) != (joined_shape(self.event_shape), "x0"):
             raise ValueError(
                 f'network must be of target "x0" for points of shape {joined_shape(self.event_shape)}: noise, noisy '
                 f"point and mean, of shape {self.event_shape} each; got {network.target!r}, {network.event_shape}"
             )
 
+        if second_look is not None:
+            _checks.positive(second_look=second_look)
+
     def with_network(self, network: NetworkDenoiser) -> "GivenMap":
         """The same map of another network, such as one with other weights."""
-        return self.tree_unflatten(self.event_shape, (network,))
+        return GivenMap.tree_unflatten(self.tree_flatten()[1], (network,))
+
+    def with_second_look(self, level: float | None) -> "GivenMap":
+        """The same map with a second look at another level, or without one."""
+        return GivenMap(self.network, self.event_shape, level)
 
     def evaluations(self) -> int:
         """Evaluations of the denoiser and of the network for a draw."""
-        return 2
+        return 2 if self.second_look is None else 4
+
+    def draw(self, denoiser: Denoiser, x_t: jax.Array, t: ArrayLike, key: jax.Array) -> jax.Array:
+        """A clean point; after a second look at the first, if there is one; see `draw_given`."""
+        z, eps, fresh = jax.random.normal(key, (3, *x_t.shape), x_t.dtype)
+        x = self(denoiser, x_t, t, z)
+        if self.second_look is None:
+            return x
+        schedule, level = denoiser.schedule, self.second_look * denoiser.scale
+        s = jnp.clip(schedule.inverse_noise_level(level), schedule.t_min, schedule.t_max)
+        x_s = (schedule.alpha(s) * x + schedule.sigma(s) * eps).astype(x_t.dtype)
+        return self(denoiser, *Given(denoiser, x_t, t).together(x_s, s), fresh)
 
     def __call__(self, denoiser: Denoiser, x_t: jax.Array, t: ArrayLike, z: jax.Array) -> jax.Array:
         """The clean point at noise `z`, by the denoiser of the law that it was trained with; see `flow_given`."""
@@ -128,20 +153,20 @@ class GivenMap:
 
     def to_saved(self) -> tuple[NetworkDenoiser, dict[str, Any], dict[str, Any]]:
         """Its network, plain JSON values and further arrays, for `checkpoint.save`."""
-        return self.network, {"event_shape": list(self.event_shape)}, {}
+        return self.network, {"event_shape": list(self.event_shape), "second_look": self.second_look}, {}
 
     @classmethod
     def from_saved(cls, network: NetworkDenoiser, described: dict[str, Any], arrays: dict[str, Any]) -> "GivenMap":
         """What `to_saved` was given."""
-        return cls(network, tuple(described["event_shape"]))
+        return cls(network, tuple(described["event_shape"]), described["second_look"])
 
-    def tree_flatten(self) -> tuple[tuple[NetworkDenoiser], tuple[int, ...]]:
-        return (self.network,), self.event_shape
+    def tree_flatten(self) -> tuple[tuple[NetworkDenoiser], tuple[tuple[int, ...], float | None]]:
+        return (self.network,), (self.event_shape, self.second_look)
 
     @classmethod
-    def tree_unflatten(cls, event_shape: tuple[int, ...], leaves: tuple[NetworkDenoiser]) -> "GivenMap":
+    def tree_unflatten(cls, static: tuple[tuple[int, ...], float | None], leaves: tuple[NetworkDenoiser]) -> "GivenMap":
         self = object.__new__(cls)
-        (self.network,), self.event_shape = leaves, event_shape
+        (self.network,), (self.event_shape, self.second_look) = leaves, static
         return self
 
 
@@ -177,9 +202,11 @@ def draw_given(
         >>> draw_given(Adams(16), Gaussian([0.0, 0.0]), jnp.ones(2), 0.5, jax.random.key(0)).shape
         (2,)
     """
-    if not isinstance(solver, GivenMap) and solver.law == "reverse":
+    if isinstance(solver, GivenMap):
+        return solver.draw(denoiser, x_t, t, key)
+    if solver.law == "reverse":
         return solve(solver, denoiser, x_t, key, times=grid_from(solver.grid, denoiser.schedule, t, solver.num_times))
-    if not isinstance(solver, GivenMap) and solver.law != "flow":
+    if solver.law != "flow":
         raise ValueError(f"solver must be of law 'flow' or 'reverse'; {solver} has law={solver.law!r}")
     z = jax.random.normal(key, x_t.shape, x_t.dtype)
     return flow_given(solver, denoiser, x_t, t, z)

@@ -5,7 +5,7 @@ its mean: no noise that is handed to it beside $x_t$ tells it anything about $x$
 $x$ with the noise. The flow of $x$ given $x_t$ is one (`solve.flow_given`): a deterministic map $x = F(x_t, z)$ that
 takes $z \sim N(0, I)$ to $p(x \mid x_t)$. So noise, level, point and image are made by the teacher,
 
-$$x_0 \sim p, \quad \log L \sim U, \quad u = x_0 + L \varepsilon, \quad z \sim N(0, I), \quad x = F(u, z),$$
+$$x_0 \sim p, \quad L \sim q, \quad u = x_0 + L \varepsilon, \quad z \sim N(0, I), \quad x = F(u, z),$$
 
 and the map is regressed on the images, at all levels at once, in units of the scale that $x$ given $x_t$ has.
 
@@ -42,6 +42,8 @@ from numpyro_diffusion.train.distill.regression import BLOCK, check_numbers, reg
 
 _LOOKS = 4
 """Noisy points for each clean one."""
+_HARDEST, _WIDTH = 0.5, 1.0
+"""Centre, in units of the data's scale, and spread in logarithms of every other level of training."""
 _NUM_LEVELS = 8
 """Levels at which a map is measured, besides the two ends."""
 _FAR = 3.0
@@ -109,7 +111,8 @@ def distill_given(
         student: the network to train, copied: a backbone of `nn` for points three times as long along their last axis
             (noise, noisy point and mean side by side), such as `MLP((6,))` for a teacher of `event_shape` (2,). None
             takes an `MLP` of its own default size.
-        num_pairs: noisy points, each with one noise and its image, at log-uniform levels of the teacher's schedule.
+        num_pairs: noisy points, each with one noise and its image, at levels of the teacher's schedule: half of them
+            log-uniform, half about the scale of the data.
         num_steps: number of gradient steps.
         batch_size: pairs in a minibatch, drawn with replacement.
         optimizer: any optax optimiser; by default Adam, its rate warmed up to 4e-3 and decayed to zero along a cosine.
@@ -151,11 +154,9 @@ def distill_given(
     given_map = GivenMap(NetworkDenoiser(backbone, target="x0").unfreeze(), shape)
     key_points, key_images, key_steps, key_test = jax.random.split(key, 4)
     _, x = pairs(key_points, denoiser, solver, -(-num_pairs // _LOOKS))
-    log_ends = jnp.log(_ends(denoiser))
     key_levels, key_images = jax.random.split(key_images)
-    height = (jnp.arange(num_pairs) + jax.random.uniform(key_levels, (num_pairs,))) / num_pairs
-    levels = jnp.exp(log_ends[0] + (log_ends[1] - log_ends[0]) * height)
-    x = jnp.tile(x, (_LOOKS, *(1 for _ in shape)))[:num_pairs]  # each point at levels far from each other
+    levels = _draw_levels(key_levels, denoiser, num_pairs)
+    x = jnp.tile(x, (_LOOKS, *(1 for _ in shape)))[:num_pairs]
     made = _images(solver, denoiser, x, levels, key_images)
     _checks.finite("the image of noise given a noisy point under solver", made[-1], "Is the teacher's training done?")
     *inputs, z, image = made
@@ -221,6 +222,15 @@ def _ends(denoiser: Denoiser) -> jax.Array:
     """The lowest and the highest noise level."""
     schedule = denoiser.schedule
     return jnp.stack([jnp.asarray(schedule.noise_level(t)) for t in (schedule.t_min, schedule.t_max)])
+
+
+def _draw_levels(key: jax.Array, denoiser: Denoiser, count: int) -> jax.Array:
+    """Noise levels: log-uniform over all, and every other one about the scale of the data, where the map is hardest."""
+    low, high = jnp.log(_ends(denoiser))
+    key_all, key_near = jax.random.split(key)
+    over_all = jax.random.uniform(key_all, (count,), minval=low, maxval=high)
+    near = jnp.log(_HARDEST * denoiser.scale) + _WIDTH * jax.random.normal(key_near, (count,))
+    return jnp.exp(jnp.where(jnp.arange(count) % 2, jnp.clip(near, low, high), over_all))
 
 
 @jax.jit
