@@ -21,10 +21,11 @@ populations after their first run), `coverage`, `coverage_error`, `teacher_cover
 in eight dimensions (T1-like: means on a grid of spacing 8, unit variances, Dirichlet weights; one unit combination of
 the entries seen with unit noise). On the digits, moves of `DiffusionPCN` per CPU second by the map and by `Adams(62)`,
 64 evaluations. On the mixtures, chains start at exact draws of three posteriors and make moves at log-uniform levels;
-after the first half their pooled variances are compared with the truth: by the map, by `Adams(30)`, and by the map as
-a screen before `Adams(30)`, and by the map with a second look (four evaluations). Keys: `moves_ratio`; `variance_error`, of the map, the largest relative error of the
-variance of a coordinate over all these posteriors, with `..._second_look` of both, `variance_error_dear` of `Adams(30)`,
-`variance_error_screened`, `variance_floor` of exact draws of the same number of chains; `given`, `mixtures`.
+after the first half their pooled variances are compared with the truth: by the map, by the map with a second look (four
+evaluations), by `Adams(30)`, and by the map as a screen before `Adams(30)`. Keys: `moves_ratio`; `variance_error`, of
+the map, the largest relative error of the variance of a coordinate over all these posteriors; both with
+`_second_look`; `variance_error_dear` and `variance_error_screened`; `variance_floor`, of exact draws of the same number
+of chains; `given`, `mixtures`.
 """
 
 import argparse

@@ -103,6 +103,7 @@ def screened(
     new = jax.lax.cond(pooled(screen.accepted.astype(float)) > 0.0, confirm, lambda: old)
     log_ratio = new[1] - log_likelihood - (there - here)
     choice = metropolis(key_accept, jnp.where(screen.accepted, log_ratio, -jnp.inf), new, old, new[1])
-    evaluations = evaluations_back(draws.dear) + (count + 1) * (evaluations_given(draws.cheap) - 1) + 1  # type: ignore[operator]
+    after_mean = 1 if isinstance(draws.cheap, GivenMap) else evaluations_given(draws.cheap) - 1  # type: ignore[operator]
+    evaluations = evaluations_back(draws.dear) + (count + 1) * after_mean + 1
     evaluations += screen.accepted * evaluations_given(draws.dear)
     return choice._replace(diverging=choice.diverging | screen.diverging), evaluations
