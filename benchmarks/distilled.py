@@ -280,7 +280,7 @@ def moves_part(denoiser: Any, held_out: jax.Array, options: Any) -> dict[str, An
     }
     print({name: round(v, 1) for name, v in speeds.items()}, flush=True)
     given, mixtures = [row], []
-    for dimensions in (2,) if options.fast else (2, 8):
+    for dimensions in options.dimensions:
         law = modes(dimensions)
         screen, row = given_map(f"modes-{dimensions}", law, options, **MODES_TRAINING)
         given.append(row)
@@ -383,13 +383,14 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=120)
     parser.add_argument("--chains", type=int, default=20)
     parser.add_argument("--depth", type=int, default=4, help="largest depth of NUTS's trees")
+    parser.add_argument("--dimensions", type=int, nargs="+", choices=(2, 8), default=[2, 8], help="of the mixtures")
     parser.add_argument("--fast", action="store_true", help="everything tiny, to test that it runs")
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()
     if options.fast:
         options.digits = options.coverage = options.teacher = options.seeds = 1
         options.warmup = options.draws = 4
-        options.evaluations, options.chains, options.depth = [1], 2, 2
+        options.evaluations, options.chains, options.depth, options.dimensions = [1], 2, 2, [2]
 
     images, held_out = digits(jax.random.key(42))
     name, num_steps = ("quickstart-fast", 200) if options.fast else ("quickstart", 3000)

@@ -117,10 +117,10 @@ class GivenMap:
 
     def draw(self, denoiser: Denoiser, x_t: jax.Array, t: ArrayLike, key: jax.Array) -> jax.Array:
         """A clean point; after a second look at the first, if there is one; see `draw_given`."""
-        z, eps, fresh = jax.random.normal(key, (3, *x_t.shape), x_t.dtype)
-        x = self(denoiser, x_t, t, z)
+        x = self(denoiser, x_t, t, jax.random.normal(key, x_t.shape, x_t.dtype))
         if self.second_look is None:
             return x
+        eps, fresh = jax.random.normal(jax.random.fold_in(key, 1), (2, *x_t.shape), x_t.dtype)
         schedule, level = denoiser.schedule, self.second_look * denoiser.scale
         s = jnp.clip(schedule.inverse_noise_level(level), schedule.t_min, schedule.t_max)
         x_s = (schedule.alpha(s) * x + schedule.sigma(s) * eps).astype(x_t.dtype)
