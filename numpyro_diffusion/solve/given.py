@@ -130,8 +130,8 @@ class GivenMap:
         """The clean point at noise `z`, by the denoiser of the law that it was trained with; see `flow_given`."""
         if tuple(denoiser.event_shape) != self.event_shape:
             raise ValueError(f"this GivenMap is for points of shape {self.event_shape}; got {denoiser.event_shape}")
-        *about, mean, scale = self.about(denoiser, x_t, t)
-        return (mean + scale * (z + self.learned(*about, z))).astype(x_t.dtype)
+        seen, pull, level, mean, scale = self.about(denoiser, x_t, t)
+        return (mean + scale * (z + self.learned(seen, pull, level, z))).astype(x_t.dtype)
 
     @staticmethod
     def about(denoiser: Denoiser, x_t: jax.Array, t: ArrayLike) -> tuple[jax.Array, ...]:

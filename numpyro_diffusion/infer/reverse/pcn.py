@@ -32,7 +32,7 @@ References:
     Liu, Peskun's theorem and a modified discrete-state Gibbs sampler, 1996, https://doi.org/10.1093/biomet/83.3.681.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -230,7 +230,7 @@ class DiffusionPCN(DiffusionKernel[PCNState]):
             choice = metropolised_gibbs(key_choice, log_likelihoods, state.log_likelihood, new, old)
             evaluations = _evaluations(solver, first, self._num_proposals)
         else:
-            draws = Draws(solver, self._screen, lambda denoiser: _times(solver, denoiser)[first])
+            draws = Draws(cast(Solver, solver), self._screen, lambda denoiser: _times(solver, denoiser)[first])
             choice, evaluations = screened(
                 key_move, draws, sites, state.z, state.log_likelihood, self._num_proposals, reading
             )
@@ -287,14 +287,14 @@ def _heights(levels: jax.Array) -> jax.Array:
 
 def _times(solver: Solver | GivenMap, denoiser: Denoiser) -> jax.Array:
     """The times of the ladder: those of a solver that walks down from there, or any for one that follows a flow."""
-    if solver.stochastic:
+    if not isinstance(solver, GivenMap) and solver.stochastic:
         return solver.times(denoiser)[: solver.num_times - _MIN_STEPS]
     return UniformLogSNR()(denoiser.schedule, _NUM_LEVELS)
 
 
 def _evaluations(solver: Solver | GivenMap, first: jax.Array, count: int) -> int | jax.Array:
     """Denoiser evaluations for `count` candidates, which share the mean of a flow's law."""
-    if solver.stochastic:
+    if not isinstance(solver, GivenMap) and solver.stochastic:
         return count * solver.evaluations(first)  # type: ignore[operator]  # `check_reverse` has refused None
     return count * (evaluations_given(solver) - 1) + 1  # type: ignore[operator]
 
@@ -319,7 +319,7 @@ def _candidates(
             t = _times(solver, denoiser)[first]
             schedule = denoiser.schedule
             x_t = (schedule.alpha(t) * u + schedule.sigma(t) * noise).astype(u.dtype)
-            if solver.stochastic:
+            if not isinstance(solver, GivenMap) and solver.stochastic:
                 return jax.vmap(lambda key: solve(solver, denoiser, x_t, key, first))(keys)
             return jax.vmap(lambda key: draw_given(solver, denoiser, x_t, t, key))(keys)
 

@@ -105,5 +105,5 @@ def screened(
     choice = metropolis(key_accept, jnp.where(screen.accepted, log_ratio, -jnp.inf), new, old, new[1])
     after_mean = 1 if isinstance(draws.cheap, GivenMap) else evaluations_given(draws.cheap) - 1  # type: ignore[operator]
     evaluations = evaluations_back(draws.dear) + (count + 1) * after_mean + 1
-    evaluations += screen.accepted * evaluations_given(draws.dear)
+    evaluations += screen.accepted * evaluations_given(draws.dear)  # type: ignore[operator]
     return choice._replace(diverging=choice.diverging | screen.diverging), evaluations

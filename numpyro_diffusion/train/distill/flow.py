@@ -145,8 +145,8 @@ def distill(
     key_pairs, key_steps, key_test = jax.random.split(key, 3)
     z, x = pairs(key_pairs, denoiser, flow_solver, num_pairs)
     u = (x - denoiser.location) / denoiser.scale
-    learning = {"optimizer": optimizer, "batch_size": batch_size, "ema_decay": ema_decay}
-    best, losses, interrupted = regress(key_steps, flow_map, (z,), u.astype(z.dtype), plan, **learning)
+    learn = functools.partial(regress, optimizer=optimizer, batch_size=batch_size, ema_decay=ema_decay)
+    best, losses, interrupted = learn(key_steps, flow_map, (z,), u.astype(z.dtype), plan)
     trained = network.with_params(best).with_units(denoiser.location, denoiser.scale).freeze()
     flow_map = flow_map.with_network(trained)
     quality = map_quality(key_test, flow_map, denoiser, flow_solver, num_test_draws)

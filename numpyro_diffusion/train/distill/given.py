@@ -160,8 +160,8 @@ def distill_given(
     made = _images(solver, denoiser, x, levels, key_images)
     _checks.finite("the image of noise given a noisy point under solver", made[-1], "Is the teacher's training done?")
     *inputs, z, image = made
-    learning = {"optimizer": optimizer, "batch_size": batch_size, "ema_decay": ema_decay}
-    best, losses, interrupted = regress(key_steps, given_map, (*inputs, z), image - z, plan, **learning)
+    learn = functools.partial(regress, optimizer=optimizer, batch_size=batch_size, ema_decay=ema_decay)
+    best, losses, interrupted = learn(key_steps, given_map, (*inputs, z), image - z, plan)
     given_map = given_map.with_network(given_map.network.with_params(best).freeze())
     quality = given_quality(key_test, given_map, denoiser, solver, num_test_draws)
     if np.max(quality.over_floor) > _FAR:

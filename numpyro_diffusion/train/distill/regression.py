@@ -8,7 +8,8 @@ It learns a function, the conditional mean $E[b \mid a]$: whatever is random abo
 """
 
 import functools
-from typing import Any, Protocol, Self
+from collections.abc import Callable
+from typing import Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,8 @@ class Learner(Protocol):
     def with_network(self, network: NetworkDenoiser, /) -> Self:
         """The same map of another network."""
 
-    def learned(self, *inputs: jax.Array) -> jax.Array:
+    @property
+    def learned(self) -> Callable[..., jax.Array]:
         """The part of the image of one row that is learned, in units in which all rows count alike."""
 
 
@@ -104,7 +106,7 @@ def _steps(
     """`count` gradient steps, and the loss of each, (max_count,), NaN beyond `count`."""
 
     def loss(params: nnx.State, rows: jax.Array) -> jax.Array:
-        one: Any = learner.with_network(learner.network.with_params(params)).learned
+        one = learner.with_network(learner.network.with_params(params)).learned
         return jnp.mean((jax.vmap(one)(*(each[rows] for each in inputs)) - images[rows]) ** 2)
 
     def step(i: jax.Array, carry: tuple[TrainState, jax.Array]) -> tuple[TrainState, jax.Array]:
