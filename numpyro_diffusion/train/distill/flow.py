@@ -37,8 +37,8 @@ from numpyro_diffusion.denoise import Denoiser, NetworkDenoiser, require_denoise
 from numpyro_diffusion.diagnostics import energy_distance, sliced_wasserstein
 from numpyro_diffusion.solve import DPMSolverPP, FlowMap, Solver, push_forward
 from numpyro_diffusion.solve.flow import check_flow
-from numpyro_diffusion.train import run
 from numpyro_diffusion.train.distill.regression import BLOCK, check_numbers, regress
+from numpyro_diffusion.train.run import Plan
 
 _HIGHEST, _LOWEST = 8.0, 0.5
 """Between these levels, in units of the data's scale, lie the evaluations after the first."""
@@ -139,7 +139,7 @@ def distill(
     check_numbers(num_pairs, batch_size, ema_decay)
     if num_evaluations > 8:
         raise ValueError(f"num_evaluations must be at most 8; got {num_evaluations}. A solver does as well in so many")
-    plan = run.Plan(num_steps, steps_per_call, progress_bar=progress_bar)
+    plan = Plan(num_steps, steps_per_call, progress_bar=progress_bar)
     network = _student(student, denoiser)
     flow_map = FlowMap(network.with_units(0.0, 1.0).unfreeze(), levels_between(num_evaluations))
     key_pairs, key_steps, key_test = jax.random.split(key, 3)

@@ -36,9 +36,9 @@ from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.solve import Adams, GivenMap, Solver, flow_given
 from numpyro_diffusion.solve.flow import FlowMap, check_flow
 from numpyro_diffusion.solve.given import joined_shape
-from numpyro_diffusion.train import run
 from numpyro_diffusion.train.distill.flow import pairs
 from numpyro_diffusion.train.distill.regression import BLOCK, check_numbers, regress
+from numpyro_diffusion.train.run import Plan
 
 _LOOKS = 4
 """Noisy points for each clean one."""
@@ -148,7 +148,7 @@ def distill_given(
     require_denoiser(denoiser)
     _check_teacher(solver)
     check_numbers(num_pairs, batch_size, ema_decay)
-    plan = run.Plan(num_steps, steps_per_call, progress_bar=progress_bar)
+    plan = Plan(num_steps, steps_per_call, progress_bar=progress_bar)
     shape = tuple(denoiser.event_shape)
     backbone = MLP(joined_shape(shape), rngs=nnx.Rngs(0)) if student is None else student
     given_map = GivenMap(NetworkDenoiser(backbone, target="x0").unfreeze(), shape)

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import NetworkDenoiser
-from numpyro_diffusion.train import run
+from numpyro_diffusion.train.run import Plan, begin, train
 from numpyro_diffusion.train.steps import TrainState, move_average
 
 BLOCK = 500
@@ -52,7 +52,7 @@ def regress(
     learner: Learner,
     inputs: tuple[jax.Array, ...],
     images: jax.Array,
-    plan: run.Plan,
+    plan: Plan,
     *,
     optimizer: optax.GradientTransformation | None,
     batch_size: int,
@@ -84,8 +84,8 @@ def regress(
         return *made, count
 
     params = learner.network.params
-    begun = run.begin(TrainState(params, params, optimizer.init(params), jnp.zeros((), jnp.int32)))
-    progress, interrupted = run.train(plan, begun, advance, None, None)
+    begun = begin(TrainState(params, params, optimizer.init(params), jnp.zeros((), jnp.int32)))
+    progress, interrupted = train(plan, begun, advance, None, None)
     return progress.best, progress.losses, interrupted
 
 
