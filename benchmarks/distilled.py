@@ -1,6 +1,7 @@
-"""Flows distilled into one to four evaluations, in noise space, on the quickstart's digits.
+"""Flows distilled into one to four evaluations: in noise space on the quickstart's digits, and given a noisy point.
 
     python benchmarks/distilled.py --json OUT
+    python benchmarks/distilled.py --part moves --json OUT
 
 *Maps*: for each number of evaluations and training seed, how far the map is from its teacher. *Chains*, for each
 held-out digit (the upper half observed with noise of deviation 1, the deviation unknown too): NUTS in noise space with
@@ -15,7 +16,16 @@ sample size, and coverage of 90 % intervals of the hidden pixels, for runs that 
 The keys of the JSON: `noise_space_ess_ratio` (median over digits of effective samples per CPU second of chains, map
 over teacher; of the best map), `delayed_ess_ratio` (the same of delayed acceptance), `population_ess_ratio` (of
 populations after their first run), `coverage`, `coverage_error`, `teacher_coverage`, `maps`, `runs`, `populations`.
-`moves_ratio` and `variance_error` are of the one-call noise-denoise move, which is not built: None.
+
+*Moves*: the draw of x given x_t distilled into two evaluations, on the digits and on a mixture of 25 modes in two and
+in eight dimensions (T1-like: means on a grid of spacing 8, unit variances, Dirichlet weights; one unit combination of
+the entries seen with unit noise). On the digits, moves of `DiffusionPCN` per CPU second by the map and by `Adams(62)`,
+64 evaluations. On the mixtures, chains start at exact draws of three posteriors and make moves at log-uniform levels;
+after the first half their pooled variances are compared with the truth: by the map, by the map with a second look (four
+evaluations), by `Adams(30)`, and by the map as a screen before `Adams(30)`. Keys: `moves_ratio`; `variance_error`, of
+the map, the largest relative error of the variance of a coordinate over all these posteriors; both with
+`_second_look`; `variance_error_dear` and `variance_error_screened`; `variance_floor`, of exact draws of the same number
+of chains; `given`, `mixtures`.
 """
 
 import argparse
@@ -28,22 +38,33 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from flax import nnx
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 from numpyro.infer import MCMC, NUTS
 
 from numpyro_diffusion import checkpoint
 from numpyro_diffusion.data import digits
+from numpyro_diffusion.denoise import GaussianMixture
 from numpyro_diffusion.diagnostics import verdict
 from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.infer import DelayedAcceptance, NoiseSpace, PopulationHMC
-from numpyro_diffusion.solve import DPMSolverPP, FlowMap
-from numpyro_diffusion.train import distill, map_quality
+from numpyro_diffusion.infer import DelayedAcceptance, DiffusionPCN, NoiseSpace, PopulationHMC
+from numpyro_diffusion.nn import MLP
+from numpyro_diffusion.noise import VE
+from numpyro_diffusion.solve import Adams, DPMSolverPP, FlowMap, GivenMap
+from numpyro_diffusion.train import distill, distill_given, given_quality, map_quality
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from quickstart import OUTPUT, ROWS, model, trained
 
 TEACHER = DPMSolverPP(10)
+DEAR = Adams(30)
+MODES_TRAINING = {"num_pairs": 200_000, "num_steps": 12_000, "batch_size": 256}
+SECOND_LOOK = {2: 0.1, 8: 0.15}
+"""Levels, in units of the scale, below the one at which the map is worst, by number of dimensions."""
 
 
 def maps_of(denoiser: Any, evaluations: list[int], seeds: int, fast: bool) -> tuple[dict[int, FlowMap], list[dict]]:
@@ -146,30 +167,157 @@ def population(sampler: PopulationHMC, prior: DiffusionPrior, held_out: jax.Arra
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--evaluations", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seeds", type=int, default=1, help="training seeds of each map; chains use the first")
-    parser.add_argument("--digits", type=int, default=3, help="how many held-out digits for the chains")
-    parser.add_argument("--first", type=int, default=0, help="number of the first of these digits")
-    parser.add_argument("--coverage", type=int, default=20, help="how many for populations under the map")
-    parser.add_argument("--teacher", type=int, default=3, help="how many for populations under the teacher's flow")
-    parser.add_argument("--moves", type=int, nargs="*", default=[1], help="moves between tests of delayed acceptance")
-    parser.add_argument("--warmup", type=int, default=60)
-    parser.add_argument("--draws", type=int, default=120)
-    parser.add_argument("--chains", type=int, default=20)
-    parser.add_argument("--depth", type=int, default=4, help="largest depth of NUTS's trees")
-    parser.add_argument("--fast", action="store_true", help="everything tiny, to test that it runs")
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    options = parser.parse_args()
-    if options.fast:
-        options.digits = options.coverage = options.teacher = options.seeds = 1
-        options.warmup = options.draws = 4
-        options.evaluations, options.chains, options.depth = [1], 2, 2
+def given_map(name: str, denoiser: Any, options: Any, **size: int) -> tuple[GivenMap, dict]:
+    """The draw given a noisy point, distilled and kept on disk, and its row."""
+    path, started = OUTPUT / f"given-map-{name}{'-fast' if options.fast else ''}.safetensors", time.process_time()
+    seconds, joined = None, (*denoiser.event_shape[:-1], 3 * denoiser.event_shape[-1])
+    if path.exists() and not options.fast:
+        made = checkpoint.load(path)
+        quality = given_quality(jax.random.key(1), made, denoiser, DEAR)
+    else:
+        short = {"num_pairs": 500, "num_steps": 50, "num_test_draws": 100} if options.fast else {}
+        student = MLP(joined, features=size.pop("features", 128), rngs=nnx.Rngs(0))
+        training = {**size, **short, "student": student, "progress_bar": False}
+        made, quality, *_ = distill_given(jax.random.key(0), denoiser, DEAR, **training)
+        seconds = time.process_time() - started
+        checkpoint.save(path, made)
+    print(f"{name}, trained in {seconds} CPU s: {quality}", flush=True)
+    return made, {"name": name, "cpu_seconds": seconds, **{k: v.tolist() for k, v in quality._asdict().items()}}
 
-    images, held_out = digits(jax.random.key(42))
-    name, num_steps = ("quickstart-fast", 200) if options.fast else ("quickstart", 3000)
-    denoiser = trained(images, num_steps, OUTPUT / f"{name}.safetensors")
+
+def moves_per_second(denoiser: Any, solver: Any, y: jax.Array, count: int, chains: int) -> float:
+    """Of `DiffusionPCN` on one digit with known noise, all chains together, compiled before they are timed."""
+    prior = DiffusionPrior(denoiser, density="none")
+
+    def upper_half(y: jax.Array) -> None:
+        numpyro.sample("y", dist.Normal(numpyro.sample("x", prior)[:ROWS], 1.0).to_event(2), obs=y)
+
+    kernel = DiffusionPCN(upper_half, solver=solver)
+    state = kernel.init(jax.random.split(jax.random.key(0), chains), 0, None, (y,), {})
+    step = jax.jit(lambda state: jax.lax.fori_loop(0, count, lambda _, s: kernel.sample(s, (y,), {}), state))
+    program = step.lower(state).compile()
+    jax.block_until_ready(program(state))
+    started = time.process_time()
+    jax.block_until_ready(program(state))
+    return count * chains / (time.process_time() - started)
+
+
+def modes(dimensions: int) -> GaussianMixture:
+    """25 modes on a grid in a plane."""
+    grid = 8.0 * np.stack(np.meshgrid(np.arange(-2, 3), np.arange(-2, 3)), -1).reshape(25, 2)
+    weights = np.random.default_rng(dimensions).dirichlet(np.ones(25))
+    return GaussianMixture(weights, np.tile(grid, dimensions // 2), 1.0, VE(0.02, 80.0))
+
+
+def posterior(law: GaussianMixture, row: np.ndarray, y: float) -> GaussianMixture:
+    """The law given one combination of the entries, seen with unit noise."""
+    means, spread = np.asarray(law.means, np.float64), row @ row + 1.0
+    gap = y - means @ row
+    log_weights = np.asarray(law.log_weights) - 0.5 * gap**2 / spread
+    weights = np.exp(log_weights - log_weights.max())
+    covariance = np.broadcast_to(np.eye(len(row)) - np.outer(row, row) / spread, (25, len(row), len(row)))
+    return GaussianMixture(weights / weights.sum(), means + gap[:, None] * row / spread, covariance)
+
+
+def observations(law: GaussianMixture, count: int) -> list[tuple[np.ndarray, float]]:
+    """Random unit combinations of the entries, and what is seen of them."""
+    rng, made = np.random.default_rng(1), []
+    for x in np.asarray(law.sample(jax.random.key(2), (count,)), np.float64):
+        row = rng.normal(size=len(x))
+        row /= np.linalg.norm(row)
+        made.append((row, float(row @ x + rng.normal())))
+    return made
+
+
+def spread_after(law: GaussianMixture, problems: list, kernel_options: dict, moves: int, chains: int) -> dict[str, Any]:
+    """Worst relative error of a coordinate's variance, by moves from exact draws, over some posteriors."""
+    prior = DiffusionPrior(law, density="none")
+
+    def seen(row: jax.Array, y: jax.Array) -> None:
+        numpyro.sample("y", dist.Normal(jnp.vdot(row, numpyro.sample("x", prior)), 1.0), obs=y)
+
+    kernel = DiffusionPCN(seen, global_fraction=1.0, **kernel_options)
+
+    def run(state: Any, row: jax.Array, y: jax.Array) -> tuple[Any, ...]:
+        def move(state: Any, _: None) -> tuple[Any, tuple]:
+            state = kernel.sample(state, (row, y), {})
+            x = state.z["x"]
+            return state, (x.mean(0), (x**2).mean(0), state.accept_prob.mean())
+
+        return jax.lax.scan(move, state, length=moves)[1]
+
+    program, worst, floor, accepted = jax.jit(run), [], [], []
+    for row, y in problems:
+        truth = posterior(law, row, y)
+        exact = truth.sample(jax.random.key(3), (chains,))
+        args = jnp.asarray(row, jnp.float32), jnp.asarray(y, jnp.float32)
+        state = kernel.init(jax.random.split(jax.random.key(4), chains), 0, {"x": exact}, args, {})
+        mean, square, accept_prob = (np.asarray(v, np.float64) for v in program(state, *args))
+        weights, means = np.exp(np.asarray(truth.log_weights, np.float64)), np.asarray(truth.means, np.float64)
+        centre = weights @ means
+        variance = weights @ (means - centre) ** 2 + 1.0 - row**2 / (row @ row + 1.0)
+        late = slice(moves // 2, None)
+        found = square[late].mean(0) - mean[late].mean(0) ** 2
+        worst.append(np.abs(found / variance - 1.0).max())
+        floor.append(np.abs(np.var(np.asarray(exact, np.float64), 0) / variance - 1.0).max())
+        accepted.append(accept_prob.mean())
+    return {
+        "worst": float(max(worst)),
+        "each": worst,
+        "floor": float(max(floor)),
+        "accept_prob": float(np.mean(accepted)),
+    }
+
+
+def moves_part(denoiser: Any, held_out: jax.Array, options: Any) -> dict[str, Any]:
+    """Noise-denoise moves by a map of two evaluations: how fast, and how right."""
+    made, row = given_map("digits", denoiser, options)
+    y, _ = observation(held_out, options.first)
+    solvers = {"map": (200, made), "second look": (100, made.with_second_look(0.2)), "64 calls": (8, Adams(62))}
+    chains = 4 if options.fast else 100
+    speeds = {
+        name: moves_per_second(denoiser, s, y, 2 if options.fast else n, chains) for name, (n, s) in solvers.items()
+    }
+    print({name: round(v, 1) for name, v in speeds.items()}, flush=True)
+    given, mixtures = [row], []
+    for dimensions in options.dimensions:
+        law = modes(dimensions)
+        screen, row = given_map(f"modes-{dimensions}", law, options, **MODES_TRAINING)
+        given.append(row)
+        problems = observations(law, 1 if options.fast else 3)
+        kinds = {
+            "map": ({"solver": screen}, 300),
+            "second look": ({"solver": screen.with_second_look(SECOND_LOOK[dimensions])}, 300),
+            "dear": ({"solver": DEAR}, 60),
+            "screened": ({"solver": DEAR, "screen": screen, "num_proposals": 4}, 60),
+        }
+        for name, (kernel_options, moves) in kinds.items():
+            moves, chains = (4, 10) if options.fast else (moves, 2000)
+            started = time.process_time()
+            found = spread_after(law, problems, kernel_options, moves, chains)
+            seconds = time.process_time() - started
+            mixtures.append({"dimensions": dimensions, "method": name, "cpu_seconds": seconds, **found})
+            print(mixtures[-1], flush=True)
+
+    def worst(name: str, key: str = "worst") -> float:
+        return max(each[key] for each in mixtures if each["method"] == name)
+
+    return {
+        "moves_ratio": speeds["map"] / speeds["64 calls"],
+        "moves_ratio_second_look": speeds["second look"] / speeds["64 calls"],
+        "variance_error": worst("map"),
+        "variance_error_second_look": worst("second look"),
+        "variance_error_dear": worst("dear"),
+        "variance_error_screened": worst("screened"),
+        "variance_floor": worst("map", "floor"),
+        "moves_per_second": speeds,
+        "given": given,
+        "mixtures": mixtures,
+    }
+
+
+def noise_part(denoiser: Any, held_out: jax.Array, options: Any) -> dict[str, Any]:
+    """Chains and populations in noise space."""
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         maps, trained_maps = maps_of(denoiser, options.evaluations, options.seeds, options.fast)
@@ -207,12 +355,10 @@ def main() -> None:
         return float(np.median(later)) if later else float("nan")
 
     covered, population_ratio = shares("map"), speed("map") / speed("teacher")
-    results = {
+    return {
         "noise_space_ess_ratio": best("map"),
         "delayed_ess_ratio": best("delayed"),
         "population_ess_ratio": population_ratio if np.isfinite(population_ratio) else None,
-        "moves_ratio": None,
-        "variance_error": None,
         "coverage": float(np.mean(covered)) if covered else None,
         "coverage_error": float(np.std(covered, ddof=1) / np.sqrt(len(covered))) if len(covered) > 1 else None,
         "teacher_coverage": float(np.mean(shares("teacher"))) if shares("teacher") else None,
@@ -221,6 +367,37 @@ def main() -> None:
         "runs": runs,
         "populations": populations,
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("noise", "moves", "all"), default="all")
+    parser.add_argument("--evaluations", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seeds", type=int, default=1, help="training seeds of each map; chains use the first")
+    parser.add_argument("--digits", type=int, default=3, help="how many held-out digits for the chains")
+    parser.add_argument("--first", type=int, default=0, help="number of the first of these digits")
+    parser.add_argument("--coverage", type=int, default=20, help="how many for populations under the map")
+    parser.add_argument("--teacher", type=int, default=3, help="how many for populations under the teacher's flow")
+    parser.add_argument("--moves", type=int, nargs="*", default=[1], help="moves between tests of delayed acceptance")
+    parser.add_argument("--warmup", type=int, default=60)
+    parser.add_argument("--draws", type=int, default=120)
+    parser.add_argument("--chains", type=int, default=20)
+    parser.add_argument("--depth", type=int, default=4, help="largest depth of NUTS's trees")
+    parser.add_argument("--dimensions", type=int, nargs="+", choices=(2, 8), default=[2, 8], help="of the mixtures")
+    parser.add_argument("--fast", action="store_true", help="everything tiny, to test that it runs")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    options = parser.parse_args()
+    if options.fast:
+        options.digits = options.coverage = options.teacher = options.seeds = 1
+        options.warmup = options.draws = 4
+        options.evaluations, options.chains, options.depth, options.dimensions = [1], 2, 2, [2]
+
+    images, held_out = digits(jax.random.key(42))
+    name, num_steps = ("quickstart-fast", 200) if options.fast else ("quickstart", 3000)
+    denoiser = trained(images, num_steps, OUTPUT / f"{name}.safetensors")
+    results = noise_part(denoiser, held_out, options) if options.part != "moves" else {}
+    if options.part != "noise":
+        results |= moves_part(denoiser, held_out, options)
     print({name: value for name, value in results.items() if not isinstance(value, list)})
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))

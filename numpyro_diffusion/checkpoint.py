@@ -10,8 +10,8 @@ and loading rebuilds the network from the JSON, checks the name, shape and preci
 the digest against all that was read. What loads is what was saved, bit for bit, and saving it again gives the same
 bytes. Weights that are not finite are refused in both directions, before they can cause errors elsewhere.
 
-What is made of a denoiser and more, a `FlowMap` or a `LearnedPrior`, is saved with its own arrays and plain values in
-the same file; its class says how (`Holder`).
+What is made of a denoiser and more, a `FlowMap`, a `GivenMap` or a `LearnedPrior`, is saved with its own arrays and
+plain values in the same file; its class says how (`Holder`).
 
 Files may come from strangers: nothing is unpickled, and no class is imported by a name from a file. Names of networks
 and schedules are looked up among this library's own; a user's network is given by its class. States of optimisers are
@@ -35,7 +35,7 @@ from flax import nnx
 from numpyro_diffusion import _checks, _files, nn, noise
 from numpyro_diffusion._version import __version__
 from numpyro_diffusion.denoise import NetworkDenoiser
-from numpyro_diffusion.solve import FlowMap
+from numpyro_diffusion.solve import FlowMap, GivenMap
 
 __all__ = ["load", "save"]
 
@@ -61,7 +61,7 @@ class Holder(Protocol):
         """The same again of its three parts; `ValueError`, `KeyError` or `TypeError` if they do not agree."""
 
 
-_HOLDERS: dict[str, type[Holder]] = {"FlowMap": FlowMap}
+_HOLDERS: dict[str, type[Holder]] = {"FlowMap": FlowMap, "GivenMap": GivenMap}
 Class = TypeVar("Class", bound=type)
 
 Held = TypeVar("Held", bound=type[Holder])
@@ -73,14 +73,14 @@ def saved_with_denoiser(cls: Held) -> Held:
     return cls
 
 
-def save(path: str | os.PathLike, denoiser: NetworkDenoiser | FlowMap | Holder) -> None:
+def save(path: str | os.PathLike, denoiser: NetworkDenoiser | FlowMap | GivenMap | Holder) -> None:
     """Writes a learned denoiser, flow map or prior to a safetensors file, replacing what was there in one move.
 
     Args:
         path: file to write, in a folder that exists.
-        denoiser: a `NetworkDenoiser`, or a `FlowMap` or `LearnedPrior`, which have one. Its backbone is one of
-            `numpyro_diffusion.nn`, or has a `config` of plain JSON values from which `type(backbone)(**config,
-            rngs=...)` rebuilds it.
+        denoiser: a `NetworkDenoiser`, or a `FlowMap`, `GivenMap` or `LearnedPrior`, which have one. Its backbone
+            is one of `numpyro_diffusion.nn`, or has a `config` of plain JSON values from which
+            `type(backbone)(**config, rngs=...)` rebuilds it.
 
     Raises:
         TypeError: if `denoiser` is none of these, or its backbone has no `config`.

@@ -20,6 +20,7 @@ from numpyro_diffusion.solve import (
     draw_given,
     evaluations_given,
     flow_given,
+    noise_given,
     solve,
 )
 
@@ -145,6 +146,25 @@ def test_a_gaussian_of_a_steep_spectrum(level, x64):
     by_point, by_noise = (np.asarray(s) for s in slopes)
     np.testing.assert_allclose(root @ by_noise @ by_noise.T @ root.T, np.eye(3), atol=0.002)
     np.testing.assert_allclose(by_point, slope, atol=0.002)
+
+
+def test_the_noise_behind_a_draw(x64):
+    """Up by the same solver and down again: the point comes back, and for a narrow Gaussian the noise is Bayes'."""
+    denoiser, solver = GaussianMixture(WEIGHTS, MEANS, VARIANCES, VE(0.01, 80.0)), Adams(40)
+    back = jax.jit(jax.vmap(partial(noise_given, solver, denoiser), (None, None, 0)))
+    z = jax.random.normal(jax.random.key(0), (50, 2))
+    for level, atol in ((0.03, 1e-3), (0.5, 0.01), (4.0, 0.02), (60.0, 0.02)):
+        t = denoiser.schedule.inverse_noise_level(level)
+        x = pushed(solver, denoiser, jnp.array(SEEN), t, z)
+        found = back(jnp.array(SEEN), t, x)
+        assert np.median(np.abs(found - z)) < atol, (level, np.median(np.abs(found - z)))
+        again = pushed(solver, denoiser, jnp.array(SEEN), t, found)
+        assert np.abs(again - x).max() < 0.01 * x.std()
+    narrow = Gaussian([0.0, 0.0], 0.04, VE(0.01, 80.0))
+    t, x = narrow.schedule.inverse_noise_level(1.0), jnp.array([0.1, -0.3])
+    got = jax.jit(partial(noise_given, solver))(narrow, jnp.array([1.0, 2.0]), t, x)
+    truth = (x - jnp.array([1.0, 2.0]) * 0.04 / 1.04) / np.sqrt(0.04 / 1.04)
+    np.testing.assert_allclose(got, truth, rtol=0.01)
 
 
 def test_solvers_of_either_law():

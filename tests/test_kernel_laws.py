@@ -14,10 +14,11 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from flax import nnx
 from laws import EXP, SAMPLER, SQUARED, TABLE, assert_ranks, mixture_posterior, mixture_prior, normal_data, standard
 from numpyro.infer import HMC, NUTS, Gibbs
 
-from numpyro_diffusion.denoise import Gaussian, GaussianMixture
+from numpyro_diffusion.denoise import Gaussian, GaussianMixture, NetworkDenoiser
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import (
     MALA,
@@ -40,8 +41,9 @@ from numpyro_diffusion.infer import (
     Vectorize,
     with_density,
 )
+from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.noise import VE
-from numpyro_diffusion.solve import Ancestral, DPMSolverPP, Heun, StochasticHeun
+from numpyro_diffusion.solve import Ancestral, DPMSolverPP, GivenMap, Heun, StochasticHeun
 
 SLOW = pytest.mark.slow
 LINE = LineIntegral(5, circulation=False)
@@ -52,6 +54,8 @@ SWING = partial(ScoreHMC, step_size=0.5, num_steps=2, adapt_mass_matrix=False)
 JUMP = partial(DiffusionPCN, global_fraction=1.0)
 MANY = {"noise_levels": (4.0, 1.0), "num_steps": 2, "step_size": 0.7, "target_accept_prob": None}
 STOCHASTIC = StochasticHeun(24)
+UNTRAINED = GivenMap(NetworkDenoiser(MLP((6,), features=8, num_blocks=1, rngs=nnx.Rngs(0)), target="x0"), (2,))
+"""A draw of x given x_t that is right for N(m, s^2 I), and wrong for a mixture."""
 
 SCORE_ONLY, ROUGH = standard(density="none", sampler=DPMSolverPP(96, eta=1.0)), standard(flow_solver=Heun(12))
 POSITIVE = standard(transform=SQUARED, sampler=DPMSolverPP(96, eta=1.0), flow_solver=Heun(12))
@@ -111,6 +115,19 @@ QUICK = {
     "diffusive_gibbs_in_one_mode": (partial(DiffusiveGibbs, **{**MANY, "noise_levels": (1.0,), "num_steps": 1}), PAIR),
 }
 LONGER = {
+    "pcn_screened": (partial(JUMP, screen=UNTRAINED, num_proposals=2), ON_MIXTURE),
+    "gibbs_pcn_by_a_map_plate": (
+        partial(
+            DiffusionGibbs, x_kernel=partial(DiffusionPCN, solver=UNTRAINED), rest_kernel=partial(LEAP, step_size=0.3)
+        ),
+        normal_data(SCORE_ONLY, y=TABLE),
+    ),
+    "gibbs_pcn_screened_plate": (
+        partial(
+            DiffusionGibbs, x_kernel=partial(DiffusionPCN, screen=UNTRAINED), rest_kernel=partial(LEAP, step_size=0.3)
+        ),
+        normal_data(SCORE_ONLY, y=TABLE),
+    ),
     "particle_gibbs": (partial(ParticleGibbs, num_particles=4), ROUGHLY),
     "noise_space_plate": (
         partial(NoiseSpace, inner=partial(LEAP, step_size=0.3)),

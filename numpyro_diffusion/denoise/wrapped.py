@@ -184,6 +184,10 @@ class Given(Around):
         dtype = jnp.result_type(prediction.x0)
         return Prediction(x0.astype(dtype), eps.astype(dtype), x_s, s, self.schedule)
 
+    def together(self, x_s: jax.Array, s: ArrayLike) -> tuple[jax.Array, jax.Array]:
+        """Both looks as one noisy point of the base, and its time."""
+        return self._looks(x_s, s)[2:]
+
     def log_density(self, x_s: jax.Array, s: ArrayLike) -> jax.Array:
         """The diffused log-density, where the base has one; with what a constant of the base leaves of it."""
         gap, _, m, at = self._looks(x_s, s)

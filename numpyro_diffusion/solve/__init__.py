@@ -6,7 +6,7 @@ from numpyro_diffusion.solve.base import Solver, sample, solve, terminal_moments
 from numpyro_diffusion.solve.corrector import PredictorCorrector
 from numpyro_diffusion.solve.flow import FlowMap, Heun, push_forward
 from numpyro_diffusion.solve.gaussian import Ancestral, DPMSolverPP, EulerMaruyama, ExponentialEuler, GaussianSolver
-from numpyro_diffusion.solve.given import draw_given, evaluations_given, flow_given
+from numpyro_diffusion.solve.given import GivenMap, draw_given, evaluations_given, flow_given, noise_given
 from numpyro_diffusion.solve.stochastic import StochasticHeun
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "ExponentialEuler",
     "FlowMap",
     "GaussianSolver",
+    "GivenMap",
     "Heun",
     "PredictorCorrector",
     "Solver",
@@ -25,6 +26,7 @@ __all__ = [
     "draw_given",
     "evaluations_given",
     "flow_given",
+    "noise_given",
     "push_forward",
     "sample",
     "solve",

@@ -85,7 +85,7 @@ class Adams(Solver):
     ) -> tuple[jax.Array, Memory]:
         schedule, past = denoiser.schedule, memory
         x0 = denoiser(x_t, t).x0.astype(x_t.dtype)
-        known = past.t > t
+        known = past.t >= 0.0
         here, there = (0.5 * schedule.log_snr(time) for time in (t, s))
         before = 0.5 * schedule.log_snr(jnp.where(known, past.t, t))
         u = (x_t / schedule.alpha(t)).astype(x_t.dtype)

@@ -178,6 +178,10 @@ class FlowMap:
             held = network((schedule.alpha(t) * u).astype(z.dtype), t).x0
         return held.astype(z.dtype)
 
+    def learned(self, z: jax.Array) -> jax.Array:
+        """All of the map is learned."""
+        return self(z)
+
     def to_saved(self) -> tuple[NetworkDenoiser, dict[str, Any], dict[str, Any]]:
         """Its network, plain JSON values and further arrays, for `checkpoint.save`."""
         return self.network, {"noise_levels": list(self.noise_levels)}, {}

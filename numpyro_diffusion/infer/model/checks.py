@@ -8,7 +8,7 @@ from numpyro_diffusion.denoise.wrapped import inside
 from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.model.sites import PriorSite
 from numpyro_diffusion.infer.model.structure import Structure
-from numpyro_diffusion.solve import Solver
+from numpyro_diffusion.solve import GivenMap, Solver
 
 
 def check_fixed(kernel: str, structure: Structure, but_altered: Iterable[str] = ()) -> None:
@@ -117,13 +117,22 @@ def check_walkable(kernel: str, sites: Mapping[str, PriorSite]) -> None:
         )
 
 
-def check_reverse(kernel: str, solver: Solver) -> None:
+def check_reverse(kernel: str, solver: Solver | GivenMap, sites: Mapping[str, PriorSite]) -> None:
     """Raises `ValueError` unless a solver can draw the clean point given a noisy one; warns if that is of first order.
 
     A kernel that noises a point and denoises it needs that law, by its flow or by the reverse process. In a solver of
     first order it is off by far more than the law of its draws: `Ancestral(num_times=64)` gives a variance of .45 for
     .5.
     """
+    if isinstance(solver, GivenMap):
+        for name, site in sites.items():
+            if tuple(site.denoiser.event_shape) != solver.event_shape or site.prior.batch_shape:
+                raise ValueError(
+                    f"{kernel} needs a GivenMap of the law of site {name!r}, of points of shape "
+                    f"{tuple(site.denoiser.event_shape)}; this one is of one law of points of shape "
+                    f"{solver.event_shape}. Use solve.Adams()"
+                )
+        return
     if solver.law == "marginals":
         raise ValueError(
             f"{kernel} needs the law of the clean point given the noisy one; {solver} has law={solver.law!r}. Use "

@@ -23,18 +23,19 @@ With the right prior but the wrong conditional law, the move is not reversible a
 the flow of that law (`solve.draw_given`): its variance is within .5 % on the mixtures of `benchmarks/reverse_law.py`.
 `DPMSolverPP(eta=1)` walks the reverse process and is off by about two per cent in 64 steps; other solvers of that
 process are far from it (`docs/concepts/exactness.md`). Solvers of the marginals alone are refused, and those of first
-order cause a warning.
+order cause a warning. A `solve.GivenMap` draws in two evaluations from a law of its own: approximate for ever, but
+`screen=` takes it, or a solver of few steps, for the choice of a candidate, and restores the law of the solver by a
+test (`screened`).
 
 References:
     Cotter, Roberts, Stuart, White, MCMC methods for functions, 2013, https://arxiv.org/abs/1202.0709.
     Liu, Peskun's theorem and a modified discrete-state Gibbs sampler, 1996, https://doi.org/10.1093/biomet/83.3.681.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser
@@ -47,8 +48,10 @@ from numpyro_diffusion.infer.model.density import Status
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.model.sites import PriorSite
+from numpyro_diffusion.infer.reverse.screened import Draws, screened
 from numpyro_diffusion.noise import UniformLogSNR
-from numpyro_diffusion.solve import Adams, Solver, draw_given, evaluations_given, solve
+from numpyro_diffusion.solve import Adams, GivenMap, Solver, draw_given, evaluations_given, solve
+from numpyro_diffusion.solve.flow import check_flow
 
 _MIN_STEPS = 4
 """Number of steps in the smallest move of a solver of the reverse process."""
@@ -104,7 +107,10 @@ class DiffusionPCN(DiffusionKernel[PCNState]):
         target_accept_prob: acceptance to which the centre of the levels adapts, in (0, 1).
         solver: draws the clean point given the noisy one. A deterministic solver follows the flow of that law, by all
             of its steps at any level; one of the reverse process, such as `DPMSolverPP(eta=1)`, walks down from a level
-            of its own grid, so that a small move costs few steps. None takes the priors' own `sampler`.
+            of its own grid, so that a small move costs few steps. A `GivenMap` takes two evaluations and has a law of
+            its own. None takes the priors' own `sampler`.
+        screen: a `GivenMap`, or a deterministic solver of few steps, that chooses among the candidates; the solver, a
+            deterministic one, confirms the choice and decides the law. None denoises all candidates by the solver.
         init_strategy: where chains start, as in NumPyro; None draws the priors.
 
     Raises:
@@ -129,12 +135,17 @@ class DiffusionPCN(DiffusionKernel[PCNState]):
     """
 
     statistics = ("accept_prob", "noise_level", "num_score_evals")
-    status = Status(
-        "reverse process",
-        False,
-        "exact in the limit of a finely solved law of x given x_t; in few steps the prior is kept to the order",
-    )
     takes_point = True
+
+    @property
+    def status(self) -> Status:
+        """What the kernel is exact for, by its solver."""
+        statement = (
+            "exact in the limit of a finely solved law of x given x_t; in few steps the prior is kept to the order"
+        )
+        if isinstance(self._solver, GivenMap):
+            statement = "approximate: x given x_t is drawn by a learned map, whose law is its own; see its quality"
+        return Status("reverse process", False, statement)
 
     def __init__(
         self,
@@ -143,25 +154,32 @@ class DiffusionPCN(DiffusionKernel[PCNState]):
         num_proposals: int = 1,
         global_fraction: float = 0.5,
         target_accept_prob: float = 0.4,
-        solver: Solver | None = Adams(30),  # noqa: B008
+        solver: Solver | GivenMap | None = Adams(30),  # noqa: B008
+        screen: Solver | GivenMap | None = None,
         init_strategy: Strategy | None = None,
     ) -> None:
         super().__init__(model, init_strategy)
         _checks.at_least(1, num_proposals=num_proposals)
         _checks.fraction(global_fraction=global_fraction, target_accept_prob=target_accept_prob)
-        if not (solver is None or isinstance(solver, Solver)):
+        if not (solver is None or isinstance(solver, Solver | GivenMap)):
             raise TypeError(f"solver must be a solver such as solve.Adams(); got {solver!r}")
+        if screen is not None:
+            check_flow(solver, name="solver, under a screen,")
+            if not isinstance(screen, GivenMap):
+                check_flow(screen, name="screen")
         self._num_proposals = num_proposals
         self._global_fraction = global_fraction
         self._target_accept_prob = target_accept_prob
-        self._solver = solver
+        self._solver, self._screen = solver, screen
 
     def _check_model(self, reading: Reading) -> None:
         kernel = type(self).__name__
         check_walk(kernel, reading)
         sites = reading.sites_in_the_abstract()
         check_walkable(kernel, sites)
-        check_reverse(kernel, self._solver_of(sites))
+        for solver in (self._solver_of(sites), self._screen):
+            if solver is not None:
+                check_reverse(kernel, solver, sites)
 
     def _check_start(self, state: PCNState) -> None:
         bad = int(jnp.sum(~jnp.isfinite(state.log_likelihood)))
@@ -172,8 +190,10 @@ class DiffusionPCN(DiffusionKernel[PCNState]):
                 "model returns NaN. Pass init_params where it is finite"
             )
 
-    def _solver_of(self, sites: dict[str, PriorSite]) -> Solver:
+    def _solver_of(self, sites: dict[str, PriorSite]) -> Solver | GivenMap:
         kernel = type(self).__name__
+        if isinstance(self._solver, GivenMap):
+            return self._solver
         solvers = {site.prior.sampler for site in sites.values()} if self._solver is None else {self._solver}
         if len(solvers) > 1:
             raise ValueError(f"diffusion sites have different samplers; give one for all by {kernel}(solver=...)")
@@ -203,11 +223,17 @@ class DiffusionPCN(DiffusionKernel[PCNState]):
         key, key_level, key_move, key_choice = jax.random.split(state.rng_key, 4)
         levels = _ladder(solver, sites)
         first, is_global = self._draw_level(key_level, levels, state)
-        candidates, log_walks, log_walk_now = self._propose(key_move, solver, sites, state.z, first, reading)
-        log_likelihoods = jax.vmap(reading.log_rest)(candidates)
-        new, old = (candidates, log_likelihoods), (state.z, state.log_likelihood)
-        log_weights = log_likelihoods + log_walks
-        choice = metropolised_gibbs(key_choice, log_weights, state.log_likelihood + log_walk_now, new, old)
+        if self._screen is None:
+            candidates = _candidates(key_move, solver, sites, state.z, first, self._num_proposals)
+            log_likelihoods = jax.vmap(reading.log_rest)(candidates)
+            new, old = (candidates, log_likelihoods), (state.z, state.log_likelihood)
+            choice = metropolised_gibbs(key_choice, log_likelihoods, state.log_likelihood, new, old)
+            evaluations = _evaluations(solver, first, self._num_proposals)
+        else:
+            draws = Draws(cast(Solver, solver), self._screen, lambda denoiser: _times(solver, denoiser)[first])
+            choice, evaluations = screened(
+                key_move, draws, sites, state.z, state.log_likelihood, self._num_proposals, reading
+            )
         (z, log_likelihood), accept_prob = choice.point, choice.accept_prob
         i = state.i + 1
         warming, counts = i <= self._num_warmup, (2 * i > self._num_warmup) & (i <= self._num_warmup)
@@ -222,27 +248,10 @@ class DiffusionPCN(DiffusionKernel[PCNState]):
             noise_level=levels[first].astype(accept_prob.dtype),
             log_level=jnp.clip(log_level, jnp.log(levels[-1]), jnp.log(levels[0])).astype(accept_prob.dtype),
             tally=state.tally.add(_heights(levels)[first], accept_prob, counts & is_global),
-            num_score_evals=jnp.asarray(_evaluations(solver, first, self._num_walks), jnp.int32),
+            num_score_evals=jnp.asarray(evaluations, jnp.int32),
             diverging=choice.diverging,
             rng_key=key,
         )
-
-    @property
-    def _num_walks(self) -> int:
-        """Walks down the reverse process in a step."""
-        return self._num_proposals
-
-    def _propose(
-        self,
-        key: jax.Array,
-        solver: Solver,
-        sites: dict[str, PriorSite],
-        z: dict[str, jax.Array],
-        first: jax.Array,
-        reading: Reading,
-    ) -> tuple[dict[str, jax.Array], ArrayLike, ArrayLike]:
-        """Candidates, and the logarithms of the weights of their walks and of the current point."""
-        return _candidates(key, solver, sites, z, first, self._num_proposals), 0.0, 0.0
 
     def _draw_level(self, key: jax.Array, levels: jax.Array, state: PCNState) -> tuple[jax.Array, jax.Array]:
         """An index into the ladder, and whether it was drawn from all of it; the same for chains that run together."""
@@ -265,7 +274,7 @@ class DiffusionPCN(DiffusionKernel[PCNState]):
         return f"acc. prob={state.mean_accept_prob:.2f}, level {jnp.exp(state.log_level):.2g}"
 
 
-def _ladder(solver: Solver, sites: dict[str, PriorSite]) -> jax.Array:
+def _ladder(solver: Solver | GivenMap, sites: dict[str, PriorSite]) -> jax.Array:
     """Noise levels from which a move may start, decreasing, in the units of the first site's data."""
     denoiser = next(iter(sites.values())).denoiser
     return denoiser.schedule.noise_level(_times(solver, denoiser))
@@ -276,22 +285,27 @@ def _heights(levels: jax.Array) -> jax.Array:
     return jnp.log(levels / levels[-1]) / jnp.log(levels[0] / levels[-1])
 
 
-def _times(solver: Solver, denoiser: Denoiser) -> jax.Array:
+def _times(solver: Solver | GivenMap, denoiser: Denoiser) -> jax.Array:
     """The times of the ladder: those of a solver that walks down from there, or any for one that follows a flow."""
-    if solver.stochastic:
+    if not isinstance(solver, GivenMap) and solver.stochastic:
         return solver.times(denoiser)[: solver.num_times - _MIN_STEPS]
     return UniformLogSNR()(denoiser.schedule, _NUM_LEVELS)
 
 
-def _evaluations(solver: Solver, first: jax.Array, count: int) -> int | jax.Array:
+def _evaluations(solver: Solver | GivenMap, first: jax.Array, count: int) -> int | jax.Array:
     """Denoiser evaluations for `count` candidates, which share the mean of a flow's law."""
-    if solver.stochastic:
+    if not isinstance(solver, GivenMap) and solver.stochastic:
         return count * solver.evaluations(first)  # type: ignore[operator]  # `check_reverse` has refused None
     return count * (evaluations_given(solver) - 1) + 1  # type: ignore[operator]
 
 
 def _candidates(
-    key: jax.Array, solver: Solver, sites: dict[str, PriorSite], z: dict[str, jax.Array], first: jax.Array, count: int
+    key: jax.Array,
+    solver: Solver | GivenMap,
+    sites: dict[str, PriorSite],
+    z: dict[str, jax.Array],
+    first: jax.Array,
+    count: int,
 ) -> dict[str, jax.Array]:
     """Noises every site once and denoises it `count` times, all points in one batch."""
     moved = {}
@@ -305,7 +319,7 @@ def _candidates(
             t = _times(solver, denoiser)[first]
             schedule = denoiser.schedule
             x_t = (schedule.alpha(t) * u + schedule.sigma(t) * noise).astype(u.dtype)
-            if solver.stochastic:
+            if not isinstance(solver, GivenMap) and solver.stochastic:
                 return jax.vmap(lambda key: solve(solver, denoiser, x_t, key, first))(keys)
             return jax.vmap(lambda key: draw_given(solver, denoiser, x_t, t, key))(keys)
 

@@ -72,7 +72,7 @@ from numpyro_diffusion.infer.model.levels import check_within, decreasing, time_
 from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.model.sites import PriorSite
 from numpyro_diffusion.infer.reverse.split_model import Coupled, offset_name, with_coupling
-from numpyro_diffusion.solve import Adams, Solver, draw_given, evaluations_given
+from numpyro_diffusion.solve import Adams, GivenMap, Solver, draw_given, evaluations_given
 from numpyro_diffusion.solve.base import total_evaluations
 
 
@@ -116,7 +116,8 @@ class SplitGibbs(DiffusionKernel[SplitGibbsState]):
         couplings: decreasing couplings above `rho` that every draw passes through first (DAPS); warm-up then has no
             annealing of its own.
         solver: draws the prior side: a deterministic solver by the flow of its law, one of the reverse process by a
-            walk down from level `rho`; each draw takes all of its `num_times` times.
+            walk down from level `rho`; each draw takes all of its `num_times` times. A `GivenMap` takes two evaluations
+            and has a law of its own.
         num_inner: draws of the rest-kernel for each denoising.
         rest_kernel: the kernel of the likelihood side: a class, a factory or a kernel that can be a block of NumPyro's
             `Gibbs`.
@@ -160,7 +161,7 @@ class SplitGibbs(DiffusionKernel[SplitGibbsState]):
         rho: float,
         rho_start: float | None = None,
         couplings: Sequence[float] | None = None,
-        solver: Solver = Adams(30),  # noqa: B008
+        solver: Solver | GivenMap = Adams(30),  # noqa: B008
         num_inner: int = 2,
         rest_kernel: KernelLike = NUTS,
         init_strategy: Strategy | None = None,
@@ -174,7 +175,7 @@ class SplitGibbs(DiffusionKernel[SplitGibbsState]):
                 raise ValueError(f"rho_start must not lie below rho={rho}; got {rho_start}")
             if couplings is not None:
                 raise ValueError("couplings anneal every draw and rho_start warm-up alone; give one of them")
-        if not isinstance(solver, Solver):
+        if not isinstance(solver, Solver | GivenMap):
             raise TypeError(f"solver must be a solver such as solve.Adams(); got {solver!r}")
         self._couplings = (rho,) if couplings is None else decreasing("couplings, then rho,", (*couplings, rho))
         self._rho_start = rho_start
@@ -200,7 +201,7 @@ class SplitGibbs(DiffusionKernel[SplitGibbsState]):
         check_names("SplitGibbs", structure, map(offset_name, structure.diffusion))
         sites = reading.sites()
         check_walkable("SplitGibbs", sites)
-        check_reverse("SplitGibbs", self._solver)
+        check_reverse("SplitGibbs", self._solver, sites)
         if structure.dependent:
             raise ValueError(
                 f"the priors of {structure.dependent} depend on other latent sites, whose law given x needs the "

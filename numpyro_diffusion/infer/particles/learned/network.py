@@ -20,7 +20,7 @@ from numpyro_diffusion.denoise import NetworkDenoiser
 from numpyro_diffusion.infer.particles.learned.law import Law, Modes
 from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.noise import VE
-from numpyro_diffusion.train import fit
+from numpyro_diffusion.train.fit import fit
 
 SCHEDULE = VE(0.005, 40.0)
 _LOWEST, _HIGHEST = 0.2, 3.0

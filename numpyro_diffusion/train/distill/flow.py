@@ -28,22 +28,18 @@ import warnings
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.typing import ArrayLike
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser, NetworkDenoiser, require_denoiser
 from numpyro_diffusion.diagnostics import energy_distance, sliced_wasserstein
 from numpyro_diffusion.solve import DPMSolverPP, FlowMap, Solver, push_forward
 from numpyro_diffusion.solve.flow import check_flow
-from numpyro_diffusion.train import run
-from numpyro_diffusion.train.steps import TrainState, move_average
+from numpyro_diffusion.train.distill.regression import BLOCK, check_numbers, regress
+from numpyro_diffusion.train.run import Plan
 
-_BLOCK = 500
-"""Points that the teacher's flow maps at once."""
 _HIGHEST, _LOWEST = 8.0, 0.5
 """Between these levels, in units of the data's scale, lie the evaluations after the first."""
 _FAR = 3.0
@@ -139,27 +135,19 @@ def distill(
     if isinstance(flow_solver, FlowMap):
         raise TypeError("flow_solver must be the teacher's solver, not a map that was distilled already")
     check_flow(flow_solver)
-    _checks.at_least(1, num_evaluations=num_evaluations, num_pairs=num_pairs, batch_size=batch_size)
+    _checks.at_least(1, num_evaluations=num_evaluations)
+    check_numbers(num_pairs, batch_size, ema_decay)
     if num_evaluations > 8:
         raise ValueError(f"num_evaluations must be at most 8; got {num_evaluations}. A solver does as well in so many")
-    if not 0.0 <= ema_decay < 1.0:
-        raise ValueError(f"ema_decay must lie in [0, 1); got {ema_decay}")
-    plan = run.Plan(num_steps, steps_per_call, progress_bar=progress_bar)
+    plan = Plan(num_steps, steps_per_call, progress_bar=progress_bar)
     network = _student(student, denoiser)
     flow_map = FlowMap(network.with_units(0.0, 1.0).unfreeze(), levels_between(num_evaluations))
     key_pairs, key_steps, key_test = jax.random.split(key, 3)
     z, x = pairs(key_pairs, denoiser, flow_solver, num_pairs)
     u = (x - denoiser.location) / denoiser.scale
-    optimizer = _default_optimizer(num_steps) if optimizer is None else optimizer
-
-    def advance(state: TrainState, count: int) -> tuple[TrainState, jax.Array, int]:
-        static = {"max_count": steps_per_call, "optimizer": optimizer, "batch_size": batch_size, "ema_decay": ema_decay}
-        return *_steps(state, flow_map, key_steps, z, u.astype(z.dtype), count, **static), count
-
-    params = flow_map.network.params
-    begun = run.begin(TrainState(params, params, optimizer.init(params), jnp.zeros((), jnp.int32)))
-    progress, interrupted = run.train(plan, begun, advance, None, None)
-    trained = network.with_params(progress.best).with_units(denoiser.location, denoiser.scale).freeze()
+    learn = functools.partial(regress, optimizer=optimizer, batch_size=batch_size, ema_decay=ema_decay)
+    best, losses, interrupted = learn(key_steps, flow_map, (z,), u.astype(z.dtype), plan)
+    trained = network.with_params(best).with_units(denoiser.location, denoiser.scale).freeze()
     flow_map = flow_map.with_network(trained)
     quality = map_quality(key_test, flow_map, denoiser, flow_solver, num_test_draws)
     if quality.sliced_w1 > _FAR * quality.sliced_w1_floor:
@@ -168,7 +156,7 @@ def distill(
             "which is then another prior. Take more evaluations, a wider student, more pairs and steps",
             stacklevel=2,
         )
-    return DistillResult(flow_map, quality, progress.losses, interrupted)
+    return DistillResult(flow_map, quality, losses, interrupted)
 
 
 def map_quality(
@@ -233,46 +221,7 @@ def pairs(key: jax.Array, denoiser: Denoiser, flow_solver: Solver, count: int) -
 def over_all(flow_solver: Solver | FlowMap, denoiser: Denoiser, z: jax.Array) -> jax.Array:
     """The images of many noises, a block at a time."""
     one = functools.partial(push_forward, flow_solver, denoiser)
-    return jax.lax.map(one, z, batch_size=min(_BLOCK, len(z)))
-
-
-@functools.partial(jax.jit, static_argnames=("max_count", "optimizer", "batch_size", "ema_decay"))
-def _steps(
-    state: TrainState,
-    flow_map: FlowMap,
-    key: jax.Array,
-    z: jax.Array,
-    u: jax.Array,
-    count: ArrayLike,
-    *,
-    max_count: int,
-    optimizer: optax.GradientTransformation,
-    batch_size: int,
-    ema_decay: float,
-) -> tuple[TrainState, jax.Array]:
-    """`count` gradient steps, and the loss of each, (max_count,), NaN beyond `count`."""
-
-    def loss(params: nnx.State, rows: jax.Array) -> jax.Array:
-        one = flow_map.with_network(flow_map.network.with_params(params))
-        return jnp.mean((jax.vmap(one)(z[rows]) - u[rows]) ** 2)
-
-    def step(i: jax.Array, carry: tuple[TrainState, jax.Array]) -> tuple[TrainState, jax.Array]:
-        state, losses = carry
-        rows = jax.random.randint(jax.random.fold_in(key, state.step), (batch_size,), 0, len(z))
-        value, gradient = jax.value_and_grad(loss)(state.params, rows)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = move_average(state.average, params, state.step, ema_decay)
-        return TrainState(params, average, opt_state, state.step + 1), losses.at[i].set(value)
-
-    return jax.lax.fori_loop(0, count, step, (state, jnp.full(max_count, jnp.nan, z.dtype)))
-
-
-@functools.lru_cache
-def _default_optimizer(num_steps: int) -> optax.GradientTransformation:
-    """Adam with warm-up and cosine decay; the same object for the same length, so that nothing compiles twice."""
-    warmup = min(200, num_steps // 10)
-    return optax.adam(optax.warmup_cosine_decay_schedule(0.0 if warmup else 4e-3, 4e-3, warmup, num_steps))
+    return jax.lax.map(one, z, batch_size=min(BLOCK, len(z)))
 
 
 def _student(student: nnx.Module | NetworkDenoiser | None, denoiser: Denoiser) -> NetworkDenoiser:
