@@ -155,6 +155,8 @@ def test_kernels_take_it_in_the_place_of_a_solver():
         assert int(state.num_score_evals) == evaluations
     assert "learned map" in DiffusionPCN(seen, solver=UNTRAINED).status.statement
     assert "learned map" not in DiffusionPCN(seen, screen=UNTRAINED).status.statement
+    statements = [SplitGibbs(seen, rho=0.5, solver=solver).status.statement for solver in (UNTRAINED, Adams(30))]
+    assert ["learned map" in statement for statement in statements] == [True, False]
     assert not DiffusionPCN(seen, screen=UNTRAINED).status.exact and evaluations_given(UNTRAINED) == 2
 
 

@@ -147,12 +147,14 @@ class SplitGibbs(DiffusionKernel[SplitGibbsState]):
         ['noise', 'x']
     """
 
-    status = Status(
-        "reverse process",
-        False,
-        "targets the posterior smoothed by rho, up to the solver; with more couplings, about that",
-    )
     statistics = ("accept_prob", "noise_level", "num_score_evals")
+
+    @property
+    def status(self) -> Status:
+        """What the kernel targets, by its solver."""
+        up_to = "a learned map, whose law is its own" if isinstance(self._solver, GivenMap) else "the solver"
+        statement = f"targets the posterior smoothed by rho, up to {up_to}; with more couplings, about that"
+        return Status("reverse process", False, statement)
 
     def __init__(
         self,
