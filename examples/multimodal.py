@@ -7,7 +7,8 @@ slopes that matter, one of 1024, and the noise, on a grid, all is normal. The mo
 
 Four chains of NUTS end at R-hat 1.23, with probabilities off by .11; `PopulationHMC` converges and is off by .01. Not
 all that is made for modes gets there: `ParallelTempering` by NUTS at ten temperatures (4 x 1000 draws) had R-hat 1.24
-and 13 round trips, `LearnedMCMC` with 200 chains had R-hat 1.40. Their verdicts said so.
+and 13 round trips, `LearnedMCMC` with 200 chains had R-hat 1.40. Their verdicts said so (tried once; the script does
+not run them).
 
     python examples/multimodal.py          # a minute
     python examples/multimodal.py --fast   # few draws: to test the installation

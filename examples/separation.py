@@ -5,7 +5,8 @@
 Both priors are diffusion priors, and the model says nothing but how the picture was made. NUTS samples both sources and
 both gains in noise space. Beside it stands the best linear separation, which has a Gaussian in place of the network and
 is told both gains: it is off by 2.00 grey values in the digit, where NUTS is off by 1.74, and by .37 in the texture,
-where NUTS is off by .34. The chains are not quite there: R-hat of one pixel is 1.013, and the verdict names the cure.
+where NUTS is off by .34. The chains are not quite there: R-hat of one pixel is 1.013, ten moves diverge,
+and the verdict names the cure.
 
     python examples/separation.py          # a minute or two
     python examples/separation.py --fast   # little training, few draws: to test the installation
