@@ -361,7 +361,7 @@ class Steps(noise.Rectified):
     [
         (
             TypeError,
-            "denoiser must be one of NetworkDenoiser, FlowMap, LearnedPrior to be saved; got Gaussian",
+            "denoiser must be one of NetworkDenoiser, FlowMap, GivenMap, LearnedPrior to be saved; got Gaussian",
             lambda: Gaussian(jnp.zeros(2)),
         ),
         (

@@ -252,8 +252,8 @@ def test_as_a_block_of_gibbs():
 
 
 def test_status():
-    assert isinstance(SplitGibbs.status, Status) and not SplitGibbs.status.exact
-    assert SplitGibbs.status.needs == "reverse process"
+    status = SplitGibbs(no_prior, rho=0.5).status
+    assert isinstance(status, Status) and not status.exact and status.needs == "reverse process"
 
 
 def no_prior(y):
