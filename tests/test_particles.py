@@ -13,7 +13,14 @@ from numpyro.infer import MCMC
 from numpyro_diffusion.denoise import Gaussian
 from numpyro_diffusion.diagnostics import to_arviz
 from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.infer import DesignedDiffusion, LearnedMCMC, PopulationHMC, TemperedSMC, TwistedSMC
+from numpyro_diffusion.infer import (
+    DenoisingDiffusionSampler,
+    DesignedDiffusion,
+    LearnedMCMC,
+    PopulationHMC,
+    TemperedSMC,
+    TwistedSMC,
+)
 from numpyro_diffusion.infer.particles.evidence import resample_islands
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import DPMSolverPP
@@ -38,6 +45,9 @@ SAMPLERS = {
     "population": PopulationHMC(model, 200, 4, max_gradients=1, progress_bar=False),
     "designed": DesignedDiffusion(model, 800, num_inner=8, num_shared=800, num_levels=16, progress_bar=False),
     "learned": LearnedMCMC(model, num_chains=100, num_draws=8, num_warmup=40, network=None, progress_bar=False),
+    "trained": DenoisingDiffusionSampler(
+        model, 2000, num_training_steps=100, batch_size=64, num_levels=8, progress_bar=False
+    ),
 }
 """Of 400 independent draws or more."""
 pytestmark = [

@@ -26,7 +26,7 @@ References:
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +76,6 @@ _CALLS = 20
 """Compiled calls of training, between which the bar moves."""
 _AT_ONCE = 1000
 """Draws about the prior that are evaluated together."""
-
-Self = TypeVar("Self", bound="DenoisingDiffusionSampler")
 
 
 class Bound(NamedTuple):
@@ -179,7 +177,7 @@ class DenoisingDiffusionSampler(ParticleSampler):
         self._kept: Trained | None = None
         self._compiled = Compiled(model, self._units, self._by_prior, self._steps, self._draw)
 
-    def train(self: Self, rng_key: jax.Array, *args: Any, **kwargs: Any) -> Self:
+    def train(self, rng_key: jax.Array, *args: Any, **kwargs: Any) -> Self:
         """Trains, and keeps what was learned for all later runs; they are exact at other arguments too, as weights are.
 
         Args:
