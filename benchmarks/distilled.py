@@ -55,6 +55,7 @@ from numpyro_diffusion.infer import DelayedAcceptance, DiffusionPCN, NoiseSpace,
 from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import Adams, DPMSolverPP, FlowMap, GivenMap
+from numpyro_diffusion.solve.given import joined_shape
 from numpyro_diffusion.train import distill, distill_given, given_quality, map_quality
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -170,13 +171,13 @@ def population(sampler: PopulationHMC, prior: DiffusionPrior, held_out: jax.Arra
 def given_map(name: str, denoiser: Any, options: Any, **size: int) -> tuple[GivenMap, dict]:
     """The draw given a noisy point, distilled and kept on disk, and its row."""
     path, started = OUTPUT / f"given-map-{name}{'-fast' if options.fast else ''}.safetensors", time.process_time()
-    seconds, joined = None, (*denoiser.event_shape[:-1], 3 * denoiser.event_shape[-1])
+    seconds = None
     if path.exists() and not options.fast:
         made = checkpoint.load(path)
         quality = given_quality(jax.random.key(1), made, denoiser, DEAR)
     else:
         short = {"num_pairs": 500, "num_steps": 50, "num_test_draws": 100} if options.fast else {}
-        student = MLP(joined, features=size.pop("features", 128), rngs=nnx.Rngs(0))
+        student = MLP(joined_shape(denoiser.event_shape), features=size.pop("features", 128), rngs=nnx.Rngs(0))
         training = {**size, **short, "student": student, "progress_bar": False}
         made, quality, *_ = distill_given(jax.random.key(0), denoiser, DEAR, **training)
         seconds = time.process_time() - started

@@ -139,6 +139,27 @@ def half_space(nan_below, prior):
     numpyro.factor("above", jnp.where(x[0] > 0.5, 0.0, jnp.where(x[0] < nan_below, jnp.nan, -jnp.inf)))
 
 
+# Models that samplers refuse
+
+
+def nothing():
+    numpyro.sample("y", dist.Normal(0.0, 1.0), obs=1.0)
+
+
+def discrete():
+    k = numpyro.sample("k", dist.Bernoulli(0.5))
+    numpyro.sample("y", dist.Normal(k, 1.0), obs=1.0)
+
+
+def improper():
+    numpyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), ()))
+
+
+def not_a_number():
+    x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+    numpyro.factor("bad", jnp.nan * x)
+
+
 # Laws
 
 

@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -261,33 +262,15 @@ def test_degenerate_weights_are_reported():
     assert lost.problems and np.isinf(lost.log_evidence.standard_error)
 
 
-def nothing():
-    numpyro.sample("y", dist.Normal(0.0, 1.0), obs=1.0)
-
-
-def discrete():
-    k = numpyro.sample("k", dist.Bernoulli(0.5))
-    numpyro.sample("y", dist.Normal(k, 1.0), obs=1.0)
-
-
-def improper():
-    numpyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), ()))
-
-
-def not_a_number():
-    x = numpyro.sample("x", dist.Normal(0.0, 1.0))
-    numpyro.factor("bad", jnp.nan * x)
-
-
 def run(model, **options):
     DesignedDiffusion(model, 80, num_inner=2, num_shared=10, num_levels=2, **options, **QUIET).run(KEY(0))
 
 
 REFUSED = {
-    "nothing": (lambda: run(nothing), "needs a latent site"),
-    "discrete": (lambda: run(discrete), r"sites \['k'\] are discrete"),
-    "improper": (lambda: run(improper), "Give location= and scale="),
-    "nan": (lambda: run(not_a_number), "zero or NaN at all of them"),
+    "nothing": (lambda: run(laws.nothing), "needs a latent site"),
+    "discrete": (lambda: run(laws.discrete), r"sites \['k'\] are discrete"),
+    "improper": (lambda: run(laws.improper), "Give location= and scale="),
+    "nan": (lambda: run(laws.not_a_number), "zero or NaN at all of them"),
     "one of two": (lambda: run(narrow, location={"x": 0.0}), "must be given together"),
     "sites": (lambda: run(narrow, location={"x": 0.0}, scale={"z": 1.0}), r"scale must have the latent sites \['x'\]"),
     "flat": (lambda: run(narrow, location={"x": 0.0}, scale={"x": 0.0}), "those given are not"),

@@ -23,7 +23,7 @@ def test_probabilities_of_sets_are_those_of_quadrature():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(60, 2)) @ np.array([[1.0, 0.8], [0.0, 0.6]])
     y = 0.15 * x[:, 0] + 0.7 * rng.normal(size=60)
-    slope = np.linspace(-1.0, 1.0, 401)  # steps of a quarter of the spike's width
+    slope = np.linspace(-1.0, 1.0, 401)  # steps of the spike's standard deviation
     log_prior = np.logaddexp(*(-0.5 * (slope / s) ** 2 - np.log(s) for s in (multimodal.SPIKE, multimodal.SLAB)))
     first, second = np.meshgrid(slope, slope, indexing="ij")
     squares = np.sum((y[:, None, None] - x[:, 0, None, None] * first - x[:, 1, None, None] * second) ** 2, 0)

@@ -5,6 +5,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -128,40 +129,19 @@ def test_two_modes(trained, correct, tmp_path, capsys):
     assert "training included" in capsys.readouterr().out
 
 
-def half_line():
-    """A standard normal above .5; minus infinity below, NaN below -2."""
-    x = numpyro.sample("x", dist.Normal(0.0, 1.0))
-    numpyro.factor("above", jnp.where(x > 0.5, 0.0, jnp.where(x < -2.0, jnp.nan, -jnp.inf)))
-
-
 @SLOW
 def test_hard_walls_and_holes():
     """The evidence is P(x > .5), and no draw is outside."""
-    sampler = DenoisingDiffusionSampler(half_line, 2000, num_training_steps=50, num_moves=0, num_islands=10, **SMALL)
-    sampler.run(KEY(0))
+    sampler = DenoisingDiffusionSampler(
+        laws.half_line, 2000, num_training_steps=50, num_moves=0, num_islands=10, **SMALL
+    )
+    sampler.run(KEY(0), -2.0)
     value, error, _ = sampler.log_evidence
     assert not sampler.problems and abs(value - norm.logsf(0.5)) < 4.0 * error < 0.2
     x = np.asarray(sampler.get_samples()["x"])
     assert x.min() > 0.5 and sampler.evidence_bound.value == -np.inf
     size, mean = sampler.effective_size, norm.pdf(0.5) / norm.sf(0.5)
     assert abs(x.mean() - mean) < 4.0 * np.sqrt((1.0 + 0.5 * mean - mean**2) / size)
-
-
-def nothing():
-    numpyro.sample("y", dist.Normal(0.0, 1.0), obs=1.0)
-
-
-def discrete():
-    k = numpyro.sample("k", dist.Bernoulli(0.5))
-    numpyro.sample("y", dist.Normal(k, 1.0), obs=1.0)
-
-
-def improper():
-    numpyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), ()))
-
-
-def not_a_number():
-    numpyro.factor("bad", jnp.nan * numpyro.sample("x", dist.Normal(0.0, 1.0)))
 
 
 def impossible():
@@ -212,10 +192,10 @@ def moved():
 
 
 REFUSED = {
-    "nothing": (lambda: run(nothing), "DenoisingDiffusionSampler needs a latent site"),
-    "discrete": (lambda: run(discrete), r"sites \['k'\] are discrete"),
-    "improper": (lambda: run(improper), "DenoisingDiffusionSampler takes its units .* Give location= and scale="),
-    "nan": (lambda: run(not_a_number), "zero or NaN at all of 5000 points"),
+    "nothing": (lambda: run(laws.nothing), "DenoisingDiffusionSampler needs a latent site"),
+    "discrete": (lambda: run(laws.discrete), r"sites \['k'\] are discrete"),
+    "improper": (lambda: run(laws.improper), "DenoisingDiffusionSampler takes its units .* Give location= and scale="),
+    "nan": (lambda: run(laws.not_a_number), "zero or NaN at all of 5000 points"),
     "impossible": (lambda: run(impossible), "zero or NaN at all of 5000 points"),
     "one of two": (lambda: run(narrow, location={"x": 0.0}), "must be given together"),
     "flat": (lambda: run(narrow, location={"x": 0.0}, scale={"x": 0.0}), "those given are not"),

@@ -287,14 +287,14 @@ def _heights(levels: jax.Array) -> jax.Array:
 
 def _times(solver: Solver | GivenMap, denoiser: Denoiser) -> jax.Array:
     """The times of the ladder: those of a solver that walks down from there, or any for one that follows a flow."""
-    if not isinstance(solver, GivenMap) and solver.stochastic:
+    if isinstance(solver, Solver) and solver.stochastic:
         return solver.times(denoiser)[: solver.num_times - _MIN_STEPS]
     return UniformLogSNR()(denoiser.schedule, _NUM_LEVELS)
 
 
 def _evaluations(solver: Solver | GivenMap, first: jax.Array, count: int) -> int | jax.Array:
     """Denoiser evaluations for `count` candidates, which share the mean of a flow's law."""
-    if not isinstance(solver, GivenMap) and solver.stochastic:
+    if isinstance(solver, Solver) and solver.stochastic:
         return count * solver.evaluations(first)  # type: ignore[operator]  # `check_reverse` has refused None
     return count * (evaluations_given(solver) - 1) + 1  # type: ignore[operator]
 
@@ -319,7 +319,7 @@ def _candidates(
             t = _times(solver, denoiser)[first]
             schedule = denoiser.schedule
             x_t = (schedule.alpha(t) * u + schedule.sigma(t) * noise).astype(u.dtype)
-            if not isinstance(solver, GivenMap) and solver.stochastic:
+            if isinstance(solver, Solver) and solver.stochastic:
                 return jax.vmap(lambda key: solve(solver, denoiser, x_t, key, first))(keys)
             return jax.vmap(lambda key: draw_given(solver, denoiser, x_t, t, key))(keys)
 
