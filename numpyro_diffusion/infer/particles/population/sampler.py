@@ -43,7 +43,7 @@ from numpyro_diffusion.infer.model.record import Reading, Record
 from numpyro_diffusion.infer.noise.lattice import can_be_summed, site_to_sum
 from numpyro_diffusion.infer.noise.vector import NoiseVector
 from numpyro_diffusion.infer.particles.evidence import Draws, Outcome, ParticleSampler, evidence_of
-from numpyro_diffusion.infer.particles.population.climb import Chains, Climb, Settings
+from numpyro_diffusion.infer.particles.population.climb import Chains, Climb, Programs, Settings
 from numpyro_diffusion.infer.particles.population.rounds import CURE, Look, Round, Temperature, look
 from numpyro_diffusion.infer.particles.tempered import look_at_start, widened
 from numpyro_diffusion.infer.particles.tempering import check_climb
@@ -160,7 +160,9 @@ class PopulationHMC(ParticleSampler):
         number, factor, last, self._looks = self._shape[1], 1, None, []
         while True:
             key = jax.random.fold_in(rng_key, len(self._looks))
-            this, seen = self._round(key, number, factor, last, names, args, kwargs)
+            if number not in self._climbs:
+                self._climbs[number] = Climb(self._model, settings, number)
+            this, seen = self._round(key, self._climbs[number].bind(args, kwargs), factor, last, names)
             self._looks.append(seen)
             last = this
             if seen.converged:
@@ -197,21 +199,10 @@ class PopulationHMC(ParticleSampler):
         return gradients <= self._max_gradients and in_time
 
     def _round(
-        self,
-        key: jax.Array,
-        number: int,
-        factor: int,
-        last: Round | None,
-        names: list[str],
-        args: tuple,
-        kwargs: dict[str, Any],
+        self, key: jax.Array, programs: Programs, factor: int, last: Round | None, names: list[str]
     ) -> tuple[Round, Look]:
-        """From the prior to draws of the posterior, with `number` walkers on each island."""
-        started, islands, settings = time.monotonic(), self._shape[0], self._settings
-        assert settings is not None
-        if number not in self._climbs:
-            self._climbs[number] = Climb(self._model, settings, number)
-        programs = self._climbs[number].bind(args, kwargs)
+        """From the prior to draws of the posterior, with `factor` times the moves that it takes to forget."""
+        started, islands = time.monotonic(), self._shape[0]
         key_start, key_climb, key_draw = jax.random.split(key, 3)
         stage, label = programs.start(key_start), f"round {len(self._looks) + 1}"
         history: list[Temperature] = []
@@ -226,15 +217,17 @@ class PopulationHMC(ParticleSampler):
         between = -(-int(history[-1].num_moves) // self._num_draws)  # draws span as many as it took
         evidence, drawing = widened(evidence_of(stage.log_evidence), history), time.monotonic()
         chains, lengths, seen = Chains(programs, key_draw, stage, between), 0, None
-        before, each = sum(int(h.num_moves) for h in history), settings.gradients * islands * number
+        before, walkers = sum(int(h.num_moves) for h in history), len(stage.walkers.q)
+        each = programs.settings.gradients * walkers
         while True:
             with self._bar(self._num_draws, f"{label}, draws") as bar:
                 between_draws = chains.draw(self._num_draws, partial(bar.update, 1))
             lengths, now, moves = lengths + 1, time.monotonic(), int(between_draws.num_moves)
-            spent = (before + moves) * each + len(history) * islands * number
+            spent = (before + moves) * each + len(history) * walkers
             seconds_each = (now - drawing) / (moves * each)
             values = chains.values(islands)
-            this = Round(values, evidence, history, between_draws, spent, now - started, seconds_each, number, factor)
+            cost = spent, now - started, seconds_each
+            this = Round(values, evidence, history, between_draws, *cost, walkers // islands, factor)
             seen = look(this, last, names, seen)
             goes_on = seen.needs_draws and lengths < _LENGTHS
             if not (goes_on and self._affords(spent, moves * each, moves * each * seconds_each)):
