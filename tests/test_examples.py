@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpyro
 import pytest
+from numpyro.distributions.transforms import ReshapeTransform
 
 from numpyro_diffusion import DiffusionPrior
 from numpyro_diffusion.denoise import Gaussian
@@ -14,6 +15,7 @@ from numpyro_diffusion.diagnostics import verdict
 from numpyro_diffusion.solve import DPMSolverPP
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+hierarchical = importlib.import_module("hierarchical")
 multimodal = importlib.import_module("multimodal")
 separation = importlib.import_module("separation")
 
@@ -90,3 +92,33 @@ def test_two_sources_are_separated_as_in_closed_form(monkeypatch):
     digit, texture = separation.linear(y, examples)
     np.testing.assert_allclose(draws["digit"].mean(0), digit.ravel(), atol=0.6)
     np.testing.assert_allclose(draws["texture"].mean(0), texture.ravel(), atol=0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # what keeps one round from counting as converged
+def test_images_that_share_a_noise_level_tell_it_as_in_closed_form():
+    """With a normal prior the level's posterior is by quadrature.
+
+    One round of 128 walkers and 8 draws has 300 effective draws or more: four standard errors of a mean are .23
+    standard deviations, and of a standard deviation 16 %.
+    """
+    rng = np.random.default_rng(3)
+    mean, covariance = np.full(64, 3.0), 3.6 + 0.4 * np.eye(64)
+    to_images = ReshapeTransform((8, 8), (64,))
+    prior = DiffusionPrior(Gaussian(mean, covariance), flow_solver=DPMSolverPP(10), transform=to_images)
+    truth = rng.multivariate_normal(mean, covariance, hierarchical.NUM_IMAGES)[:, :32]
+    y = truth + hierarchical.NOISE * rng.normal(size=truth.shape)
+    noise = np.linspace(0.5, 6.0, 2000)
+    values, vectors = np.linalg.eigh(covariance[:32, :32])
+    squares, variances = ((y - 3.0) @ vectors) ** 2, values + noise[:, None] ** 2
+    of_data = -0.5 * (squares.sum(0) / variances + len(y) * np.log(variances)).sum(1)
+    log_weights = of_data - 0.5 * (noise / 4.0) ** 2
+    weights = np.exp(log_weights - log_weights.max())
+    expected = np.average(noise, weights=weights)
+    spread = np.average((noise - expected) ** 2, weights=weights) ** 0.5
+    images = y.reshape(-1, hierarchical.ROWS, 8).astype(np.float32)
+    population = hierarchical.sample(0, images, prior, num_walkers=128, num_draws=8, max_gradients=1)
+    draws = population.get_samples()["noise"]
+    assert population.rounds[0].ess > 300
+    assert abs(draws.mean() - expected) < 0.23 * spread
+    assert abs(np.log(draws.std() / spread)) < 0.16
