@@ -256,7 +256,7 @@ def test_coordinates_have_the_models_density():
     np.testing.assert_allclose([values["noise"], *values["twice"]], [noise, *2.0 * values["x"]], rtol=1e-5)
 
 
-@pytest.mark.parametrize("size, number", [(5, 400), (400, 256)])
+@pytest.mark.parametrize("size, number", [(5, 400), (400, 256), (256, 400)])
 def test_metric_of_a_population(size, number):
     """Directions that data narrow are found: dense from the draws, of low rank from the gradients."""
     rng = np.random.default_rng(0)

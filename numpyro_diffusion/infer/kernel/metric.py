@@ -82,10 +82,8 @@ def estimate(q: jax.Array, gradient: jax.Array) -> Metric:
     spread, steepness = jnp.var(q, 0), jnp.var(gradient, 0)
     _, scale = _scale(spread, steepness)
     standardised = (gradient - gradient.mean(0)) * scale
-    values, rows = jnp.linalg.eigh(standardised @ standardised.T / number)  # of the N x N matrix: N < D or nearly so
-    rank = min(_RANK, number)
-    values, rows = values[-rank:], rows[:, -rank:]
-    vectors = standardised.T @ rows / jnp.sqrt(number * jnp.maximum(values, _SMALLEST))
+    _, singular, rows = jnp.linalg.svd(standardised, full_matrices=False)  # of the smaller side, whichever it is
+    values, vectors = singular[:_RANK] ** 2 / number, rows[:_RANK].T
     edge = (1.0 + jnp.sqrt(size / number)) ** 2 * jnp.mean((standardised**2).mean(0))
     roots = jnp.where(values > edge, jnp.sqrt(edge / jnp.maximum(values, edge)), 1.0)
     return Metric(scale, vectors, roots)
