@@ -382,9 +382,14 @@ def table(names: list[str], models: list[str], size: int, draws: int, steps: int
 def summarise(rows: list[dict]) -> None:
     """What contradicts theory first."""
     tested = [row for row in rows if "p_value" in row]
+    short = [row for row in tested if row["r_hat"] > 1.1]
     for row in tested:
-        if row["miscalibrated"] and row["expected"] == EXACT:
-            print(f"EXACT AND MISCALIBRATED: {row['sampler']} on {row['model']}: {'; '.join(row['problems'])}")
+        where = f"{row['sampler']} on {row['model']}"
+        if row in short:
+            print(f"chains too short to be judged (raise --draws): {where}: median R-hat {row['r_hat']:.2f}")
+        elif row["miscalibrated"] and row["expected"] == EXACT:
+            print(f"EXACT AND MISCALIBRATED: {where}: {'; '.join(row['problems'])}")
+    tested = [row for row in tested if row not in short]
     for row in tested:
         if not row["miscalibrated"] and row["expected"] != EXACT:
             print(f"biased and not seen with {row['simulations']} simulations: {row['sampler']} on {row['model']}")
