@@ -315,7 +315,8 @@ def one_run(make: Callable, model: Callable, prior: DiffusionPrior, num_draws: i
         samples = run.get_samples(group_by_chain=True)
     samples = {name: np.asarray(samples[name]) for name in samples if name in ("x", "noise")}
     ess = min(float(np.min(effective_sample_size(value))) for value in samples.values())
-    flat = {name: value.reshape(-1, *value.shape[2:])[:1000] for name, value in samples.items()}
+    flat = {name: value.reshape(-1, *value.shape[2:]) for name, value in samples.items()}
+    flat = {name: value[:: max(1, len(value) // 1000)] for name, value in flat.items()}
     return {
         "ksd": ksd_of(model, y, prior, flat),
         "ess_per_evaluation": ess / evaluations if evaluations and np.isfinite(evaluations) else None,
