@@ -56,25 +56,29 @@ def installed(name: str) -> str:
         return "unknown"
 
 
-def told(where: dict) -> str:
-    """`machine` and what a run took, in words."""
-    cores = f"{where['cores']} core{'s' * (where['cores'] != 1)}"
-    libraries = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
-    took = f"{where['seconds']} s ({where['cpu_seconds']} CPU s)"
-    return f"{took} on {cores} of {where['machine']}, {where['date']}; {libraries}"
+def took(run: dict) -> str:
+    """What a run took, in words."""
+    return f"{run['seconds']} s ({run['cpu_seconds']} CPU s)"
 
 
-def keep_example(path: Path, printed: str, took: dict[str, int]) -> None:
+def where(run: dict) -> str:
+    """`machine`, in words."""
+    cores = f"{run['cores']} core{'s' * (run['cores'] != 1)}"
+    libraries = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
+    return f"on {cores} of {run['machine']}, {run['date']}; {libraries}"
+
+
+def keep_example(path: Path, printed: str, seconds: dict[str, int]) -> None:
     """Stores what a full run of an example has printed, and the picture that it has written."""
     text = printed.replace(f"{ROOT}/", "").strip()
-    lines = [f"$ {command(path)}", text, "", told(machine() | took)]
+    lines = [f"$ {command(path)}", text, "", f"{took(seconds)} {where(machine())}"]
     (PICTURES / f"{path.stem}.txt").write_text("\n".join(lines) + "\n")
     shutil.copy(ROOT / "examples" / "output" / f"{path.stem}.png", PICTURES)
 
 
-def keep_results(path: Path, results: Path, took: dict[str, int]) -> None:
+def keep_results(path: Path, results: Path, seconds: dict[str, int]) -> None:
     """Stores what a full run of a benchmark has found."""
     RESULTS.mkdir(exist_ok=True)
-    found = {"command": command(path), **machine(), **took, "fast": False}
+    found = {"command": command(path), **machine(), **seconds, "fast": False}
     found["results"] = json.loads(results.read_text())
     (RESULTS / f"{path.stem}.json").write_text(json.dumps(found, indent=1) + "\n")

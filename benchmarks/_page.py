@@ -4,11 +4,12 @@ import ast
 import json
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks._kept import RESULTS, ROOT, has_results, told
+from benchmarks._kept import RESULTS, ROOT, has_results, took, where
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 MOST_ROWS = 20
@@ -22,27 +23,34 @@ under "Trust, and reasons" say what the figures mean, and give some of other siz
 compilation unless the benchmark says otherwise. Compare ratios, which are measured side by side within one run, and
 evaluations, which are counted. Errors and distances are of one run, with its Monte Carlo error. Figures are rounded to
 three digits; the files have all of them.
+
+%s
 """
 
 
 def page() -> str:
     """The page, in MyST Markdown."""
     scripts = [path for path in sorted((ROOT / "benchmarks").glob("[!_]*.py")) if has_results(path)]
-    parts, missing = [OPENING], []
+    kept = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    places = Counter(where(kept[path.stem]) for path in scripts if path.stem in kept)
+    usual = places.most_common(1)[0][0] if places else ""
+    parts = [OPENING % (f"Runs are {usual}, unless their sections say otherwise." if usual else "")]
     for path in scripts:
-        results = RESULTS / f"{path.stem}.json"
-        first, body = described(path)
-        if results.exists():
-            parts += section(path.stem, first, body, json.loads(results.read_text()))
-        else:
-            missing.append(f"| `python -m benchmarks --keep benchmarks/{path.name}` | {first} |")
+        if path.stem in kept:
+            parts += section(path, kept[path.stem], usual)
+    missing = [f"| `{keeps(path)}` | {described(path)[0]} |" for path in scripts if path.stem not in kept]
     if missing:
         parts += [
-            "## Not kept yet",
-            "These take longer, some of them hours; the pages of concepts have what was found.",
+            "## Missing",
+            "No full run of these is kept; some take hours. Pages of concepts have their figures.",
         ]
         parts.append("\n".join(["| command | what it asks |", "|---|---|", *missing]))
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def keeps(path: Path) -> str:
+    """The command that runs a benchmark at full size and keeps its results."""
+    return f"python -m benchmarks --keep {path.relative_to(ROOT)}"
 
 
 def described(path: Path) -> tuple[str, str]:
@@ -51,24 +59,25 @@ def described(path: Path) -> tuple[str, str]:
 
     def block(found: re.Match) -> str:
         text = textwrap.dedent(found[0]).strip("\n")
-        return "" if text.startswith("python ") else f"```text\n{text}\n```\n"
+        return "" if text.startswith("python ") else f"\n```text\n{text}\n```\n"
 
     return first, re.sub(r"(?m)^(?: {4}.*\n?|\n(?= {4}))+", block, rest).strip()
 
 
-def section(name: str, first: str, body: str, kept: dict) -> Iterator[str]:
-    """What is said of one benchmark."""
+def section(path: Path, kept: dict, usual: str) -> Iterator[str]:
+    """What is said of one benchmark; where it ran only if that is not the `usual` place."""
     if kept["fast"]:
-        raise ValueError(f"{name}: the page is made of full runs, not of --fast ones")
-    yield f"## `{name}`"
+        raise ValueError(f"{path.stem}: the page is made of full runs, not of --fast ones")
+    first, body = described(path)
+    yield f"## `{path.stem}`"
     yield f"**{first}**"
     yield body
-    yield f"`{kept['command']} --json OUT`: {told(kept)}."
+    yield f"`{keeps(path)}`: {took(kept)}" + (f" {where(kept)}." if where(kept) != usual else ".")
     for title, rows in tables(kept["results"]):
         yield f"*{title}*" if title else ""
         yield table(rows)
         if len(rows) > MOST_ROWS:
-            yield f"{len(rows) - MOST_ROWS} more rows are in `benchmarks/results/{name}.json`."
+            yield f"The first {MOST_ROWS} of {len(rows)} rows; all are in `benchmarks/results/{path.stem}.json`."
 
 
 def tables(results: Any, title: str = "") -> Iterator[tuple[str, list[dict]]]:

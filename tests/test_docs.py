@@ -189,16 +189,20 @@ def test_the_page_of_benchmarks_is_made_of_full_runs(tmp_path, monkeypatch):
     """Benchmarks without results are listed with their commands; long tables say how many rows are left out."""
     monkeypatch.setattr(_page, "RESULTS", tmp_path)
     rows = [{"solver": "Heun", "evaluations": 10_000 + i, "w1_over_floor": 1.23456, "kept": True} for i in range(25)]
-    versions = {"Python": "3.11.7"}
     kept = {"command": "python benchmarks/solvers.py", "date": "2026-01-02", "machine": "CPU", "cores": 1}
-    kept |= {"versions": versions, "seconds": 3, "cpu_seconds": 2, "fast": False, "results": {"each": rows, "ratio": 2}}
+    kept |= {
+        "versions": {"Python": "3.11.7"},
+        "seconds": 3,
+        "cpu_seconds": 2,
+        "fast": False,
+        "results": {"each": rows, "ratio": 2},
+    }
     (tmp_path / "solvers.json").write_text(json.dumps(kept))
-    page = _page.page()
-    assert "3 s (2 CPU s) on 1 core of CPU, 2026-01-02; Python 3.11.7" in page
-    assert "| Heun | 10,019 | 1.23 | yes |" in page and "10,020" not in page and "5 more rows" in page
-    assert (
-        "| ratio | 2 |" in page and "--keep benchmarks/bound.py" in page and "--keep benchmarks/solvers.py" not in page
-    )
+    page, command = _page.page(), "python -m benchmarks --keep benchmarks"
+    assert "Runs are on 1 core of CPU, 2026-01-02; Python 3.11.7, unless" in page
+    assert f"`{command}/solvers.py`: 3 s (2 CPU s)." in page
+    assert "| Heun | 10,019 | 1.23 | yes |" in page and "10,020" not in page and "first 20 of 25 rows" in page
+    assert "| ratio | 2 |" in page and f"| `{command}/bound.py` |" in page and f"| `{command}/solvers.py` |" not in page
     (tmp_path / "solvers.json").write_text(json.dumps(kept | {"fast": True}))
     with pytest.raises(ValueError, match="solvers: the page is made of full runs"):
         _page.page()
