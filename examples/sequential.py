@@ -6,7 +6,8 @@
    study has two modes. A small second study also has the outcome, which rises with the factor: one mode is left.
 
 Beside the learned prior stands the multivariate normal with the mean and covariance of the same draws, in the same
-unconstrained coordinates: right for the first, where the posterior is nearly normal, wrong for the second.
+unconstrained coordinates: right for the first, where the posterior is nearly normal, wrong for the second. The
+populations that sample the second are short, and say that they have not converged.
 
     python examples/sequential.py          # some minutes
     python examples/sequential.py --fast   # the first, with little training and few draws: to test the installation
@@ -157,8 +158,9 @@ def look(name: str, seed: int, num: int, num_steps: int) -> tuple[dict[str, Draw
     """Runs a study, prints and returns its posteriors and the errors of both priors against all data."""
     started = time.perf_counter()
     run, names = STUDIES[name]
+    print(f"\n{name}")
     found, learned = run(seed, num, num_steps)
-    print(f"\n{name}: {learned}\n{learned.report}")
+    print(f"{learned}\n{learned.report}")
     off = {prior: errors(found[prior], found["all data"], names) for prior in ("learned prior", "normal prior")}
     for prior, (mean, log_sd) in off.items():
         print(f"{prior}: means within {mean:.3f} posterior sd of those of all data, log sds within {log_sd:.3f}")

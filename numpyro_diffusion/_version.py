@@ -1,3 +1,3 @@
 """The version: read by the build, by checkpoints and by `numpyro_diffusion` itself."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -5,8 +5,10 @@ import doctest
 import importlib
 import importlib.util
 import inspect
+import json
 import pkgutil
 import re
+import sys
 import textwrap
 from pathlib import Path
 
@@ -19,6 +21,9 @@ spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "_ext
 reference = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(reference)
 NAMES = reference.names()
+sys.path.insert(0, str(ROOT))
+_page = importlib.import_module("benchmarks._page")
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def test_the_reference_has_every_public_name():
@@ -146,6 +151,61 @@ def test_code_of_a_page_runs(page):
             known = example.globs
         else:
             exec(compile("\n" * line + code, page, "exec"), known)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_has_a_picture_and_an_output(path):
+    """Those of a full run, by the command that the page names, and nothing in them that a reader does not want."""
+    kept, command = ROOT / "docs" / "pictures" / path.stem, f"python -m benchmarks --keep examples/{path.name}"
+    assert kept.with_suffix(".png").exists() and kept.with_suffix(".txt").exists(), f"run {command}"
+    text = kept.with_suffix(".txt").read_text()
+    assert text.startswith(f"$ python examples/{path.name}\n") and f"wrote examples/output/{path.stem}.png" in text
+    assert not re.search(r"\r|%\||Warning|Traceback|[( ]/\w+/", text), "progress bars, warnings or absolute paths"
+    shown = reference.output(path.stem, kept.parent)
+    assert shown.startswith("## Output") and text.strip() in shown and command in shown
+
+
+def test_pages_of_examples_that_are_gone_are_removed(tmp_path):
+    folder = tmp_path / "docs" / "examples"
+    (tmp_path / "examples").mkdir()
+    folder.mkdir(parents=True)
+    for name in ("first", "second"):
+        (tmp_path / "examples" / f"{name}.py").write_text(f'"""Title of the {name}."""\n\nprint(1)\n')
+    reference.write_examples(folder)
+    assert {path.stem for path in folder.iterdir()} == {"index", "first", "second"}
+    written = (folder / "first.md").stat().st_mtime_ns
+    (tmp_path / "examples" / "second.py").unlink()
+    reference.write_examples(folder)
+    assert {path.stem for path in folder.iterdir()} == {"index", "first"}
+    assert "second" not in (folder / "index.md").read_text()
+    assert (folder / "first.md").stat().st_mtime_ns == written  # Sphinx skips it
+
+
+def test_the_page_of_benchmarks_is_up_to_date():
+    assert _page.PAGE.read_text() == _page.page(), "run python -m benchmarks --page"
+
+
+def test_the_page_of_benchmarks_is_made_of_full_runs(tmp_path, monkeypatch):
+    """Benchmarks without results are listed with their commands; long tables say how many rows are left out."""
+    monkeypatch.setattr(_page, "RESULTS", tmp_path)
+    rows = [{"solver": "Heun", "evaluations": 10_000 + i, "w1_over_floor": 1.23456, "kept": True} for i in range(25)]
+    kept = {"command": "python benchmarks/solvers.py", "date": "2026-01-02", "machine": "CPU", "cores": 1}
+    kept |= {
+        "versions": {"Python": "3.11.7"},
+        "seconds": 3,
+        "cpu_seconds": 2,
+        "fast": False,
+        "results": {"each": rows, "ratio": 2},
+    }
+    (tmp_path / "solvers.json").write_text(json.dumps(kept))
+    page, command = _page.page(), "python -m benchmarks --keep benchmarks"
+    assert "Runs are on 1 core of CPU, 2026-01-02; Python 3.11.7, unless" in page
+    assert f"`{command}/solvers.py`: 3 s (2 CPU s)." in page
+    assert "| Heun | 10,019 | 1.23 | yes |" in page and "10,020" not in page and "first 20 of 25 rows" in page
+    assert "| ratio | 2 |" in page and f"| `{command}/bound.py` |" in page and f"| `{command}/solvers.py` |" not in page
+    (tmp_path / "solvers.json").write_text(json.dumps(kept | {"fast": True}))
+    with pytest.raises(ValueError, match="solvers: the page is made of full runs"):
+        _page.page()
 
 
 def test_links_of_the_readme_lead_somewhere():

@@ -69,6 +69,7 @@ def test_law_and_evidence_of_a_joint_posterior(joint):
     value, error, islands = joint.log_evidence
     assert islands.shape == (4,) and abs(value - log_evidence(np.asarray(Y))) < 4.0 * error + 0.02
     assert joint.converged and len(joint.rounds) >= 2 and np.isnan(joint.rounds[0].distance)
+    assert ["distance" in str(each) for each in joint.rounds[:2]] == [False, True]
 
 
 def test_reports(joint, capsys):

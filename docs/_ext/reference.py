@@ -176,15 +176,14 @@ def bibliography() -> str:
     return "# References\n\nWhat the docstrings cite, and where.\n\n" + "\n".join(lines) + "\n"
 
 
-PICTURES = {"is_it_right": "concepts/calibration.png"}
-"""Pictures of examples that another page has already; the others are in `pictures/`, by the name of the example."""
-
-
 def write_examples(folder: Path) -> None:
-    """Writes a page for each example, its docstring, its picture if there is one and its code, and an index."""
-    folder.mkdir(exist_ok=True)
+    """Writes a page for each example, and an index: its docstring, and the picture, output and code that it has.
+
+    Picture and output are those of a full run, kept in `docs/pictures` by `python -m benchmarks --keep`.
+    """
     scripts = sorted((folder.parents[1] / "examples").glob("*.py"))
     scripts.sort(key=lambda path: path.stem != "quickstart")
+    pages, kept = {}, folder.parent / "pictures"
     index = ["# Examples", "Scripts that run as they are, with real data where a package ships some."]
     for script in scripts:
         tree = ast.parse(script.read_text())
@@ -193,21 +192,35 @@ def write_examples(folder: Path) -> None:
         text = re.sub(
             r"(?m)^(?: {4}.*\n?)+", lambda block: f"```text\n{textwrap.dedent(block[0]).rstrip()}\n```\n", text
         )
-        picture = PICTURES.get(script.stem, f"pictures/{script.stem}.png")
-        shown = f"![{title}](../{picture})" if (folder.parent / picture).exists() else ""
+        shown = f"![{title}](../pictures/{script.stem}.png)" if (kept / f"{script.stem}.png").exists() else ""
         included = f"```{{literalinclude}} ../../examples/{script.name}"
         code = f"{included}\n:language: python\n:lines: {tree.body[0].end_lineno + 2}-\n```"
-        parts = [f"# {title}", text.strip(), shown, f"## `{script.name}`", code]
-        write_page(folder / f"{script.stem}.md", "\n\n".join(parts))
+        parts = [f"# {title}", text.strip(), shown, output(script.stem, kept), f"## `{script.name}`", code]
+        pages[script.stem] = "\n\n".join(part for part in parts if part)
         index += [f"## [{title}]({script.stem}.md)", shown]
     listed = "\n".join(script.stem for script in scripts)
-    write_page(folder / "index.md", "\n\n".join([*index, f"```{{toctree}}\n:hidden:\n\n{listed}\n```"]))
+    pages["index"] = "\n\n".join([*index, f"```{{toctree}}\n:hidden:\n\n{listed}\n```"])
+    write_pages(folder, pages)
 
 
-def write_page(path: Path, text: str) -> None:
-    """Writes a page, unless it is there as it is: Sphinx then skips it."""
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
+def output(name: str, kept: Path) -> str:
+    """What an example has printed, and the command that kept it."""
+    if not (kept / f"{name}.txt").exists():
+        return ""
+    text = (kept / f"{name}.txt").read_text().rstrip()
+    command = f"`python -m benchmarks --keep examples/{name}.py`"
+    return f"## Output\n\n```text\n{text}\n```\n\nOutput and picture are those of a full run, kept by {command}."
+
+
+def write_pages(folder: Path, pages: dict[str, str]) -> None:
+    """Makes `folder` hold these pages and no other; those that have not changed stay, so that Sphinx skips them."""
+    folder.mkdir(exist_ok=True)
+    for stale in {path.stem for path in folder.glob("*.md")} - set(pages):
+        (folder / f"{stale}.md").unlink()
+    for name, text in pages.items():
+        path = folder / f"{name}.md"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
 
 
 def build(app: Any) -> None:
@@ -235,15 +248,11 @@ def _is_own(value: Any, module: ModuleType) -> bool:
 
 
 def write(folder: Path) -> None:
-    """Writes all pages into `folder`; those that have not changed stay as they are, so that Sphinx skips them."""
-    folder.mkdir(exist_ok=True)
+    """Writes all pages into `folder`."""
     paths = names()
     found = [room for room in rooms() if room is not numpyro_diffusion and room.__name__ in paths.values()]
     pages = {room.__name__.removeprefix(f"{PACKAGE}."): page(room) for room in found}
     first = [path for name in public(numpyro_diffusion) for path in paths if path.endswith(f".{name}")]
     pages["index"] = INTRODUCTION % ("\n".join(sorted(pages)), contents(first))
     pages["bibliography"] = bibliography()
-    for stale in {path.stem for path in folder.glob("*.md")} - set(pages):
-        (folder / f"{stale}.md").unlink()
-    for name, text in pages.items():
-        write_page(folder / f"{name}.md", text)
+    write_pages(folder, pages)

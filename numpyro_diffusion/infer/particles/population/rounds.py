@@ -121,9 +121,10 @@ class Look:
         return self.nested_r_hat >= LARGEST_RHAT > self.drift
 
     def __str__(self) -> str:
+        distance = "" if np.isnan(self.distance) else f"distance {self.distance:.1f}, "
         return (
             f"{self.num_walkers} walkers, {self.factor} x the moves: nested R-hat {self.nested_r_hat:.3f} "
-            f"({self.worst}), early/late {self.drift:.3f}, ESS {self.ess:.0f}, distance {self.distance:.1f}, "
+            f"({self.worst}), early/late {self.drift:.3f}, ESS {self.ess:.0f}, {distance}"
             f"{self.diverging:.1%} diverging, {self.stuck:.1%} stuck, {self.num_gradients} gradients, "
             f"{self.seconds:.0f} s"
         )
