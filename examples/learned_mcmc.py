@@ -26,6 +26,8 @@ from numpyro_diffusion.diagnostics import verdict
 from numpyro_diffusion.infer import LearnedMCMC
 
 OUTPUT = Path(__file__).parent / "output"
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+"""Of chains, for all eyes."""
 KEPT = {"thinning": 5, "progress_bar": False}
 NAMES = ["body mass index", "blood pressure", "HDL", "triglycerides", "glucose"]
 
@@ -72,8 +74,8 @@ def draw(runs: dict[str, MCMC | LearnedMCMC], path: Path) -> None:
     for row, (name, run) in zip(axes, runs.items(), strict=True):
         loading = np.asarray(run.get_samples(group_by_chain=True)["loading"])
         for index, chain in enumerate(loading[:4]):
-            row[0].plot(chain[:, 2], chain[:, 0], ".", ms=3, color=f"C{index}")
-            row[1].plot(chain[:, 0], lw=0.8, color=f"C{index}", label=f"chain {index + 1}")
+            row[0].plot(chain[:, 2], chain[:, 0], ".", ms=3, color=COLORS[index])
+            row[1].plot(chain[:, 0], lw=0.8, color=COLORS[index], label=f"chain {index + 1}")
         row[0].set(title=f"{name}: four chains", xlabel=f"loading of {NAMES[2]}", ylabel=f"loading of {NAMES[0]}")
         row[1].set(title=f"R-hat {verdict(run).r_hat:.3f}, {positive(run):.0%} in the upper mode", xlabel="draw")
     axes[0, 1].legend(fontsize=8)
