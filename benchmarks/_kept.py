@@ -33,12 +33,12 @@ def command(path: Path) -> str:
 def machine() -> dict:
     """Where and when, and with which libraries."""
     cpu = Path("/proc/cpuinfo")
-    models = [line.partition(":")[2] for line in cpu.read_text().splitlines() if line.startswith("model name")] \
-        if cpu.exists() else []  # fmt: skip
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     devices = {device.device_kind for device in jax.devices() if device.platform != "cpu"}
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": ", ".join([models[0].strip() if models else platform.machine(), *sorted(devices)]),
+        "machine": ", ".join([models[0] if models else platform.machine(), *sorted(devices)]),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "versions": {"Python": platform.python_version(), **{name: installed(of) for name, of in LIBRARIES.items()}},
     }
