@@ -1,9 +1,11 @@
 """A population of Hamiltonian chains: laws and evidence in closed form, exactness of its moves, and what it refuses."""
 
+import io
 import pickle
 import warnings
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +26,10 @@ from laws import (
     unknown_noise,
 )
 from moments import assert_moments
+from tqdm.auto import tqdm
 
 from numpyro_diffusion.denoise import Gaussian
-from numpyro_diffusion.diagnostics import to_arviz, verdict
+from numpyro_diffusion.diagnostics import nested_rhat, to_arviz, verdict
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import PopulationHMC
 from numpyro_diffusion.infer.kernel.choose import systematic
@@ -36,6 +39,7 @@ from numpyro_diffusion.infer.noise import lattice
 from numpyro_diffusion.infer.noise.vector import NoiseVector
 from numpyro_diffusion.infer.particles.evidence import evidence_of, resample_islands
 from numpyro_diffusion.infer.particles.population import parts, rounds
+from numpyro_diffusion.infer.particles.population.sampler import _tell
 from numpyro_diffusion.infer.particles.population.walkers import Moves, Target, followed, make_moves, tuned
 from numpyro_diffusion.solve import Heun
 
@@ -274,6 +278,19 @@ def test_metric_of_a_population(size, number):
     other /= np.linalg.norm(other)
     assert spread < 0.1 and 0.5 < np.linalg.norm(push @ other) ** 2 < 2.0
     np.testing.assert_allclose(metric.pull(jnp.asarray(direction, jnp.float32)), push @ direction, atol=1e-4)
+
+
+def test_the_bar_says_how_far_islands_agree():
+    """The worst of all entries; nothing is computed for a bar that is not shown."""
+    rng = np.random.default_rng(0)
+    values = {"x": rng.normal(size=(4, 100, 2, 3))}
+    values["x"][0, ..., 1] += 1.0
+    shown, hidden = io.StringIO(), SimpleNamespace(disable=True, update=lambda number: None)
+    with tqdm(total=1, file=shown) as bar:
+        _tell(bar, SimpleNamespace(values=lambda islands: values), 4)
+    expected = nested_rhat(values["x"])[1]
+    assert expected > 1.05 and f"nested R-hat {expected:.3f} (x[1])" in shown.getvalue()
+    _tell(hidden, None, 4)
 
 
 def test_a_budget_that_ends_first_is_told():

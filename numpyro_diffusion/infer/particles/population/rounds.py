@@ -143,7 +143,7 @@ def look(this: Round, last: Round | None, names: list[str], shorter: Look | None
         The `Look`.
     """
     found = numbers_of({name: v.reshape(v.shape[0], -1, *v.shape[3:]) for name, v in this.values.items()}, tails=True)
-    nested, drift = _worst(this.values, nested_rhat), _worst(this.values, early_late_rhat)
+    nested, drift = agreement(this.values), _worst(this.values, early_late_rhat)
     distance, where = (np.nan, "") if last is None else _distance(this, last)
     problems = _of_islands(nested, drift)
     against = [finding for finding in found.findings if finding.counts]
@@ -167,6 +167,11 @@ def look(this: Round, last: Round | None, names: list[str], shorter: Look | None
         needs_draws=bool(problems) and not others and not is_locked and drift[0] < LARGEST_RHAT,
         needs_walkers=bool(problems) and not others and is_locked,
     )
+
+
+def agreement(values: dict[str, np.ndarray]) -> tuple[float, str]:
+    """The largest nested R-hat over sites and entries, of values as in `Round`, and where."""
+    return _worst(values, nested_rhat)
 
 
 def _of_islands(nested: tuple[float, str], drift: tuple[float, str]) -> list[str]:

@@ -34,6 +34,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm.auto import tqdm
 
 from numpyro_diffusion import _checks
 from numpyro_diffusion.infer.model.checks import check_continuous, check_fixed, check_names, check_walkable
@@ -44,7 +45,7 @@ from numpyro_diffusion.infer.noise.lattice import can_be_summed, site_to_sum
 from numpyro_diffusion.infer.noise.vector import NoiseVector
 from numpyro_diffusion.infer.particles.evidence import Draws, Outcome, ParticleSampler, evidence_of
 from numpyro_diffusion.infer.particles.population.climb import Chains, Climb, Programs, Settings
-from numpyro_diffusion.infer.particles.population.rounds import CURE, Look, Round, Temperature, look
+from numpyro_diffusion.infer.particles.population.rounds import CURE, Look, Round, Temperature, agreement, look
 from numpyro_diffusion.infer.particles.tempered import look_at_start, widened
 from numpyro_diffusion.infer.particles.tempering import check_climb
 from numpyro_diffusion.reparam import noise_name
@@ -221,7 +222,7 @@ class PopulationHMC(ParticleSampler):
         each = programs.settings.gradients * walkers
         while True:
             with self._bar(self._num_draws, f"{label}, draws") as bar:
-                between_draws = chains.draw(self._num_draws, partial(bar.update, 1))
+                between_draws = chains.draw(self._num_draws, partial(_tell, bar, chains, islands))
             lengths, now, moves = lengths + 1, time.monotonic(), int(between_draws.num_moves)
             spent = (before + moves) * each + len(history) * walkers
             seconds_each = (now - drawing) / (moves * each)
@@ -237,6 +238,13 @@ class PopulationHMC(ParticleSampler):
         super().print_summary(prob)
         for round in self.rounds:
             print(round)
+
+
+def _tell(bar: tqdm, chains: Chains, islands: int) -> None:
+    """Goes on by a draw, and says how far islands agree by now."""
+    if not bar.disable:
+        bar.set_postfix_str("nested R-hat {:.3f} ({})".format(*agreement(chains.values(islands))), refresh=False)
+    bar.update(1)
 
 
 def _check(reading: Reading) -> None:
