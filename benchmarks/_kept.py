@@ -9,15 +9,17 @@ import json
 import os
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
 
+from numpyro_diffusion import __version__
+
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "pictures"
 RESULTS = ROOT / "benchmarks" / "results"
-LIBRARIES = {"numpyro_diffusion": "numpyro-diffusion", "JAX": "jax", "NumPyro": "numpyro", "ArviZ": "arviz"}
+LIBRARIES = ("JAX", "NumPyro", "ArviZ")
 
 
 def has_results(path: Path) -> bool:
@@ -35,25 +37,14 @@ def machine() -> dict:
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    libraries = {name: version(name.lower()) for name in LIBRARIES}
     devices = {device.device_kind for device in jax.devices() if device.platform != "cpu"}
     return {
         "date": datetime.date.today().isoformat(),
         "machine": ", ".join([models[0] if models else platform.machine(), *sorted(devices)]),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "versions": {"Python": platform.python_version(), **{name: installed(of) for name, of in LIBRARIES.items()}},
+        "versions": {"Python": platform.python_version(), "numpyro_diffusion": __version__, **libraries},
     }
-
-
-def installed(name: str) -> str:
-    """The version of a distribution; of this one the source says it."""
-    if name == "numpyro-diffusion":
-        from numpyro_diffusion import __version__
-
-        return __version__
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def took(run: dict) -> str:

@@ -61,7 +61,7 @@ def test_the_score_is_that_of_a_normal_law():
 def test_a_learned_prior_is_closer_to_hidden_hours_than_a_normal_law():
     """The page's prior on 12 of its 60 days, by half its walkers, against the exact conditional of a normal law.
 
-    On the page the normal law's score is .059 above, with a deviation of .07 between days: .020 is the standard error
+    On the page the normal law's score is .061 above, with a deviation of .07 between days: .020 is the standard error
     of the mean of 12, and the bound is three of these below. Of the shares inside 90 % it is .04 with .88 on the page.
     """
     curves, held_out = time_series.days(1)
