@@ -60,15 +60,8 @@ def programs(request):
         jax.config.update("jax_disable_most_optimizations", False)
     yield
     if optimised:
-        forget()
         jax.config.update("jax_disable_most_optimizations", True)
-
-
-@pytest.fixture(autouse=True)
-def not_too_many():
-    """Programs are let go from time to time: they take memory, and many thousands end in a crash of XLA."""
-    yield
-    if len(COMPILED) > 1000:
+    if optimised or len(COMPILED) > 1000:  # they take memory, and many thousands end in a crash of XLA
         forget()
 
 

@@ -99,12 +99,17 @@ def test_reports(joint, capsys):
     assert "nested R-hat" in capsys.readouterr().out
 
 
-def test_a_second_run_compiles_nothing_and_islands_are_kept_apart(joint, compiling):
-    """Resampling never crosses islands: with weights on one island only, all others keep their own walkers."""
+def test_another_round_compiles_nothing(joint, compiling, monkeypatch):
+    """Other data and another key; one round, since more of them may ask for more walkers."""
     key, y = jax.random.key(1), Y + 0.5
-    with compiling() as programs:
+    monkeypatch.setattr(joint, "_max_gradients", 1)
+    with compiling() as programs, pytest.warns(UserWarning, match="did not suffice for a second round"):
         joint.run(key, y)
-    assert not programs
+    assert len(joint.rounds) == 1 and not programs
+
+
+def test_islands_are_kept_apart():
+    """Resampling never crosses islands: with weights on one island only, all others keep their own walkers."""
     log_weights = jnp.zeros((4, 8)).at[0].set(100.0)
     ancestors = resample_islands(KEY, log_weights)
     assert (ancestors // 8 == jnp.arange(4)[:, None]).all()
