@@ -53,7 +53,7 @@ def quiet(model, walkers=256, **options):
 @pytest.fixture(scope="module")
 def joint():
     """A diffusion site and an unknown noise level, which moves are summed over."""
-    return quiet(unknown_noise, collapsed="noise").run(KEY, Y)
+    return quiet(unknown_noise, collapsed="noise").run(jax.random.key(1), Y)
 
 
 def log_evidence(y):
@@ -101,7 +101,7 @@ def test_reports(joint, capsys):
 
 def test_another_round_compiles_nothing(joint, compiling, monkeypatch):
     """Other data and another key; one round, since more of them may ask for more walkers."""
-    key, y = jax.random.key(1), Y + 0.5
+    key, y = jax.random.key(2), Y + 0.5
     monkeypatch.setattr(joint, "_max_gradients", 1)
     with compiling() as programs, pytest.warns(UserWarning, match="did not suffice for a second round"):
         joint.run(key, y)
@@ -151,7 +151,7 @@ def test_chains_leave_exact_draws_in_place(summed):
         tuning = tuning._replace(metric=tuning.metric._replace(scale=8.0 * tuning.metric.scale))
         if summed is not None:
             tuning = tuning._replace(lattice=lattice.Lattice(jnp.full(2, -0.8), jnp.full(2, 1.5)))
-        there, sums = make_moves(KEY, target, walkers, tuning, 4, num_steps=3)
+        there, sums = make_moves(jax.random.split(KEY, count), target, walkers, tuning, 4, num_steps=3)
         return jax.vmap(coordinates.report)(there.q), sums.accept_prob
 
     values, accepted = move(q)
@@ -178,7 +178,7 @@ def test_a_metric_of_many_dimensions_does_not_bias_the_walkers():
         def some(carry, key):
             walkers, step_size = carry
             tuning = tuned(target, walkers, step_size, 4)
-            walkers, sums = make_moves(key, target, walkers, tuning, 2, num_steps=8)
+            walkers, sums = make_moves(jax.random.split(key, 256), target, walkers, tuning, 2, num_steps=8)
             return (walkers, followed(step_size, sums, 2)), None
 
         start = walkers, jnp.asarray(0.3)
@@ -196,15 +196,25 @@ def test_islands_are_moved_in_threads(cores, number, monkeypatch, x64):
     islands = parts.Parts(4)
     assert islands.number == number
 
-    def add(offset, part, operands, shared):
-        return operands[0] + offset + shared, jnp.full(len(operands[1]), part)
+    def add(offset, operands, shared):
+        return operands[0] + offset + shared, jnp.full(len(operands[1]), len(operands[1]))
 
     q, metric = jnp.arange(24.0).reshape(12, 2), np.zeros(4)
-    moved, part = islands.run(partial(jax.jit(add), 10.0), (q, metric), jnp.asarray(0.1))
+    moved, islands_of_part = islands.run(partial(jax.jit(add), 10.0), (q, metric), jnp.asarray(0.1))
     assert moved.dtype == np.float64
     np.testing.assert_array_equal(moved, q + 10.0 + 0.1)
-    np.testing.assert_array_equal(part, np.repeat(np.arange(number), 4 // number))
+    np.testing.assert_array_equal(islands_of_part, 4 // number)
     assert pickle.loads(pickle.dumps(islands)).number == number
+
+
+def test_draws_of_a_key_do_not_depend_on_the_number_of_cores(monkeypatch):
+    """But by rounding: every walker has keys of its own, whichever part its island is in."""
+    draws = []
+    for cores in (1, 2):
+        monkeypatch.setattr("numpyro_diffusion.infer.particles.population.parts._num_cores", lambda n=cores: n)
+        with pytest.warns(UserWarning, match="Raise the budget"):
+            draws.append(quiet(pair, 16, num_draws=2, max_gradients=1).run(KEY, 3.0).get_samples()["x"])
+    np.testing.assert_allclose(*draws, atol=1e-2)
 
 
 def test_chains_go_on_while_that_brings_draws():
@@ -395,7 +405,7 @@ def test_walkers_enter_the_neck_of_a_funnel():
     weights /= weights.sum()
     mean = (weights * grid).sum()
     spread = np.sqrt((weights * (grid - mean) ** 2).sum())
-    sampler, found = quiet(hierarchical, 512), []
+    sampler, found = quiet(hierarchical, 512, max_gradients=10_000_000), []  # a run in sixteen takes over 5 million
     for seed in range(4):
         run = sampler.run(jax.random.key(seed), SEEN)
         draws = np.asarray(run.get_samples()["log_variance"], float)

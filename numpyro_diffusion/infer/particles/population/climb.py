@@ -135,19 +135,18 @@ class Climb:
         return step_size, summary(origin, stage.walkers.q, sums, num_moves)
 
     def _fresh(
-        self, part: jax.Array, operands: tuple, key: jax.Array, temperature: jax.Array, args: tuple, kwargs: dict
+        self, operands: tuple, key: jax.Array, temperature: jax.Array, args: tuple, kwargs: dict[str, Any]
     ) -> Walker:
         """Walkers at another temperature."""
-        (q, lattice), target = operands, self._target(temperature, args, kwargs)
+        (index, q, lattice), target = operands, self._target(temperature, args, kwargs)
         q = q.reshape(-1, self._number, q.shape[-1])
-        keys = jax.random.split(jax.random.fold_in(key, part), q.shape[:2])
+        keys = _key_each(key, index).reshape(q.shape[:2])
         walkers = jax.vmap(jax.vmap(target.fresh, (0, 0, None)))(keys, q, lattice)
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), walkers)
 
     def _move(
         self,
-        part: jax.Array,
-        operands: tuple[Walker, Any, Any],
+        operands: tuple[jax.Array, Walker, Any, Any],
         key: jax.Array,
         temperature: jax.Array,
         step_size: jax.Array,
@@ -156,12 +155,12 @@ class Climb:
         kwargs: dict[str, Any],
     ) -> tuple[Walker, Move]:
         """Walkers after some moves, and sums over these."""
-        walkers, metric, lattice = operands
+        index, walkers, metric, lattice = operands
         target, tuning = self._target(temperature, args, kwargs), Tuning(metric, step_size, lattice)
-        key, num_steps = jax.random.fold_in(key, part), self._settings.num_steps
-        return make_moves(key, target, walkers, tuning, num_moves, num_steps=num_steps)
+        keys, num_steps = _key_each(key, index), self._settings.num_steps
+        return make_moves(keys, target, walkers, tuning, num_moves, num_steps=num_steps)
 
-    def _report(self, part: jax.Array, q: jax.Array, args: tuple, kwargs: dict[str, Any]) -> dict[str, jax.Array]:
+    def _report(self, q: jax.Array, args: tuple, kwargs: dict[str, Any]) -> dict[str, jax.Array]:
         return jax.vmap(self._coordinates(args, kwargs).report)(q)
 
 
@@ -181,7 +180,7 @@ class Programs(NamedTuple):
     def at(self, key: jax.Array, stage: Stage) -> Stage:
         """The walkers at the temperature of a stage."""
         tuning = self.tune(stage)
-        operands = stage.walkers.q, tuning.lattice
+        operands = np.arange(len(stage.walkers.q)), stage.walkers.q, tuning.lattice
         return stage._replace(walkers=self.parts.run(self.fresh, operands, key, stage.temperature), tuning=tuning)
 
     def move(
@@ -190,9 +189,10 @@ class Programs(NamedTuple):
         """Moves all walkers, adapting or not; correlations are those with `origin`."""
         if adapting:
             stage = stage._replace(tuning=self.tune(stage))
-        number, tuning = np.int32(num_moves), stage.tuning
-        operands, shared = (stage.walkers, tuning.metric, tuning.lattice), (key, stage.temperature, tuning.step_size)
-        walkers, sums = self.parts.run(self.advance, operands, *shared, number)
+        number, tuning, index = np.int32(num_moves), stage.tuning, np.arange(len(stage.walkers.q))
+        operands = index, stage.walkers, tuning.metric, tuning.lattice
+        shared = key, stage.temperature, tuning.step_size, number
+        walkers, sums = self.parts.run(self.advance, operands, *shared)
         stage = stage._replace(walkers=walkers)
         step_size, moves = self.judge(stage, origin, sums, number)
         return stage._replace(tuning=tuning._replace(step_size=step_size)) if adapting else stage, moves
@@ -274,6 +274,11 @@ class Chains:
         """Draws by site, (islands, N / islands, draws, ...)."""
         stacked = {name: np.stack([draw[name] for draw in self._draws], 1) for name in self._draws[0]}
         return {name: v.reshape(num_islands, -1, *v.shape[1:]) for name, v in stacked.items()}
+
+
+def _key_each(key: jax.Array, index: jax.Array) -> jax.Array:
+    """A key for each walker, the same in whatever part its island is."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
 
 @jax.jit

@@ -35,8 +35,7 @@ class Parts:
         It is compiled before: a thread does not know what holds in the one that starts it, such as double precision.
 
         Args:
-            program: a jitted function with its first arguments given; the others are the number of the part, the
-                part, and what is shared.
+            program: a jitted function with its first arguments given; the others are the part and what is shared.
             by_island: arrays with a leading axis of islands, or of all their members in turn.
             *shared: arrays.
 
@@ -44,10 +43,9 @@ class Parts:
             Arrays as `by_island` has them.
         """
         if self.number == 1:
-            return program(np.int32(0), by_island, *shared)
-        operands = [
-            jax.device_put((*program.args, np.int32(i), self._part(by_island, i), *shared)) for i in range(self.number)
-        ]
+            return program(by_island, *shared)
+        parts = (self._part(by_island, i) for i in range(self.number))
+        operands = [jax.device_put((*program.args, part, *shared)) for part in parts]
         jitted: Any = program.func
         if jitted not in self._executables:
             self._executables = dict(list(self._executables.items())[1 - _KEPT :])

@@ -208,12 +208,12 @@ def _log_spread(xi: jax.Array) -> jax.Array:
 
 
 def make_moves(
-    key: jax.Array, target: Target, walkers: Walker, tuning: Tuning, num_moves: jax.Array, *, num_steps: int
+    keys: jax.Array, target: Target, walkers: Walker, tuning: Tuning, num_moves: jax.Array, *, num_steps: int
 ) -> tuple[Walker, Move]:
     """Moves walkers while nothing adapts.
 
     Args:
-        key: random key.
+        keys: a random key for each walker, (N,).
         target: the model at a temperature.
         walkers: at that temperature, a leading axis of N, some islands one after the other.
         tuning: how they move, on each of these islands.
@@ -226,7 +226,7 @@ def make_moves(
 
     def one(i: jax.Array, carry: tuple[Walker, Move]) -> tuple[Walker, Move]:
         walkers, before = carry
-        walkers, now = _all(jax.random.fold_in(key, i), target, walkers, tuning, num_steps)
+        walkers, now = _all(jax.vmap(jax.random.fold_in, (0, None))(keys, i), target, walkers, tuning, num_steps)
         return walkers, Move(before.accept_prob + now.accept_prob, before.diverging + now.diverging)
 
     none = Move(jnp.zeros(len(walkers.q)), jnp.zeros(len(walkers.q), jnp.int32))
@@ -272,7 +272,7 @@ def _by_island(walkers: Any, num_islands: int) -> Any:
     return jax.tree.map(lambda leaf: leaf.reshape(num_islands, -1, *leaf.shape[1:]), walkers)
 
 
-def _all(key: jax.Array, target: Target, walkers: Walker, tuning: Tuning, num_steps: int) -> tuple[Walker, Move]:
+def _all(keys: jax.Array, target: Target, walkers: Walker, tuning: Tuning, num_steps: int) -> tuple[Walker, Move]:
     """One move of every walker: where they are, and what happened to each."""
     number, islands = len(walkers.q), len(tuning.metric.scale)
     by_island = tuning._replace(step_size=jnp.broadcast_to(tuning.step_size, islands))
@@ -281,6 +281,6 @@ def _all(key: jax.Array, target: Target, walkers: Walker, tuning: Tuning, num_st
     def island(keys: jax.Array, walkers: Walker, tuning: Tuning) -> tuple[Walker, Move]:
         return jax.vmap(lambda key, walker: one(key, walker=walker, tuning=tuning))(keys, walkers)
 
-    keys, grouped = _by_island((jax.random.split(key, number), walkers), islands)
+    keys, grouped = _by_island((keys, walkers), islands)
     moved = jax.vmap(island)(keys, grouped, by_island)
     return jax.tree.map(lambda leaf: leaf.reshape(number, *leaf.shape[2:]), moved)
