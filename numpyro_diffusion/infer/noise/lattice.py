@@ -6,14 +6,14 @@ through $u$ is
 
 $$A(u) = \{u + j \Delta : j \in \mathbb Z\} \cap [a, a + K \Delta),$$
 
-the same for all its members. Moves of $w$ that leave $Z_A(w) = \sum_{v \in A} \pi(w, v)$ invariant, and then a draw of
-$u$ from $A$ in proportion to $\pi(w, \cdot)$, leave $\pi$ invariant: it is Gibbs sampling with $u$ collapsed, given
-the lattice. So nothing is approximated, however coarse the lattice is; a coarse one only helps less. Where $u$ lies
-outside of the interval, it is its own lattice. Before each move the lattice may give way to another, $A(u + \delta)$
-with a uniform shift, drawn in proportion to their sums, so that $u$ takes all values.
+the same for all its members. With a second one, moved by a uniform shift, $B = A(u) \cup A(u + \delta)$: every member
+has the same chance of it. Moves of $w$ that leave $Z_B(w) = \sum_{v \in B} \pi(w, v)$ invariant, and then a draw of $u$
+from $B$ in proportion to $\pi(w, \cdot)$, leave $\pi$ invariant: it is Gibbs sampling with $u$ collapsed, given $B$. So
+nothing is approximated, however coarse the lattices are; coarse ones only help less, and by the shift $u$ takes all
+values. Where $u$ lies outside of the interval, it is its own lattice.
 
 The flow is solved once for all values: where nothing but the likelihood and the priors of other sites depend on the
-site, a sum over the lattice costs as many evaluations of those.
+site, a sum costs as many evaluations of those.
 """
 
 import math
@@ -27,7 +27,8 @@ from numpyro_diffusion.infer.model.record import Reading
 from numpyro_diffusion.infer.model.structure import LatentSite, Structure
 from numpyro_diffusion.infer.noise.vector import NoiseVector
 
-NUM_NODES = 64
+NUM_NODES = 32
+"""Of each of the two lattices."""
 _DEAREST = 1.5
 """Cost of a sum over the lattice, in evaluations at one value, up to which it is worth it."""
 _LINEAR_ALGEBRA = dict.fromkeys(["cholesky", "triangular_solve", "lu", "qr", "eigh", "svd", "householder_product"], 1e3)
@@ -41,16 +42,20 @@ class Lattice(NamedTuple):
     low: jax.Array
     spacing: jax.Array
 
+    def around(self, u: jax.Array, shift: jax.Array) -> jax.Array:
+        """The nodes of a value's lattice and of one that is moved by a share of the spacing, (2 NUM_NODES,)."""
+        return jnp.concatenate([self.through(u), self.through(self.shifted(u, shift))])
+
     def through(self, u: jax.Array) -> jax.Array:
         """The nodes of the lattice of a value, (NUM_NODES,); copies of it where it lies outside."""
         cell = (u - self.low) / self.spacing
         nodes = self.low + (cell - jnp.floor(cell) + jnp.arange(NUM_NODES)) * self.spacing
         return jnp.where((cell >= 0) & (cell < NUM_NODES), nodes, u)
 
-    def shifted(self, key: jax.Array, u: jax.Array) -> jax.Array:
-        """A value whose lattice is that of another moved by a uniform shift; the same where it lies outside."""
+    def shifted(self, u: jax.Array, shift: jax.Array) -> jax.Array:
+        """A value whose lattice is that of another moved by a share of the spacing; the same where it lies outside."""
         cell = (u - self.low) / self.spacing
-        moved = jnp.floor(cell) + (cell + jax.random.uniform(key, (), u.dtype)) % 1.0
+        moved = jnp.floor(cell) + (cell + shift) % 1.0
         return jnp.where((cell >= 0) & (cell < NUM_NODES), self.low + moved * self.spacing, u)
 
 
@@ -87,7 +92,7 @@ def _is_positive(site: LatentSite) -> bool:
 
 def _relative_cost(coordinates: NoiseVector, name: str) -> float:
     """How many times as many operations the model takes on a lattice as at one value."""
-    q, nodes = jnp.zeros(coordinates.size), jnp.zeros(NUM_NODES)
+    q, nodes = jnp.zeros(coordinates.size), jnp.zeros(2 * NUM_NODES)
     one = jax.make_jaxpr(lambda q: sum(coordinates.log_density(q)))(q)
     on_lattice = jax.make_jaxpr(lambda q, nodes: sum(coordinates.along(q, name, nodes)))(q, nodes)
     return _operations(on_lattice.jaxpr) / _operations(one.jaxpr)

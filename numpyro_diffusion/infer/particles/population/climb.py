@@ -80,13 +80,13 @@ class Climb:
     def __init__(self, model: Model, settings: Settings, number: int) -> None:
         self._model, self._settings, self._number = model, settings, number
         self._parts = Parts(settings.num_islands)
-        by_all, by_part = (self._start, self._reweigh, self._tune), (self._fresh, self._move, self._report)
+        by_all, by_part = (self._start, self._reweigh, self._tune), (self._move, self._report)
         self._compiled = Compiled(model, *by_all, self._judge, *by_part)
 
     def bind(self, args: tuple, kwargs: dict[str, Any]) -> "Programs":
         """The programs at the model's arguments."""
-        start, reweigh, tune, judge, fresh, advance, report = self._compiled.bind(args, kwargs)
-        return Programs(start, reweigh, tune, judge, fresh, advance, report, self._parts, self._settings)
+        start, reweigh, tune, judge, advance, report = self._compiled.bind(args, kwargs)
+        return Programs(start, reweigh, tune, judge, advance, report, self._parts, self._settings)
 
     def _coordinates(self, args: tuple, kwargs: dict[str, Any]) -> NoiseVector:
         return NoiseVector(Record(self._model).at(args, kwargs))
@@ -98,13 +98,10 @@ class Climb:
         """Draws of the prior."""
         coordinates, model, islands = self._coordinates(args, kwargs), in_noise(self._model), self._settings.num_islands
 
-        def one(key: jax.Array) -> Walker:
-            q = coordinates.flatten(draw_prior(model, key, args, kwargs))
-            log_likelihood = coordinates.log_density(q).likelihood
-            return Walker(q, jnp.zeros((), q.dtype), -q, log_likelihood)  # the gradient as if the prior were N(0, I)
-
-        walkers = jax.vmap(one)(jax.random.split(key, islands * self._number))
-        zero = jnp.zeros((), walkers.q.dtype)
+        keys = jax.random.split(key, islands * self._number)
+        q = jax.vmap(lambda key: coordinates.flatten(draw_prior(model, key, args, kwargs)))(keys)
+        unknown, zero = jnp.full(len(q), jnp.nan, q.dtype), jnp.zeros((), q.dtype)
+        walkers = Walker(q, unknown, -q, unknown)  # the gradient as if the prior were N(0, I)
         tuning = tuned(self._target(zero, args, kwargs), walkers, jnp.asarray(_FIRST_STEP, zero.dtype), islands)
         return Stage(walkers, jnp.zeros(islands), zero, tuning)
 
@@ -134,16 +131,6 @@ class Climb:
         step_size = followed(stage.tuning.step_size, sums, num_moves)
         return step_size, summary(origin, stage.walkers.q, sums, num_moves)
 
-    def _fresh(
-        self, operands: tuple, key: jax.Array, temperature: jax.Array, args: tuple, kwargs: dict[str, Any]
-    ) -> Walker:
-        """Walkers at another temperature."""
-        (index, q, lattice), target = operands, self._target(temperature, args, kwargs)
-        q = q.reshape(-1, self._number, q.shape[-1])
-        keys = _key_each(key, index).reshape(q.shape[:2])
-        walkers = jax.vmap(jax.vmap(target.fresh, (0, 0, None)))(keys, q, lattice)
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), walkers)
-
     def _move(
         self,
         operands: tuple[jax.Array, Walker, Any, Any],
@@ -151,14 +138,16 @@ class Climb:
         temperature: jax.Array,
         step_size: jax.Array,
         num_moves: jax.Array,
+        num_steps: jax.Array,
+        anew: jax.Array,
         args: tuple,
         kwargs: dict[str, Any],
     ) -> tuple[Walker, Move]:
         """Walkers after some moves, and sums over these."""
         index, walkers, metric, lattice = operands
         target, tuning = self._target(temperature, args, kwargs), Tuning(metric, step_size, lattice)
-        keys, num_steps = _key_each(key, index), self._settings.num_steps
-        return make_moves(keys, target, walkers, tuning, num_moves, num_steps=num_steps)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)  # the same in whatever part an island is
+        return make_moves(keys, target, walkers, tuning, num_moves, num_steps=num_steps, anew=anew)
 
     def _report(self, q: jax.Array, args: tuple, kwargs: dict[str, Any]) -> dict[str, jax.Array]:
         return jax.vmap(self._coordinates(args, kwargs).report)(q)
@@ -171,17 +160,15 @@ class Programs(NamedTuple):
     reweigh: Callable[..., Any]
     tune: Callable[..., Any]
     judge: Callable[..., Any]
-    fresh: partial[Any]
     advance: partial[Any]
     report: partial[Any]
     parts: Parts
     settings: Settings
 
     def at(self, key: jax.Array, stage: Stage) -> Stage:
-        """The walkers at the temperature of a stage."""
-        tuning = self.tune(stage)
-        operands = np.arange(len(stage.walkers.q)), stage.walkers.q, tuning.lattice
-        return stage._replace(walkers=self.parts.run(self.fresh, operands, key, stage.temperature), tuning=tuning)
+        """The walkers at the temperature of a stage: a move of no steps."""
+        stage = stage._replace(tuning=self.tune(stage))
+        return stage._replace(walkers=self._advance(key, stage, 1, 0, anew=1)[0])
 
     def move(
         self, key: jax.Array, stage: Stage, origin: jax.Array, num_moves: int, adapting: bool
@@ -189,13 +176,20 @@ class Programs(NamedTuple):
         """Moves all walkers, adapting or not; correlations are those with `origin`."""
         if adapting:
             stage = stage._replace(tuning=self.tune(stage))
-        number, tuning, index = np.int32(num_moves), stage.tuning, np.arange(len(stage.walkers.q))
-        operands = index, stage.walkers, tuning.metric, tuning.lattice
-        shared = key, stage.temperature, tuning.step_size, number
-        walkers, sums = self.parts.run(self.advance, operands, *shared)
+        walkers, sums = self._advance(key, stage, num_moves, self.settings.num_steps, anew=0)
         stage = stage._replace(walkers=walkers)
-        step_size, moves = self.judge(stage, origin, sums, number)
-        return stage._replace(tuning=tuning._replace(step_size=step_size)) if adapting else stage, moves
+        step_size, moves = self.judge(stage, origin, sums, np.int32(num_moves))
+        tuning = stage.tuning._replace(step_size=step_size)
+        return stage._replace(tuning=tuning) if adapting else stage, moves
+
+    def _advance(
+        self, key: jax.Array, stage: Stage, num_moves: int, num_steps: int, *, anew: int
+    ) -> tuple[Walker, Move]:
+        """Walkers after some moves, and sums over these, island by island."""
+        tuning, index = stage.tuning, np.arange(len(stage.walkers.q))
+        by_island = index, stage.walkers, tuning.metric, tuning.lattice
+        numbers = map(np.int32, (num_moves, num_steps, anew))
+        return self.parts.run(self.advance, by_island, key, stage.temperature, tuning.step_size, *numbers)
 
     def values(self, stage: Stage) -> dict[str, np.ndarray]:
         """Where walkers are, by site, constrained."""
@@ -274,11 +268,6 @@ class Chains:
         """Draws by site, (islands, N / islands, draws, ...)."""
         stacked = {name: np.stack([draw[name] for draw in self._draws], 1) for name in self._draws[0]}
         return {name: v.reshape(num_islands, -1, *v.shape[1:]) for name, v in stacked.items()}
-
-
-def _key_each(key: jax.Array, index: jax.Array) -> jax.Array:
-    """A key for each walker, the same in whatever part its island is."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
 
 @jax.jit

@@ -204,8 +204,8 @@ class PopulationHMC(ParticleSampler):
     ) -> tuple[Round, Look]:
         """From the prior to draws of the posterior, with `factor` times the moves that it takes to forget."""
         started, islands = time.monotonic(), self._shape[0]
-        key_start, key_climb, key_draw = jax.random.split(key, 3)
-        stage, label = programs.start(key_start), f"round {len(self._looks) + 1}"
+        key_start, key_at, key_climb, key_draw = jax.random.split(key, 4)
+        stage, label = programs.at(key_at, programs.start(key_start)), f"round {len(self._looks) + 1}"
         history: list[Temperature] = []
         if last is None:
             look_at_start(np.asarray(stage.walkers.log_likelihood))
@@ -224,7 +224,7 @@ class PopulationHMC(ParticleSampler):
             with self._bar(self._num_draws, f"{label}, draws") as bar:
                 between_draws = chains.draw(self._num_draws, partial(_tell, bar, chains, islands))
             lengths, now, moves = lengths + 1, time.monotonic(), int(between_draws.num_moves)
-            spent = (before + moves) * each + len(history) * walkers
+            spent = (before + moves) * each + (1 + len(history)) * walkers
             seconds_each = (now - drawing) / (moves * each)
             values = chains.values(islands)
             cost = spent, now - started, seconds_each

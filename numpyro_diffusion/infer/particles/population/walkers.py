@@ -18,7 +18,7 @@ variable that is drawn anew for every move. One walker has an influence of order
 dimensions it would be $D / N$, and variances would end some ten per cent off, but no walker has a part in its own. For
 the draws at the end nothing follows the walkers any more, and they are independent chains.
 
-Where the model has an unknown scale, moves are of all other coordinates, summed over a lattice of its values
+Where the model has an unknown scale, moves are of all other coordinates, summed over values of it
 (`noise.lattice`), and the scale is drawn at their end. What is called $q$ above is without it then.
 
 Moves at a temperature end when the walkers have forgotten where they started, in the *worst* coordinate: a mean over
@@ -29,7 +29,6 @@ References:
     https://arxiv.org/abs/2404.15253.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,8 +36,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
+from jax.typing import ArrayLike
 
-from numpyro_diffusion.infer.kernel.choose import metropolis
+from numpyro_diffusion.infer.kernel.choose import metropolis, select, without_improper
 from numpyro_diffusion.infer.kernel.metric import Metric, estimate
 from numpyro_diffusion.infer.noise.lattice import Lattice, lattice_of
 from numpyro_diffusion.infer.noise.vector import LogDensity, NoiseVector
@@ -48,8 +48,8 @@ _TARGET_ACCEPTANCE = 0.7
 _GAIN = 0.5
 _STEEP = 10.0
 """Mean square of a gradient, in the metric's coordinates, above which steps shrink."""
-_SPREAD, _FREEDOM = 0.5, 4.0
-"""Scale of the logarithm of a walker's step about the local one, and degrees of freedom."""
+_SPREAD = 0.5
+"""Scale of the logarithm of a walker's step about the local one."""
 _LARGE_ERROR = 1000.0
 """Error of the energy above which a move counts as diverging, as in Stan."""
 
@@ -112,87 +112,80 @@ class Target:
         (log_density, log_likelihood), gradient = jax.value_and_grad(tempered, has_aux=True)(q)
         return Walker(q, log_density, gradient, log_likelihood)
 
-    def alone(self, q: jax.Array) -> tuple[Walker, None]:
-        """The same where nothing is summed over: there are no nodes."""
-        return self.at(q), None
-
-    def _tempered(self, parts: LogDensity) -> jax.Array:
-        return parts.prior + self._temperature * parts.likelihood
-
-    def sum_at(self, key: jax.Array, q: jax.Array, lattices: jax.Array) -> tuple[Walker, "Nodes"]:
-        """A walker whose density is summed over one of some lattices, (M, K), drawn in proportion to the sums.
+    def sum_at(self, q: jax.Array, values: jax.Array) -> tuple[Walker, "Nodes"]:
+        """A walker whose density is summed over values of the site, (K,).
 
         The gradient in the coordinate of the site is zero, and the log-likelihood unknown until `drawn`.
         """
 
-        def tempered(q: jax.Array) -> tuple[jax.Array, Nodes]:
-            parts = self._coordinates.along(q, self.summed, lattices.reshape(-1))  # type: ignore[arg-type]
-            values = self._tempered(parts).reshape(lattices.shape)
-            sums = logsumexp(values, axis=1)
-            chosen = jax.random.categorical(key, jax.lax.stop_gradient(sums))
-            nodes = Nodes(lattices[chosen], values[chosen], parts.likelihood.reshape(lattices.shape)[chosen])
-            return sums[chosen].astype(q.dtype), nodes
+        def summed(q: jax.Array) -> tuple[jax.Array, Nodes]:
+            parts = self._coordinates.along(q, self.summed, values)  # type: ignore[arg-type]
+            tempered = without_improper(self._tempered(parts))
+            return logsumexp(tempered).astype(q.dtype), Nodes(
+                tempered.astype(q.dtype), parts.likelihood.astype(q.dtype)
+            )
 
-        (log_density, nodes), gradient = jax.value_and_grad(tempered, has_aux=True)(q)
+        (log_density, nodes), gradient = jax.value_and_grad(summed, has_aux=True)(q)
         gradient = gradient.at[self.index].set(0.0)
         return Walker(q, log_density, gradient, jnp.full_like(log_density, jnp.nan)), nodes
 
-    def through(self, key: jax.Array, q: jax.Array, lattice: Lattice) -> tuple[Walker, "Nodes"]:
-        """A walker with its density summed over the lattice through its point, or that moved by a uniform shift."""
-        u = q[self.index]
-        both = jnp.stack([lattice.through(u), lattice.through(lattice.shifted(key, u))])
-        return self.sum_at(jax.random.fold_in(key, 1), q, both)
+    def drawn(self, u: jax.Array, walker: Walker, values: jax.Array, nodes: "Nodes") -> Walker:
+        """The walker with the site drawn from the values that it was summed over, by a uniform number."""
+        below = jnp.cumsum(jax.nn.softmax(nodes.log_density))
+        k = jnp.searchsorted(below, u * below[-1], side="right")
+        return walker._replace(q=walker.q.at[self.index].set(values[k]), log_likelihood=nodes.log_likelihood[k])
 
-    def fresh(self, key: jax.Array, q: jax.Array, lattice: Lattice | None) -> Walker:
-        """A walker at a point; where moves are summed over a site, that is drawn anew."""
-        if self.summed is None:
-            return self.at(q)
-        key_sum, key_draw = jax.random.split(key)
-        return self.drawn(key_draw, *self.through(key_sum, q, lattice))  # type: ignore[arg-type]
-
-    def drawn(self, key: jax.Array, walker: Walker, nodes: "Nodes") -> Walker:
-        """The walker with the site drawn from the nodes."""
-        k = jax.random.categorical(key, nodes.log_density)
-        q = walker.q.at[self.index].set(nodes.value[k])
-        return walker._replace(q=q, log_likelihood=nodes.log_likelihood[k])
+    def _tempered(self, parts: LogDensity) -> jax.Array:
+        is_prior = self._temperature == 0.0  # minus infinity times zero is not a number
+        return parts.prior + jnp.where(is_prior, 0.0, self._temperature * parts.likelihood)
 
 
 class Nodes(NamedTuple):
-    """The lattice that a walker's density is summed over, (K,) each."""
+    """What is summed over, at each value of the site, (K,)."""
 
-    value: jax.Array
     log_density: jax.Array  # tempered
     log_likelihood: jax.Array
 
 
-def trajectory(key: jax.Array, target: Target, walker: Walker, tuning: Tuning, num_steps: int) -> tuple[Walker, Move]:
-    """One move of one walker, with a metric of its own: where it is then, and what happened."""
-    key_momentum, key_step, key_accept, key_sum, key_draw = jax.random.split(key, 5)
-    momentum = jax.random.normal(key_momentum, walker.q.shape, walker.q.dtype)
-    metric = tuning.metric
-    start: tuple[Walker, Nodes | None] = walker, None
-    at: Callable[[jax.Array], tuple[Walker, Nodes | None]] = target.alone
+def trajectory(
+    key: jax.Array, target: Target, walker: Walker, tuning: Tuning, num_steps: jax.Array, anew: jax.Array
+) -> tuple[Walker, Move]:
+    """One move of one walker, with a metric of its own: where it is then, and what happened.
+
+    Where its density is not known yet (`anew`), or is summed over new values, a step of length zero comes first. One
+    loop for both: the flow and its gradient are a large program, which is compiled once.
+    """
+    key_normal, key_uniform, key_accept = jax.random.split(key, 3)  # few calls: each takes long to compile
+    normal = jax.random.normal(key_normal, (1 + walker.q.size,), walker.q.dtype)
+    shift, which, u, v = jax.random.uniform(key_uniform, (4,), walker.q.dtype)
+    momentum, metric, values = normal[1:], tuning.metric, None
     if target.summed is not None:
-        start = _, nodes = target.through(key_sum, walker.q, tuning.lattice)  # type: ignore[arg-type]
         momentum = momentum.at[target.index].set(0.0)
-        at = partial(target.sum_at, key_sum, lattices=nodes.value[None])
-    xi = _SPREAD * jax.random.t(key_step, _FREEDOM, (), walker.q.dtype)
-    log_step = _log_local(start[0], metric) + xi
-    step_size = tuning.step_size * jnp.exp(log_step)
+        values = tuning.lattice.around(walker.q[target.index], shift)  # type: ignore[union-attr]
+        anew = jnp.ones_like(anew)
+    xi = _SPREAD * normal[0] * jnp.sqrt(-2.0 / (jnp.log(u) + jnp.log(v)))  # Student's t, four degrees of freedom
 
-    def leapfrog(carry: tuple[Any, jax.Array], _: None) -> tuple[tuple[Any, jax.Array], None]:
-        (here, _), p = carry
-        p = p + 0.5 * step_size * metric.pull(here.gradient)
-        there, nodes = at(here.q + step_size * metric.push(p))
-        return ((there, nodes), p + 0.5 * step_size * metric.pull(there.gradient)), None
+    def at(q: jax.Array) -> tuple[Walker, Nodes | None]:
+        return (target.at(q), None) if values is None else target.sum_at(q, values)
 
-    (end, momentum_there), _ = jax.lax.scan(leapfrog, (start, momentum), None, num_steps)
+    def leapfrog(i: jax.Array, carry: tuple[Any, Any, jax.Array]) -> tuple[Any, Any, jax.Array]:
+        start, here, p = carry
+        step_size = tuning.step_size * jnp.exp(_log_local(start[0], metric) + xi)
+        half = p + 0.5 * step_size * metric.pull(here[0].gradient)
+        there = at(jnp.where(i == 0, here[0].q, here[0].q + step_size * metric.push(half)))
+        p = jnp.where(i == 0, p, half + 0.5 * step_size * metric.pull(there[0].gradient))
+        return select(i == 0, there, start), there, p
+
+    nodes = None if values is None else Nodes(*jnp.zeros((2, len(values)), walker.q.dtype))
+    begin = (walker, nodes), (walker, nodes), momentum
+    start, end, momentum_there = jax.lax.fori_loop(1 - anew, num_steps + 1, leapfrog, begin)
     there, log_ratio = end[0], end[0].log_density - start[0].log_density
     log_ratio += 0.5 * (jnp.sum(momentum**2) - jnp.sum(momentum_there**2))
-    of_step = _log_spread(log_step - _log_local(there, metric)) - _log_spread(xi)
+    back = _log_local(start[0], metric) + xi - _log_local(there, metric)
+    of_step = _log_spread(back) - _log_spread(xi)
     choice = metropolis(key_accept, log_ratio + of_step, end, start, there.log_density, there.gradient)
     moved, nodes = choice.point
-    moved = moved if nodes is None else target.drawn(key_draw, moved, nodes)
+    moved = moved if values is None else target.drawn(which, moved, values, nodes)
     return moved, Move(choice.accept_prob, choice.diverging | (log_ratio < -_LARGE_ERROR))
 
 
@@ -204,29 +197,38 @@ def _log_local(walker: Walker, metric: Metric) -> jax.Array:
 
 def _log_spread(xi: jax.Array) -> jax.Array:
     """Log-density of a step about the local one, up to a constant."""
-    return -0.5 * (_FREEDOM + 1.0) * jnp.log1p((xi / _SPREAD) ** 2 / _FREEDOM)
+    return -2.5 * jnp.log1p((xi / _SPREAD) ** 2 / 4.0)
 
 
 def make_moves(
-    keys: jax.Array, target: Target, walkers: Walker, tuning: Tuning, num_moves: jax.Array, *, num_steps: int
+    keys: jax.Array,
+    target: Target,
+    walkers: Walker,
+    tuning: Tuning,
+    num_moves: ArrayLike,
+    *,
+    num_steps: ArrayLike,
+    anew: ArrayLike = 0,
 ) -> tuple[Walker, Move]:
     """Moves walkers while nothing adapts.
 
     Args:
         keys: a random key for each walker, (N,).
         target: the model at a temperature.
-        walkers: at that temperature, a leading axis of N, some islands one after the other.
+        walkers: a leading axis of N, some islands one after the other.
         tuning: how they move, on each of these islands.
         num_moves: how many.
-        num_steps: leapfrog steps of a move.
+        num_steps: leapfrog steps of a move; none leaves walkers where they are.
+        anew: 1 if they come from another temperature and their densities are to be computed; otherwise 0.
 
     Returns:
         The walkers, and for each the sums over its moves of what happened.
     """
+    steps = jnp.asarray(num_steps), jnp.asarray(anew)
 
     def one(i: jax.Array, carry: tuple[Walker, Move]) -> tuple[Walker, Move]:
         walkers, before = carry
-        walkers, now = _all(jax.vmap(jax.random.fold_in, (0, None))(keys, i), target, walkers, tuning, num_steps)
+        walkers, now = _all(jax.vmap(jax.random.fold_in, (0, None))(keys, i), target, walkers, tuning, steps)
         return walkers, Move(before.accept_prob + now.accept_prob, before.diverging + now.diverging)
 
     none = Move(jnp.zeros(len(walkers.q)), jnp.zeros(len(walkers.q), jnp.int32))
@@ -272,11 +274,12 @@ def _by_island(walkers: Any, num_islands: int) -> Any:
     return jax.tree.map(lambda leaf: leaf.reshape(num_islands, -1, *leaf.shape[1:]), walkers)
 
 
-def _all(keys: jax.Array, target: Target, walkers: Walker, tuning: Tuning, num_steps: int) -> tuple[Walker, Move]:
+def _all(keys: jax.Array, target: Target, walkers: Walker, tuning: Tuning, steps: tuple) -> tuple[Walker, Move]:
     """One move of every walker: where they are, and what happened to each."""
     number, islands = len(walkers.q), len(tuning.metric.scale)
     by_island = tuning._replace(step_size=jnp.broadcast_to(tuning.step_size, islands))
-    one = partial(trajectory, target=target, num_steps=num_steps)
+    num_steps, anew = steps
+    one = partial(trajectory, target=target, num_steps=num_steps, anew=anew)
 
     def island(keys: jax.Array, walkers: Walker, tuning: Tuning) -> tuple[Walker, Move]:
         return jax.vmap(lambda key, walker: one(key, walker=walker, tuning=tuning))(keys, walkers)
