@@ -238,6 +238,27 @@ def test_chains_go_on_while_that_brings_draws():
         assert (seen.needs_draws, seen.needs_walkers) == (says == "needs_draws", says == "needs_walkers")
 
 
+@pytest.mark.parametrize(("change", "says"), [(lambda x: x + 0.3, "means of x"), (lambda x: 1.3 * x, "spreads of x")])
+def test_rounds_that_differ_in_mean_or_spread_disagree(change, says):
+    """A round with the other's draws does not; a spread is too small where walkers have not reached the tails."""
+    values = {
+        "x": np.random.default_rng(0).normal(size=(4, 32, 8)),
+        "z": np.random.default_rng(1).normal(size=(4, 32, 8)),
+    }
+    moves = Moves(*map(np.asarray, (8, 0.1, 0, np.full(128, 0.7), 0)))
+    history = [rounds.Temperature(*np.ones(9), num_blind=np.zeros(1))]
+    this = rounds.Round(values, evidence_of(jnp.zeros(4)), history, moves, 1, 1.0, 1.0, 32, 2)
+    for other, disagrees in ((values["x"], False), (change(values["x"]), True)):
+        found = rounds.look(this._replace(values={**values, "x": other}), this, ["x", "z"])
+        assert (
+            any(
+                f"two rounds disagree, the second with more moves or walkers: their {says}" in problem
+                for problem in found.problems
+            )
+            == disagrees
+        )
+
+
 def test_lattices():
     """The nodes of a lattice have the same lattice; a shift keeps the cell; outside, a value is alone.
 

@@ -6,14 +6,15 @@ islands have the same error. Two rounds agree if their means do, in every coordi
 $$|\bar x_j - \bar x'_j| \le c\, \sqrt{s_j^2 + s_j'^2}, \qquad
 |\log \hat Z - \log \hat Z'| \le c\, \sqrt{s^2 + s'^2},$$
 
-with standard errors from the spread over islands. The factor $c$ grows with the number of coordinates, so that rounds
+with standard errors from the spread over islands; and so must the mean distances from the centre of both, since walkers
+that have not reached the tails may well be centred. The factor $c$ grows with the number of coordinates, so that rounds
 that agree are sent on by chance in one run of a hundred.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ from numpyro_diffusion.infer.particles.evidence import Evidence
 from numpyro_diffusion.infer.particles.population.walkers import Moves
 
 _CHANCE = 0.01
-"""That any mean of two rounds that agree lies outside of the limit."""
+"""That any mean or spread of two rounds that agree lies outside of the limit."""
 _APART = 4.5
 """Standard errors by which log evidences may differ; theirs are known from a handful of islands only."""
 _BLIND = 0.01
@@ -82,8 +83,8 @@ class Look:
         r_hat: the largest of ArviZ, with islands as chains.
         ess: the smallest effective sample size of ArviZ, with islands as chains.
         worst: the site and entry with the largest nested R-hat.
-        distance: by how many standard errors means differ from the round before, in the worst coordinate; NaN for the
-            first.
+        distance: by how many standard errors means or spreads differ from the round before, in the worst coordinate;
+            NaN for the first.
         diverging: share of the moves between draws that diverged.
         stuck: share of the walkers that accept hardly any move.
         num_gradients: of all walkers together.
@@ -194,10 +195,11 @@ def _of_rounds(this: Round, last: Round | None, distance: float, where: str) -> 
     if last is None:
         return ["the budget did not suffice for a second round with twice the moves, which must agree"]
     problems = []
-    limit = NormalDist().inv_cdf(1.0 - 0.5 * _CHANCE / sum(v[0, 0, 0].size for v in this.values.values()))
+    comparisons = 2 * sum(v[0, 0, 0].size for v in this.values.values())
+    limit = NormalDist().inv_cdf(1.0 - 0.5 * _CHANCE / comparisons)
     if not distance <= limit:
         problems.append(
-            f"two rounds disagree, the second with more moves or walkers: their means of {where} are {distance:.1f} "
+            f"two rounds disagree, the second with more moves or walkers: their {where} are {distance:.1f} "
             f"standard errors apart, of at most {limit:.1f}. Raise the budget"
         )
     apart = abs(float(this.evidence.value) - float(last.evidence.value))
@@ -211,7 +213,7 @@ def _of_rounds(this: Round, last: Round | None, distance: float, where: str) -> 
     return problems
 
 
-def _worst(values: dict[str, np.ndarray], statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, str]:
+def _worst(values: dict[str, Any], statistic: Callable[[Any], np.ndarray]) -> tuple[float, str]:
     """The largest value of a statistic over sites and entries, and where."""
     largest, where = 0.0, ""
     for name, value in values.items():
@@ -223,13 +225,19 @@ def _worst(values: dict[str, np.ndarray], statistic: Callable[[np.ndarray], np.n
 
 
 def _distance(this: Round, last: Round) -> tuple[float, str]:
-    def apart(name: str) -> np.ndarray:
-        means = [round.values[name].astype(float).mean((0, 1, 2)) for round in (this, last)]
-        errors = [standard_error(round.values[name]) for round in (this, last)]
-        error = np.hypot(*errors)
-        return np.where(error > 0, np.abs(means[0] - means[1]) / np.where(error > 0, error, 1.0), 0.0)
+    """The largest distance of means and of spreads, in standard errors, and of what."""
+    pairs = {name: [round.values[name].astype(float) for round in (this, last)] for name in this.values}
+    centred = {name: [v - 0.5 * sum(w.mean((0, 1, 2)) for w in pair) for v in pair] for name, pair in pairs.items()}
+    distant = {name: [np.abs(v) for v in pair] for name, pair in centred.items()}
+    (mean, of_mean), (spread, of_spread) = (_worst(values, _apart) for values in (centred, distant))
+    return (mean, f"means of {of_mean}") if mean >= spread else (spread, f"spreads of {of_spread}")
 
-    return _worst({name: apart(name) for name in this.values}, lambda value: value)
+
+def _apart(pair: Sequence[np.ndarray]) -> np.ndarray:
+    """By how many standard errors the means of two rounds differ."""
+    error = np.hypot(*(standard_error(values) for values in pair))
+    apart = np.abs(np.subtract(*(values.mean((0, 1, 2)) for values in pair)))
+    return np.where(error > 0, apart / np.where(error > 0, error, 1.0), 0.0)
 
 
 def _of_moves(this: Round, names: list[str]) -> list[str]:

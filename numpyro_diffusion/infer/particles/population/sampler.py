@@ -10,7 +10,7 @@ the result counts as converged if, for every site,
 
 * islands agree: nested R-hat below 1.01, and the walkers are stationary: R-hat between early and late draws too;
 * the effective sample size exceeds 400, and hardly any walker is stuck where its steps are too long;
-* both runs agree in means and in the log evidence, within their errors.
+* both runs agree in means, in spreads and in the log evidence, within their errors.
 
 If only the number of draws is wanting, chains go on, at twice the distance between draws, up to three times. If that
 brings hardly more effective draws, each walker is kept in its mode. If walkers drift or runs disagree, the moves are
