@@ -259,6 +259,15 @@ def test_rounds_that_differ_in_mean_or_spread_disagree(change, says):
         )
 
 
+def test_rounds_that_agree_are_seldom_sent_on():
+    """Independent draws of the same law, 65 entries on four islands: in some five runs of a hundred."""
+    rng, limit = np.random.default_rng(0), rounds.largest_distance(65)
+    pairs = [rng.normal(size=(2, 4, 16, 1, 65)) for _ in range(200)]
+    as_rounds = [[SimpleNamespace(values={"x": values}) for values in pair] for pair in pairs]
+    sent_on = np.mean([rounds._distance(*pair)[0] > limit for pair in as_rounds])
+    assert 0.01 < sent_on < 0.12  # of 200, with a standard error of .015
+
+
 def test_lattices():
     """The nodes of a lattice have the same lattice; a shift keeps the cell; outside, a value is alone.
 

@@ -7,8 +7,9 @@ $$|\bar x_j - \bar x'_j| \le c\, \sqrt{s_j^2 + s_j'^2}, \qquad
 |\log \hat Z - \log \hat Z'| \le c\, \sqrt{s^2 + s'^2},$$
 
 with standard errors from the spread over islands; and so must the mean distances from the centre of both, since walkers
-that have not reached the tails may well be centred. The factor $c$ grows with the number of coordinates, so that rounds
-that agree are sent on by chance in one run of a hundred.
+that have not reached the tails may well be centred. The factor $c$ grows with the number of coordinates. With normal
+errors rounds that agree would be sent on in one run of a hundred; those of four islands are somewhat rough, and it is
+some five.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from numpyro_diffusion.infer.particles.evidence import Evidence
 from numpyro_diffusion.infer.particles.population.walkers import Moves
 
 _CHANCE = 0.01
-"""That any mean or spread of two rounds that agree lies outside of the limit."""
+"""That any mean or spread of two rounds that agree lies outside of the limit, if their errors were known."""
 _APART = 4.5
 """Standard errors by which log evidences may differ; theirs are known from a handful of islands only."""
 _BLIND = 0.01
@@ -195,8 +196,7 @@ def _of_rounds(this: Round, last: Round | None, distance: float, where: str) -> 
     if last is None:
         return ["the budget did not suffice for a second round with twice the moves, which must agree"]
     problems = []
-    comparisons = 2 * sum(v[0, 0, 0].size for v in this.values.values())
-    limit = NormalDist().inv_cdf(1.0 - 0.5 * _CHANCE / comparisons)
+    limit = largest_distance(sum(v[0, 0, 0].size for v in this.values.values()))
     if not distance <= limit:
         problems.append(
             f"two rounds disagree, the second with more moves or walkers: their {where} are {distance:.1f} "
@@ -222,6 +222,11 @@ def _worst(values: dict[str, Any], statistic: Callable[[Any], np.ndarray]) -> tu
             index = np.unravel_index(np.argmax(here), here.shape)
             largest, where = float(here[index]), name + (str([int(i) for i in index]) if index else "")
     return largest, where
+
+
+def largest_distance(num_entries: int) -> float:
+    """By how many standard errors any mean or spread of two rounds may differ."""
+    return NormalDist().inv_cdf(1.0 - 0.5 * _CHANCE / (2 * num_entries))
 
 
 def _distance(this: Round, last: Round) -> tuple[float, str]:
