@@ -60,7 +60,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro_diffusion.diagnostics import Calibration, stein_discrepancy
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer import MALA, SBC, Score, joint_scores
-from numpyro_diffusion.solve import Heun
+from numpyro_diffusion.solve import Adams, Heun
 
 
 def power(seeds: int, **options: Any) -> dict[str, Any]:
@@ -92,6 +92,9 @@ def ksd_of(model: Callable, y: jax.Array, prior: DiffusionPrior, samples: dict[s
     return float(stein_discrepancy(found.points, found.scores).u_statistic)
 
 
+FLOWS = {"as in the table": SOLVERS["flow_solver"], "finer": Adams(32)}
+
+
 def of_exact_draws(seeds: int, steps: int) -> list[dict]:
     """The discrepancy of 1000 independent draws by the network's own score, and by that of its flow's density.
 
@@ -102,7 +105,7 @@ def of_exact_draws(seeds: int, steps: int) -> list[dict]:
     laws: dict[str, Any] = {"prior": None}
     for datum in (7, 1, 2):
         laws[f"posterior {datum}"] = trace(seed(on_learned, datum)).get_trace(None, usual)["y"]["value"]
-    for flow, solver in (("as in the table", SOLVERS["flow_solver"]), ("64 steps of Heun", Heun(64))):
+    for flow, solver in FLOWS.items():
         prior = DiffusionPrior(denoiser, **SOLVERS | {"flow_solver": solver, "density_solver": Heun(64)})
         found: dict[tuple, list] = {}
         for i in range(seeds):
