@@ -2,6 +2,7 @@
 
     python benchmarks/calibration.py --json OUT                # the table of docs/concepts/calibration.md
     python benchmarks/calibration.py --power --json OUT
+    python benchmarks/calibration.py --exact-draws --seeds 5   # discrepancies of exact draws, by two scores
 
 The table has a row for each sampler and model. The models are a Gaussian prior in 8 dimensions, a mixture in 2, and a
 learned prior in 2 dimensions with a nonlinear likelihood and an unknown scale; data are simulated from the prior's own
@@ -9,7 +10,8 @@ law. A row:
 
     p_value             of the worst test, corrected for their number; below .01 the sampler is miscalibrated there
     coverage_50, _90    share of the truths in central intervals, mean over entries
-    ksd                 kernel Stein discrepancy of one posterior's draws, of models with a score
+    ksd                 kernel Stein discrepancy of one posterior's draws, by the gradient of the prior's density: of
+                        a learned one that of its flow, through the solve
     r_hat, ess          medians over simulations, of the worst entry
     ess_per_evaluation  smallest effective sample size over evaluations of the denoiser, where the kernel counts them
     expected            what theory says: "exact", or why it is not
@@ -30,136 +32,35 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-import numpyro.distributions as dist
-from flax import nnx
-from jax.flatten_util import ravel_pytree
-from numpyro.diagnostics import effective_sample_size
-from numpyro.distributions import constraints
-from numpyro.handlers import seed, trace
-from numpyro.infer import MCMC, NUTS
-from numpyro.infer.mcmc import MCMCKernel
-from numpyro.infer.util import potential_energy, unconstrain_fn
-
-from numpyro_diffusion.denoise import Gaussian, GaussianMixture
-from numpyro_diffusion.diagnostics import Calibration
-from numpyro_diffusion.distributions import DiffusionPrior
-from numpyro_diffusion.infer import (
-    MALA,
-    SBC,
-    ULA,
-    AnnealedLangevin,
-    CrankNicolson,
-    Cycle,
-    DiffusionGibbs,
-    DiffusionPCN,
-    DiffusiveGibbs,
-    EllipticalSlice,
-    GuidedPCN,
-    GuidedReverse,
-    Independence,
-    NoiseSpace,
-    ParallelTempering,
-    ParticleGibbs,
-    PopulationHMC,
-    ScoreHMC,
-    SplitGibbs,
-    TemperedSMC,
-    TwistedSMC,
-    with_density,
+from calibration_rows import (
+    EXACT,
+    GAUSSIAN,
+    MIXTURE,
+    MODELS,
+    NOISE,
+    PLANTED,
+    ROWS,
+    SOLVERS,
+    by_flow,
+    learned,
+    on_learned,
+    right,
 )
-from numpyro_diffusion.nn import MLP
-from numpyro_diffusion.noise import VE
-from numpyro_diffusion.solve import DPMSolverPP, Heun
-from numpyro_diffusion.train import fit
+from numpyro.diagnostics import effective_sample_size
+from numpyro.handlers import seed, trace
+from numpyro.infer import MCMC, log_likelihood
+from numpyro.infer.mcmc import MCMCKernel
 
-DIMENSION = 8
-SCHEDULE = VE(0.01, 40.0)
-KELVIN = 300.0
-
-
-# Planted errors: a posterior N(y / 2, 1/2) in each dimension, unless it is said otherwise.
-
-PRIOR = DiffusionPrior(Gaussian(jnp.zeros(DIMENSION), 1.0, SCHEDULE))
-
-
-def right(y: jax.Array) -> None:
-    x = numpyro.sample("x", PRIOR)
-    numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
-
-
-def biased(y: jax.Array) -> None:
-    """Posterior means .2 standard deviations too high."""
-    x = numpyro.sample("x", PRIOR)
-    numpyro.sample("y", dist.Normal(x - 0.2 * 2.0**0.5, 1.0).to_event(1), obs=y)
-
-
-def inflated(y: jax.Array) -> None:
-    """Posterior variances 15 % too large."""
-    x = numpyro.sample("x", dist.Normal(0.0, 1.15**0.5).expand([DIMENSION]).to_event(1))
-    numpyro.sample("y", dist.Normal(x, 1.15**0.5).to_event(1), obs=y)
-
-
-@jax.custom_jvp
-def _constant(x: jax.Array) -> jax.Array:
-    return jnp.zeros(x.shape[:-1])
-
-
-@_constant.defjvp
-def _score_alone(primals: tuple, tangents: tuple) -> tuple:
-    (x,), (step,) = primals, tangents
-    return _constant(x), -jnp.sum(x * step, -1)
-
-
-class FakeDensity(dist.Distribution):
-    """N(0, I) whose log_prob is a constant with the right gradient."""
-
-    support = constraints.real_vector
-
-    def __init__(self) -> None:
-        super().__init__((), (DIMENSION,))
-
-    def sample(self, key: jax.Array, sample_shape: tuple = ()) -> jax.Array:
-        return jax.random.normal(key, (*sample_shape, DIMENSION))
-
-    def log_prob(self, value: jax.Array) -> jax.Array:
-        return _constant(value)
-
-
-def fake(y: jax.Array) -> None:
-    numpyro.sample("y", dist.Normal(numpyro.sample("x", FakeDensity()), 1.0).to_event(1), obs=y)
-
-
-class HalfPrecision(dist.Normal):
-    """A normal law that is evaluated in 16 bits."""
-
-    def log_prob(self, value: jax.Array) -> jax.Array:
-        value, loc, scale = (jnp.asarray(a, jnp.float16) for a in (value, self.loc, self.scale))
-        return (-0.5 * ((value - loc) / scale) ** 2 - jnp.log(scale)).astype(jnp.float32)
-
-
-def temperature(y: jax.Array, law: type = dist.Normal) -> None:
-    """Temperatures in kelvin, to a tenth of one, where numbers of 16 bits are a quarter apart.
-
-    With two tenths the error hardly shows: data and prediction are rounded alike, and posteriors are about as much too
-    wide as they are off.
-    """
-    x = numpyro.sample("x", PRIOR)
-    numpyro.sample("y", law(KELVIN + x, 0.1).to_event(1), obs=y)
-
-
-half = partial(temperature, law=HalfPrecision)
-PLANTED = {
-    "caught_bias": (MALA, biased, right),
-    "caught_variance": (MALA, inflated, right),
-    "caught_fake_density": (partial(NUTS, max_tree_depth=5), fake, right),
-    "caught_half_precision": (MALA, half, temperature),
-}
+from numpyro_diffusion.diagnostics import Calibration, stein_discrepancy
+from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.infer import MALA, SBC, Score, joint_scores
+from numpyro_diffusion.solve import Adams, Heun
 
 
 def power(seeds: int, **options: Any) -> dict[str, Any]:
@@ -179,123 +80,56 @@ def power(seeds: int, **options: Any) -> dict[str, Any]:
 # The table
 
 
-def learned(num_steps: int) -> DiffusionPrior:
-    """A small network, trained on two crescents; what it has not learned does no harm, as data are drawn from it."""
-    key_side, key_angle, key_noise = jax.random.split(jax.random.key(0), 3)
-    side = jax.random.bernoulli(key_side, shape=(4000,)).astype(float)
-    angle = jnp.pi * jax.random.uniform(key_angle, (4000,))
-    x = jnp.stack([jnp.cos(angle) + side - 0.5, (1.0 - 2.0 * side) * jnp.sin(angle) + 0.3 * side], -1)
-    x = x + 0.15 * jax.random.normal(key_noise, x.shape)
-    backbone = MLP((2,), features=32, num_blocks=2, rngs=nnx.Rngs(0))
-    found = fit(jax.random.key(1), backbone, x, schedule=VE(0.03, 20.0), num_steps=num_steps, batch_size=256)
-    return DiffusionPrior(found.denoiser, **SOLVERS)
-
-
-SOLVERS = {"sampler": DPMSolverPP(48, eta=1.0), "flow_solver": DPMSolverPP(12), "density_solver": Heun(16)}
-GAUSSIAN = DiffusionPrior(Gaussian(jnp.zeros(DIMENSION), 1.0, SCHEDULE), **SOLVERS)
-MODES = GaussianMixture([0.4, 0.6], [[-2.0, 0.5], [1.5, -1.0]], 0.5, SCHEDULE)
-MIXTURE = DiffusionPrior(MODES, **SOLVERS)
-
-
-class ByFlow(DiffusionPrior):
-    """A prior whose draws are those of its flow, for kernels that are exact for that law."""
-
-    def sample(self, key: jax.Array, sample_shape: tuple = ()) -> jax.Array:
-        return self.flow(jax.random.normal(key, (*sample_shape, *self.batch_shape, *self.noise_shape)))
-
-
-def by_flow(prior: DiffusionPrior) -> DiffusionPrior:
-    return ByFlow(prior.denoiser, **SOLVERS)
-
-
-def on_gaussian(y: jax.Array, prior: DiffusionPrior) -> None:
-    numpyro.sample("y", dist.Normal(numpyro.sample("x", prior), 1.0).to_event(1), obs=y)
-
-
-def on_mixture(y: jax.Array, prior: DiffusionPrior) -> None:
-    x = numpyro.sample("x", prior)
-    numpyro.sample("y", dist.Normal(x[0] + x[1], 0.7), obs=y)
-
-
-def on_learned(y: jax.Array, prior: DiffusionPrior) -> None:
-    """Distances from three places, with noise of an unknown scale."""
-    x = numpyro.sample("x", prior)
-    noise = numpyro.sample("noise", dist.LogNormal(-1.0, 0.5))
-    places = jnp.array([[-1.0, 1.0], [1.0, 1.0], [0.0, -1.5]])
-    numpyro.sample("y", dist.Normal(jnp.sqrt(jnp.sum((x - places) ** 2, -1) + 0.01), noise).to_event(1), obs=y)
-
-
-def in_gibbs(kernel: Callable) -> Callable:
-    """A kernel of diffusion sites, with MALA for the others."""
-    return partial(DiffusionGibbs, x_kernel=kernel, rest_kernel=MALA)
-
-
-class Row(NamedTuple):
-    """A sampler of the table."""
-
-    make: Callable  # from a model of diffusion sites alone
-    with_others: Callable | None  # from a model that has other sites too
-    law: str  # whose draws the truths are: "reverse" or "flow"
-    expected: str
-
-
-EXACT = "exact"
-ROWS = {
-    "MALA": Row(MALA, MALA, "flow", EXACT),
-    "ScoreHMC": Row(ScoreHMC, ScoreHMC, "flow", EXACT),
-    "NUTS(with_density)": Row(*[lambda m: NUTS(with_density(m), max_tree_depth=5)] * 2, "flow", EXACT),
-    "NoiseSpace": Row(partial(NoiseSpace, max_tree_depth=5), partial(NoiseSpace, max_tree_depth=5), "flow", EXACT),
-    "NoiseSpace(EllipticalSlice)": Row(
-        lambda m: NoiseSpace(m, EllipticalSlice), lambda m: NoiseSpace(m, EllipticalSlice), "flow", EXACT
-    ),
-    "NoiseSpace(CrankNicolson)": Row(
-        lambda m: NoiseSpace(m, CrankNicolson), lambda m: NoiseSpace(m, CrankNicolson), "flow", EXACT
-    ),
-    "DiffusionPCN": Row(DiffusionPCN, in_gibbs(DiffusionPCN), "reverse", EXACT),
-    "GuidedPCN": Row(GuidedPCN, in_gibbs(GuidedPCN), "reverse", EXACT),
-    "ParticleGibbs": Row(partial(ParticleGibbs, num_particles=8), None, "reverse", EXACT),
-    "Independence": Row(Independence, Independence, "reverse", EXACT),
-    "DiffusiveGibbs": Row(DiffusiveGibbs, DiffusiveGibbs, "flow", EXACT),
-    "ParallelTempering(MALA)": Row(
-        partial(ParallelTempering, kernel=MALA, num_temperatures=4),
-        partial(ParallelTempering, kernel=MALA, num_temperatures=4),
-        "flow",
-        EXACT,
-    ),
-    "Cycle(DiffusionPCN, MALA)": Row(lambda m: Cycle([DiffusionPCN, MALA], model=m), None, "flow", EXACT),
-    "TemperedSMC": Row(*[partial(TemperedSMC, num_particles=400, progress_bar=False)] * 2, "reverse", EXACT),
-    "TwistedSMC": Row(
-        partial(TwistedSMC, num_particles=400, progress_bar=False), None, "reverse", "exact with many particles"
-    ),
-    "PopulationHMC": Row(
-        *[partial(PopulationHMC, num_walkers=128, max_seconds=2.0, progress_bar=False)] * 2, "flow", EXACT
-    ),
-    "ULA": Row(ULA, ULA, "flow", "too wide, by its step size"),
-    "SplitGibbs": Row(partial(SplitGibbs, rho=0.5), partial(SplitGibbs, rho=0.5), "reverse", "too wide, by rho"),
-    "AnnealedLangevin": Row(AnnealedLangevin, in_gibbs(AnnealedLangevin), "reverse", "biased, by the guidance"),
-    "GuidedReverse": Row(GuidedReverse, in_gibbs(GuidedReverse), "reverse", "biased, by the guidance"),
-}
-MODELS = {"gaussian": on_gaussian, "mixture": on_mixture, "learned": on_learned}
-
-
 def coverage_of(found: Calibration, probability: float) -> float:
     """Mean over all entries of all sites."""
     shares = found.coverage(probability)
     return float(np.mean(np.concatenate([np.ravel(shares[name].value) for name in found.truths])))
 
 
-def ksd_of(model: Callable, y: jax.Array, prior: DiffusionPrior, samples: dict[str, np.ndarray]) -> float | None:
-    """The squared discrepancy (U-statistic) of draws from the joint, in unconstrained coordinates."""
-    try:
-        from numpyro_diffusion.diagnostics import stein_discrepancy
-    except ImportError:
-        return None
-    z = jax.vmap(lambda values: unconstrain_fn(model, (y, prior), {}, values))(samples)
-    _, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], z))
-    points = jax.vmap(lambda one: ravel_pytree(one)[0])(z)
-    energy = lambda point: potential_energy(model, (y, prior), {}, unravel(point))  # noqa: E731
-    scores = -jax.jit(jax.vmap(jax.grad(energy)))(points)
-    return float(stein_discrepancy(np.asarray(points), np.asarray(scores)).u_statistic)
+def ksd_of(model: Callable, y: jax.Array, prior: DiffusionPrior, samples: dict[str, np.ndarray]) -> float:
+    """The squared discrepancy (U-statistic) of draws, by the gradient of the density that MALA and NUTS target."""
+    found = joint_scores(model, samples, y, prior)
+    return float(stein_discrepancy(found.points, found.scores).u_statistic)
+
+
+FLOWS = {"as in the table": SOLVERS["flow_solver"], "finer": Adams(32)}
+
+
+def of_exact_draws(seeds: int, steps: int) -> list[dict]:
+    """The discrepancy of 1000 independent draws by the network's own score, and by that of its flow's density.
+
+    Of the learned prior, and of three posteriors, for which the likelihood chooses from 200,000 draws of the prior.
+    """
+    denoiser, rows = learned(steps).denoiser, []
+    usual = DiffusionPrior(denoiser, **SOLVERS)
+    laws: dict[str, Any] = {"prior": None}
+    for datum in (7, 1, 2):
+        laws[f"posterior {datum}"] = trace(seed(on_learned, datum)).get_trace(None, usual)["y"]["value"]
+    for flow, solver in FLOWS.items():
+        prior = DiffusionPrior(denoiser, **SOLVERS | {"flow_solver": solver, "density_solver": Heun(64)})
+        found: dict[tuple, list] = {}
+        for i in range(seeds):
+            key_x, key_noise, key_choice = jax.random.split(jax.random.key(i), 3)
+            draws = {"x": by_flow(prior).sample(key_x, (200_000,)), "noise": NOISE.sample(key_noise, (200_000,))}
+            for law, y in laws.items():
+                if y is None:
+                    model, chosen = partial(numpyro.sample, "x", prior), jnp.arange(1000)
+                else:
+                    model = partial(on_learned, y, prior)
+                    weights = jax.nn.softmax(log_likelihood(model, draws)["y"])
+                    chosen = jax.random.choice(key_choice, len(weights), (1000,), replace=False, p=weights)
+                some = {name: value[chosen] for name, value in draws.items()}
+                for score, density in (("network's", Score()), ("flow's", None)):
+                    points, scores = joint_scores(model, some, density=density)
+                    each = [stein_discrepancy(points[:n], scores[:n]).u_statistic for n in (250, 1000)]
+                    found.setdefault((law, score), []).append(each)
+        for (law, score), values in found.items():
+            row = {"flow": flow, "law": law, "score": score, "seeds": seeds}
+            for size, column in zip((250, 1000), np.transpose(values), strict=True):
+                row |= {f"ksd_{size}": float(column.mean()), f"sd_{size}": float(column.std(ddof=1))}
+            rows.append(row)
+            print(*(f"{k} {round(v, 3) if isinstance(v, float) else v}" for k, v in row.items()), flush=True)
+    return rows
 
 
 def one_run(make: Callable, model: Callable, prior: DiffusionPrior, num_draws: int) -> dict[str, float | None]:
@@ -340,6 +174,10 @@ def table(names: list[str], models: list[str], size: int, draws: int, steps: int
             exact_prior = priors[model]
             truths = by_flow(exact_prior) if sampler.law == "flow" and model == "learned" else exact_prior
             simulator = lambda y, prior, law=truths, of=MODELS[model]: of(y, law)  # noqa: E731
+            if size == 0:
+                rows.append({**row, **one_run(make, MODELS[model], exact_prior, draws)})
+                print(rows[-1], flush=True)
+                continue
             # samplers with a run of their own take seconds for each simulation
             count = size if isinstance(make(MODELS[model]), MCMCKernel) else min(size, 100)
             try:
@@ -401,10 +239,11 @@ def summarise(rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--power", action="store_true", help="planted errors instead of the table")
-    parser.add_argument("--seeds", type=int, default=20, help="of each planted error")
+    parser.add_argument("--exact-draws", action="store_true", help="exact draws of the learned prior, not samplers")
+    parser.add_argument("--seeds", type=int, default=20, help="of each planted error, or of exact draws")
     parser.add_argument("--samplers", default=";".join(ROWS), help="of the table, separated by semicolons")
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--simulations", type=int, default=400, help="of each row")
+    parser.add_argument("--simulations", type=int, default=400, help="of each row; 0 for `ksd` alone")
     parser.add_argument("--draws", type=int, default=250, help="of each chain, after as many warm-up steps")
     parser.add_argument("--fast", action="store_true", help="one sampler on one model, or two seeds of small runs")
     parser.add_argument("--json", type=Path, help="where to write the results")
@@ -414,6 +253,11 @@ def main() -> None:
         results = power(2 if options.fast else options.seeds, **small)
         if options.json:
             options.json.write_text(json.dumps(results, indent=1))
+        return
+    if options.exact_draws:
+        rows = of_exact_draws(options.seeds, 3000)
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1))
         return
     names, models = options.samplers.split(";"), options.models.split(",")
     size, draws = options.simulations, options.draws

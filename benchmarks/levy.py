@@ -19,6 +19,7 @@ A row for each cell of increments and operator, and for each method:
                      such draw: this is the coverage of the 90 % highest-density region without the luck of few signals
     coverage_se      its standard error over signals
     covered          how many of the true signals lie there
+    r_hat            of the worst increment of several chains, median over signals
     evaluations      of the denoiser, all draws of a signal together; a gradient counts as one
     seconds          of CPU for each signal but the first, which compiles
 
@@ -51,6 +52,7 @@ from levy_truth import (
     log_density,
     pose,
 )
+from numpyro.diagnostics import split_gelman_rubin
 from numpyro.infer import MCMC, NUTS
 
 from numpyro_diffusion.denoise import Denoiser, Repeated
@@ -78,8 +80,8 @@ def model(matrix: jax.Array, y: jax.Array, sigma: jax.Array, prior: DiffusionPri
     numpyro.sample("y", dist.Normal(matrix @ u, sigma).to_event(1), obs=y)
 
 
-Run = tuple[np.ndarray, float]
-"""Draws of the increments, (S, 64), and evaluations of the denoiser."""
+Run = tuple[np.ndarray, float, float]
+"""Draws of the increments, (S, 64), evaluations of the denoiser, and R-hat, which is NaN where there are no chains."""
 
 
 def tempered(kernel: Callable, size: int, **options: Any) -> Callable[[jax.Array, tuple], Run]:
@@ -88,7 +90,7 @@ def tempered(kernel: Callable, size: int, **options: Any) -> Callable[[jax.Array
 
     def run(key: jax.Array, args: tuple) -> Run:
         smc.run(key, *args)
-        return smc.get_samples()["u"], smc.num_score_evals * size
+        return smc.get_samples()["u"], smc.num_score_evals * size, np.nan
 
     return run
 
@@ -101,7 +103,9 @@ def chains(kernel: Any, num_chains: int, num_warmup: int, num_draws: int, counts
     def run(key: jax.Array, args: tuple) -> Run:
         mcmc.run(key, *args, extra_fields=(counts,))
         each = float(np.mean(mcmc.get_extra_fields()[counts]))
-        return mcmc.get_samples()["u"], each * num_chains * (num_warmup + num_draws)
+        u = mcmc.get_samples(group_by_chain=True)["u"]
+        r_hat = float(np.max(split_gelman_rubin(u))) if num_draws > 3 else np.nan
+        return u.reshape(-1, SIZE), each * num_chains * (num_warmup + num_draws), r_hat
 
     return run
 
@@ -112,7 +116,7 @@ def population(num_walkers: int) -> Callable[[jax.Array, tuple], Run]:
 
     def run(key: jax.Array, args: tuple) -> Run:
         sampler.run(key, *args)
-        return sampler.get_samples()["u"], float(sampler.num_gradients) * FLOW.evaluations()
+        return sampler.get_samples()["u"], float(sampler.num_gradients) * FLOW.evaluations(), np.nan
 
     return run
 
@@ -135,9 +139,10 @@ METHODS = {
     "DiffusionPCN": lambda size: chains(DiffusionPCN(model), 8, 1000, size // 8, "num_score_evals"),
     "MMPS": lambda size: chains(GuidedReverse(model, guidance="mmps"), size, 0, 1, "num_score_evals"),
     "DPS": lambda size: chains(GuidedReverse(model), size, 0, 1, "num_score_evals"),
+    "MMPS, learned": lambda size: chains(GuidedReverse(model, guidance="mmps"), size, 0, 1, "num_score_evals"),
     "TemperedSMC, learned": lambda size: tempered(hamiltonian(LineIntegral(circulation=False)), size),
 }
-"""Those up to `DiffusionPCN` are exact in the limit, the two after it are not. A learned score of one increment has no
+"""Those up to `DiffusionPCN` are exact in the limit, "MMPS" and "DPS" are not. A learned score of one increment has no
 closed density, but in one dimension every score is a gradient, so that its line integral is exact."""
 
 
@@ -171,14 +176,15 @@ def measure(problem: Problem, i: int, increments: str, draws: np.ndarray, gold: 
 
 def row(problem: Problem, increments: str, gold: np.ndarray, run: Callable[[int], Run]) -> dict[str, Any]:
     """All signals of a cell by one method."""
-    found, seconds, evaluations = [], [], 0.0
+    found, seconds, r_hats, evaluations = [], [], [], 0.0
     for i in range(len(problem.u)):
         started = time.process_time()
         with warnings.catch_warnings():  # that one round is no proof; what is wrong shows in the figures
             warnings.simplefilter("ignore")
-            draws, count = run(i)
+            draws, count, r_hat = run(i)
             draws = np.asarray(draws, float)
         seconds.append(time.process_time() - started)
+        r_hats.append(r_hat)
         evaluations += count / len(problem.u)
         found.append(measure(problem, i, increments, draws, gold[i]))
     gaps, coverages, covered = np.array(found, float).T
@@ -191,6 +197,7 @@ def row(problem: Problem, increments: str, gold: np.ndarray, run: Callable[[int]
         "covered": int(covered.sum()),
         "signals": len(gaps),
         "draws": len(draws),
+        **({"r_hat": float(np.median(r_hats))} if np.all(np.isfinite(r_hats)) else {}),
         "evaluations": round(evaluations),
         "seconds": round(float(np.mean(seconds[1:] or seconds)), 2),
     }
@@ -236,7 +243,9 @@ def main() -> None:
 
                 def run(i: int, method: str = method, prior: DiffusionPrior = prior, control: Any = control) -> Run:
                     return (
-                        (control[i], 0) if method == "Gibbs" else runs[method](jax.random.key(i), arguments(i, prior))
+                        (control[i], 0, np.nan)
+                        if method == "Gibbs"
+                        else runs[method](jax.random.key(i), arguments(i, prior))
                     )
 
                 found = row(problem, increments, gold, run)

@@ -9,7 +9,7 @@ from scipy.stats import multivariate_normal
 from numpyro_diffusion.denoise import Gaussian, GaussianMixture
 from numpyro_diffusion.density import log_prob
 from numpyro_diffusion.noise import VE, VP
-from numpyro_diffusion.solve import Heun
+from numpyro_diffusion.solve import AdaptiveFlow, Heun
 
 # A 2-D mixture of zero mean and unit variance per dimension: two tight components, one correlated, one wide.
 WEIGHTS = np.array([0.3, 0.3, 0.2, 0.2])
@@ -137,6 +137,38 @@ def test_gradient_is_the_score(derivative, x64):
     denoiser, x = mixture(VP()), np.asarray(draws())[:8]
     gradient = jax.jit(jax.vmap(derivative(lambda x: log_prob(denoiser, x, Heun(2)).value)))(x)
     np.testing.assert_allclose(gradient, scores(denoiser, x), rtol=1e-8)
+
+
+def test_gradient_of_the_solve_is_that_of_the_value(x64):
+    """Against central differences, with a solve so coarse that its derivative is far from the score."""
+    denoiser, x, step = mixture(VP()), np.asarray(draws(8)), 1e-4
+
+    def value(x):
+        return log_prob(denoiser, x, Heun(4), gradient="solve").value
+
+    beside = x[:, None] + step * np.concatenate([np.eye(2), -np.eye(2)])
+    values = jax.jit(jax.vmap(jax.vmap(value)))(beside)
+    gradient = jax.jit(jax.vmap(jax.grad(value)))(x)
+    np.testing.assert_allclose(gradient, (values[:, :2] - values[:, 2:]) / (2 * step), rtol=1e-6, atol=1e-6)
+    assert np.abs(gradient - scores(denoiser, x)).max() > 0.1
+    np.testing.assert_allclose(values[:, 0], log_probs(Heun(4), denoiser, beside[:, 0]), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "solver", "gradient"),
+    [
+        (ValueError, "gradient must be one of", Heun(4), "flow"),
+        (
+            TypeError,
+            r'gradient="solve" needs a solver with a fixed grid, Heun; got AdaptiveFlow',
+            AdaptiveFlow(),
+            "solve",
+        ),
+    ],
+)
+def test_gradients_that_there_are_not(error, message, solver, gradient):
+    with pytest.raises(error, match=message):
+        log_prob(mixture(), jnp.zeros(2), solver, gradient=gradient)
 
 
 def test_gradient_of_points_never_enters_the_solve():

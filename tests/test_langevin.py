@@ -287,7 +287,7 @@ def test_refused_models(make, model, message):
 def test_with_density_takes_no_other_than_it_was_told():
     """A network has no density of its own; the flow's is not put in its place."""
     model = with_density(partial(known_noise, prior=DiffusionPrior(learned())), "denoiser")
-    with pytest.raises(NotImplementedError, match=r"no density for Density\(source='denoiser'\).*NoiseSpace"):
+    with pytest.raises(NotImplementedError, match=r"no density for Density\(source='denoiser', .*NoiseSpace"):
         log_density(model, (Y,), {}, {"x": jnp.zeros(2)})
 
 
@@ -306,6 +306,7 @@ BAD_ARGUMENTS = {
         r"momentum_refresh must lie in \(0, 1\]",
     ),
     "source": (lambda: Density("score"), ValueError, "source must be one of"),
+    "gradient": (lambda: Density(gradient="value"), ValueError, "gradient must be one of"),
     "even": (lambda: LineIntegral(4), ValueError, "must be odd for Simpson's rule; got 4"),
     "rule": (lambda: LineIntegral(3, "trapezoid"), ValueError, "rule must be one of"),
     "level": (lambda: Tweedie(0.0), ValueError, "level must be positive"),

@@ -9,12 +9,13 @@ from numpyro_diffusion.density.bound import (
     importance_weighted_bound,
     learn_variances,
 )
-from numpyro_diffusion.density.flow import LogProb, clean_log_density, clean_score, log_prob
+from numpyro_diffusion.density.flow import Gradient, LogProb, clean_log_density, clean_score, log_prob
 from numpyro_diffusion.density.pushforward import Pushed, pushed
 
 __all__ = [
     "Elbo",
     "ElboGap",
+    "Gradient",
     "LogProb",
     "Pushed",
     "bits_per_dim",

@@ -15,8 +15,11 @@ $\lambda_0$, of order $\lambda_0^2$; and the terminal law, a Gaussian with the d
 of the data's law under the largest noise. The last is zero only for an isotropic Gaussian; it is of order
 $(s / \lambda_1)^2$ in nats.
 
-The gradient in $x$ is *defined* as the score, in forward and reverse mode, and is never taken through the solve. In the
-denoiser's own arrays, a condition among them (`denoise.Conditioned`), the derivative is that of the solve.
+The gradient in $x$ is *defined* as the score at $\lambda_0$, in forward and reverse mode, and takes no solve. It is the
+gradient of this density if the score is exact. That of a network is off by its error in $\hat\varepsilon$ over
+$\lambda_0$, which the flow hardly feels, as its velocity is $\hat\varepsilon$ itself: `gradient="solve"` differentiates
+the value, for moves that should follow it and discrepancies that should not blame draws for the network. In the
+denoiser's own arrays, a condition among them (`denoise.Conditioned`), the derivative is always that of the solve.
 
 References:
     Chen et al., Neural ordinary differential equations, 2018, https://arxiv.org/abs/1806.07366.
@@ -27,7 +30,7 @@ References:
 """
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +44,13 @@ from numpyro_diffusion.denoise import Denoiser, Product, density_kind
 from numpyro_diffusion.denoise.wrapped import inside
 from numpyro_diffusion.solve import AdaptiveFlow, Heun, flow
 
+Gradient = Literal["score", "solve"]
+
 
 class LogProb(NamedTuple):
     """A log-density with its error, as far as it is known, and its cost."""
 
-    value: jax.Array  # nats, a scalar; its gradient in x is the score
+    value: jax.Array  # nats, a scalar; its gradient in x is the score, or that of the solve
     standard_error: jax.Array  # of the probes: 0 for the exact trace, NaN for a single probe
     num_evals: jax.Array  # denoiser evaluations, each with its Jacobian-vector products
 
@@ -58,6 +63,7 @@ def log_prob(
     num_probes: int | None = None,
     key: jax.Array | None = None,
     probes: Literal["rademacher", "normal"] = "rademacher",
+    gradient: Gradient = "score",
 ) -> LogProb:
     r"""The normalised log-density of a clean point under the model's probability flow.
 
@@ -68,15 +74,18 @@ def log_prob(
         num_probes: number of Hutchinson probes; None for the exact trace.
         key: random key of the probes.
         probes: their law; Rademacher probes have the smaller variance.
+        gradient: what the gradient in `x` is: "score" for the denoiser's at the smallest noise level, one evaluation,
+            or "solve" for that of the value, through the solve.
 
     Returns:
-        A `LogProb`. The gradient of its value in `x` is the score at the smallest noise level, that in the arrays of
-        the denoiser is the solve's.
+        A `LogProb`. The gradient of its value in `x` is as `gradient` says, that in the arrays of the denoiser is the
+        solve's.
 
     Raises:
-        ValueError: if `x` is not of `event_shape`, `num_probes` is below one or `probes` unknown, or a key is missing
-            or not needed.
-        TypeError: if `solver` is of another kind, or the denoiser is a `Product`, whose flow has another law.
+        ValueError: if `x` is not of `event_shape`, `num_probes` is below one, `probes` or `gradient` unknown, or a key
+            is missing or not needed.
+        TypeError: if `solver` is of another kind, or adaptive with `gradient="solve"`, since its loop has no gradient;
+            or the denoiser is a `Product`, whose flow has another law.
 
     Example:
         >>> import jax.numpy as jnp
@@ -95,7 +104,13 @@ def log_prob(
             "a Product has no probability flow: that of its summed scores is not the flow of its law. Its log_density "
             "is known up to a constant; kernels take it with Density(), NUTS with infer.with_density(model)"
         )
+    _checks.one_of("gradient", gradient, get_args(Gradient))
     drawn = _draw_probes(x, num_probes, key, probes)
+    if gradient == "solve":
+        if isinstance(solver, AdaptiveFlow):
+            raise TypeError(f'gradient="solve" needs a solver with a fixed grid, Heun; got {solver!r}')
+        with _precision.highest():
+            return LogProb(*_solve(solver, denoiser, x, drawn))
     value, standard_error, num_evals = _log_prob(solver, denoiser, x, drawn)
     return LogProb(value, standard_error, num_evals)
 
@@ -150,7 +165,8 @@ def _solve(
             w = w + 0.5 * ticks[k] * (velocity + velocity_there)
             return (w, integrals + 0.5 * ticks[k] * (traces + traces_there)), None
 
-        (w, integrals), _ = jax.lax.scan(step, state, jnp.arange(solver.num_times - 1))
+        body = jax.checkpoint(step, prevent_cse=False)  # a reverse pass would hold all steps' tangents in memory
+        (w, integrals), _ = jax.lax.scan(body, state, jnp.arange(solver.num_times - 1))
         num_evals = jnp.asarray(2 * (solver.num_times - 1))
     log_start = norm.logpdf(w).sum() - x.size * jnp.log(flow.spread(denoiser, times[0])).astype(x.dtype)
     if probes is None:
