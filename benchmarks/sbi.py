@@ -135,20 +135,24 @@ def slcp_points(rng: RNG, theta: np.ndarray, count: int, shrink: float = 1.0) ->
 
 
 def slcp_posterior(rng: RNG, y: np.ndarray, count: int) -> np.ndarray:
-    """By rejection: the covariance from its marginal law, below its peak at a third of the scatter, then the mean."""
+    """By rejection: a covariance, then the mean given it.
+
+    With a flat law of the parameters, and the mean integrated out, the covariance has the density of an inverse Wishart
+    law of 2.5 degrees of freedom and the points' scatter, times (1 - rho^2)^(1/4).
+    """
     points, kept = y.reshape(4, 2), np.zeros((0, 5))
     centre = points.mean(0)
-    scatter = (points - centre).T @ (points - centre)
-    peak = -1.5 * np.log(np.linalg.det(scatter / 3.0)) - 3.0
+    factor = np.linalg.cholesky(np.linalg.inv((points - centre).T @ (points - centre)))
     while len(kept) < count:
-        theta = rng.uniform(-3.0, 3.0, (500_000, 5))
-        first, second, rho = theta[:, 2] ** 2, theta[:, 3] ** 2, np.tanh(theta[:, 4])
-        left = 1.0 / np.cosh(theta[:, 4]) ** 2
-        cross = 2.0 * rho * scatter[0, 1] / (first * second)
-        trace = (scatter[0, 0] / first**2 - cross + scatter[1, 1] / second**2) / left
-        log_density = -1.5 * np.log(first**2 * second**2 * left) - 0.5 * trace
-        theta = theta[np.log(rng.uniform(size=len(theta))) < log_density - peak]
-        theta[:, :2] = centre
+        root, theta = np.zeros((20_000, 2, 2)), np.tile(centre, (20_000, 3))[:, :5]
+        root[:, [0, 1], [0, 1]] = np.sqrt(rng.chisquare([2.5, 1.5], (len(root), 2)))
+        root[:, 1, 0] = rng.normal(size=len(root))
+        half = np.linalg.inv(factor @ root)
+        deviations = np.sqrt((half**2).sum(1))
+        rho = (half[..., 0] * half[..., 1]).sum(1) / deviations.prod(1)
+        theta[:, 2:4] = np.sqrt(deviations) * rng.choice([-1.0, 1.0], (len(root), 2))
+        theta[:, 4] = np.arctanh(np.clip(rho, -0.999999, 0.999999))
+        theta = theta[rng.uniform(size=len(theta)) < (1.0 - rho**2) ** 0.25]
         theta[:, :2] = slcp_points(rng, theta, 1, 0.5)[:, 0]
         kept = np.concatenate([kept, theta[(np.abs(theta) < 3.0).all(1)]])
     return kept[:count]
