@@ -90,7 +90,7 @@ def moons_of(rng: RNG, theta: np.ndarray) -> np.ndarray:
 
 
 def moons_posterior(rng: RNG, y: np.ndarray, count: int) -> np.ndarray:
-    away = crescent(rng, 8 * count) - y
+    away = crescent(rng, 8 * count + 20_000) - y
     total, gap = np.sqrt(2.0) * away[:, 0], -np.sqrt(2.0) * away[:, 1]
     total, gap = (values[away[:, 0] > 0.0] for values in (total, gap))
     total *= rng.choice([-1.0, 1.0], len(total))
@@ -114,7 +114,7 @@ def mixture_noise(rng: RNG, count: int) -> np.ndarray:
 
 
 def mixture_posterior(rng: RNG, y: np.ndarray, count: int) -> np.ndarray:
-    theta = y + mixture_noise(rng, 8 * count)
+    theta = y + mixture_noise(rng, 8 * count + 20_000)
     return theta[(np.abs(theta) < 10.0).all(1)][:count]
 
 
