@@ -40,7 +40,8 @@ def test_simulator_and_truth_are_of_one_law(stable, theta):
 def test_posterior_of_the_learned_likelihood():
     """Forty months and a third of the page's training, against the posterior by the exact density.
 
-    Monte Carlo errors of means are below .1 posterior standard deviations; the rest is the network's.
+    Monte Carlo errors of means are about .1 posterior standard deviations, and those of log ratios .07; the rest is the
+    network's. Found were .17, .06 and 93 % effective weights.
     """
     data = learned_likelihood.returns(num_months=40)
     denoiser = learned_likelihood.learned(0, 4000, 300_000)
@@ -48,10 +49,10 @@ def test_posterior_of_the_learned_likelihood():
     draws, exact = ({k: np.asarray(v) for k, v in run.get_samples().items()} for run in runs)
     weights = learned_likelihood.weights(draws, data, denoiser, None)
     found = learned_likelihood.compare(draws, exact, weights)
-    assert np.abs(found["off"]).max() < 0.5
+    assert np.abs(found["off"]).max() < 0.4
     assert np.abs(found["log_ratio"]).max() < 0.25
     assert np.abs(found["reweighted"]).max() < 0.4  # of the weights' Monte Carlo error
-    assert 1.0 / np.sum(weights**2) > 0.5 * len(weights)
+    assert 1.0 / np.sum(weights**2) > 0.7 * len(weights)
 
 
 @pytest.mark.slow
