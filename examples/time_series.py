@@ -13,7 +13,7 @@ less is better. Means of 60 held-out days, for three seeds of split, training an
 (network and solver were chosen on another):
 
     seed   normal   mixture   learned   normal - learned   mixture - learned   inside 50 %, 90 % of learned
-       1     .226      .190      .165        .061 +- .010        .025 +- .009                      .51, .88
+       1     .226      .190      .166        .060 +- .010        .024 +- .009                      .52, .88
        2     .201      .171      .168        .033 +- .011        .003 +- .005                      .42, .84
        3     .220      .164      .174        .046 +- .010       -.011 +- .011                      .51, .88
 

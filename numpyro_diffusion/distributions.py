@@ -10,7 +10,7 @@ r"""A diffusion model as a NumPyro distribution.
 
 The log-density comes from one of two places. An exact denoiser has its own in closed form, $\log p_t(\alpha_t x)$ at
 the smallest noise level, and an energy network has one up to a constant. Any other denoiser has that of its probability
-flow, by one solve, with the score as gradient. Both are of the law smoothed by the smallest noise level.
+flow, by one solve; its gradient is the score, or its own. Both are of the law smoothed by the smallest noise level.
 
 A conditional denoiser stands for a family of laws, and `cond=` picks one, $p(x \mid c)$. The condition may be another
 quantity of the model: `flow` and `log_prob` are differentiable in it. Each of the leading dimensions of a condition has
@@ -25,7 +25,7 @@ The three laws agree up to the solvers' errors, not bit for bit. `infer` and `re
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +35,10 @@ from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import sum_rightmost, validate_sample
 
 from numpyro_diffusion import _checks, _precision, density, solve
-from numpyro_diffusion.denoise import Conditioned, Denoiser, Product, require_denoiser
+from numpyro_diffusion.denoise import Conditioned, Denoiser, require_denoiser
 from numpyro_diffusion.denoise.batched import over_points, with_batch
 from numpyro_diffusion.denoise.prediction import density_kind
-from numpyro_diffusion.denoise.wrapped import inside
+from numpyro_diffusion.density import Gradient
 from numpyro_diffusion.solve import DPMSolverPP, FlowMap, Heun, Solver
 from numpyro_diffusion.solve.flow import check_flow
 
@@ -68,14 +68,16 @@ class DiffusionPrior(dist.Distribution):
         density_solver: the grid of the flow's solve.
         density_probes: number of Hutchinson probes for the trace in that solve; None for the exact trace, which takes
             as many Jacobian-vector products as there are dimensions. The probes are the same for all points and calls,
-            those of `jax.random.key(0)`, so that `log_prob` is a function of the point. Its value has the error of
-            these probes; its gradient is still the score.
+            those of `jax.random.key(0)`, so that `log_prob` is a function of the point, with the error of the probes.
+        density_gradient: that of the flow's density in the point, as in `density.log_prob`: "score" for the denoiser's,
+            or "solve" for that of the value, which trajectories need where a network's score is off.
         validate_args: NumPyro's switch for checking values.
 
     Raises:
         TypeError: if `denoiser` is not a denoiser, `transform` not a NumPyro transform, or a solver of the wrong kind.
         ValueError: if `density` is unknown, "denoiser" without a log-density or "flow" for a `Product`, which has no
-            flow; if `density_probes` is below one; or if `cond` is missing, or not of the network's `cond_shape`.
+            flow; if `density_gradient` is unknown or `density_probes` below one; or if `cond` is missing, or not of the
+            network's `cond_shape`.
 
     References:
         Song et al., Score-based generative modeling through stochastic differential equations, 2021,
@@ -93,7 +95,7 @@ class DiffusionPrior(dist.Distribution):
     arg_constraints: dict[str, Any] = {}
     # One field on purpose: NumPyro gathers several through a set, whose order changes between processes.
     pytree_data_fields = ("_parts",)
-    pytree_aux_fields: tuple[str, ...] = ("sampler", "density", "density_solver", "density_probes")
+    pytree_aux_fields: tuple[str, ...] = ("sampler", "density", "density_solver", "density_probes", "density_gradient")
 
     def __init__(
         self,
@@ -107,6 +109,7 @@ class DiffusionPrior(dist.Distribution):
         density: Literal["auto", "denoiser", "flow", "none"] = "auto",
         density_solver: Heun = Heun(64),  # noqa: B008
         density_probes: int | None = None,
+        density_gradient: Gradient = "score",
         validate_args: bool | None = None,
     ) -> None:
         require_denoiser(denoiser)
@@ -118,12 +121,14 @@ class DiffusionPrior(dist.Distribution):
             raise TypeError(f"density_solver must be solve.Heun with its grid; got {density_solver!r}")
         if density_probes is not None:
             _checks.at_least(1, density_probes=density_probes)
+        _checks.one_of("density_gradient", density_gradient, get_args(Gradient))
         _check_density(density, denoiser)
         denoiser, batch_shape = with_batch(denoiser if cond is None else Conditioned(denoiser, cond), cond_batch_dims)
         check_flow(flow_solver, tuple(denoiser.event_shape), conditional=cond is not None or bool(batch_shape))
         self._parts = (denoiser, transform, flow_solver)
         self.sampler = sampler
-        self.density, self.density_solver, self.density_probes = density, density_solver, density_probes
+        self.density, self.density_gradient = density, density_gradient
+        self.density_solver, self.density_probes = density_solver, density_probes
         event_shape = tuple(denoiser.event_shape)
         if transform is not None:
             event_shape = tuple(transform.forward_shape(event_shape))
@@ -182,7 +187,7 @@ class DiffusionPrior(dist.Distribution):
     @property
     def has_flow_density(self) -> bool:
         """Whether `density` allows that of the probability flow, and the flow is that of the prior's law."""
-        return self.density in ("auto", "flow") and not _has_no_flow(self.denoisers)
+        return self.density in ("auto", "flow") and density.has_flow(self.denoisers)
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:
@@ -237,7 +242,7 @@ class DiffusionPrior(dist.Distribution):
 
     @validate_sample
     def log_prob(self, value: jax.Array, intermediates: Any = None) -> jax.Array:
-        """The log-density in nats, of the batch shape of `value`; its gradient is the score.
+        """The log-density in nats, of the batch shape of `value`; its gradient is as `density_gradient` says.
 
         Raises:
             NotImplementedError: if the prior has no density.
@@ -252,12 +257,13 @@ class DiffusionPrior(dist.Distribution):
         log_det = sum_rightmost(log_det, jnp.ndim(log_det) - (jnp.ndim(value) - self.event_dim))
         return self.log_density(u) - log_det
 
-    def log_density(self, u: jax.Array, source: Source | None = None) -> jax.Array:
+    def log_density(self, u: jax.Array, source: Source | None = None, gradient: Gradient | None = None) -> jax.Array:
         """The log-density in the denoiser's own space, before the transform.
 
         Args:
             u: points of shape `(..., *noise_shape)`; their leading dimensions broadcast with the `batch_shape`.
             source: "denoiser" or "flow", whatever the prior's `density`; None takes its `density_source`.
+            gradient: of the flow's; None takes its `density_gradient`.
 
         Returns:
             Nats, of the leading shape; normalised, unless it is the denoiser's own and that is not.
@@ -268,23 +274,20 @@ class DiffusionPrior(dist.Distribution):
         source = self.density_source if source is None else source
         if source is None:
             raise NotImplementedError(_without_density(self.density))
-        probes = self.density_probes if source == "flow" else None
-        return _log_density(self.density_solver, self.denoisers, u, self.batch_shape, source, probes)
+        if source == "denoiser":
+            return _own_log_density(self.denoisers, u, self.batch_shape)
+        how = self.density_probes, self.density_gradient if gradient is None else gradient
+        return _log_density(self.density_solver, self.denoisers, u, self.batch_shape, *how)
 
 
-def _has_no_flow(denoiser: Denoiser) -> bool:
-    """Whether the probability flow of a denoiser ends at another law than its own."""
-    return isinstance(inside(denoiser), Product)
-
-
-def _check_density(density: str, denoiser: Denoiser) -> None:
-    _checks.one_of("density", density, ("auto", "denoiser", "flow", "none"))
-    if density == "denoiser" and density_kind(denoiser) is None:
+def _check_density(source: str, denoiser: Denoiser) -> None:
+    _checks.one_of("density", source, ("auto", "denoiser", "flow", "none"))
+    if source == "denoiser" and density_kind(denoiser) is None:
         raise ValueError(
             f'density="denoiser" needs a denoiser with a log_density, exact or an energy; {type(denoiser).__name__} '
             'has a score only. density="flow" integrates its probability flow'
         )
-    if density == "flow" and _has_no_flow(denoiser):
+    if source == "flow" and not density.has_flow(denoiser):
         raise ValueError(
             'density="flow" needs a probability flow, and that of a Product is not the flow of its law. '
             'density="denoiser" is its own log-density, up to a constant'
@@ -325,21 +328,18 @@ def _flow(solver: Solver | FlowMap, denoiser: Denoiser, z: jax.Array, batch_shap
     return _over_all(partial(solve.push_forward, solver), denoiser, z, batch_shape)
 
 
+@partial(jax.jit, static_argnums=2)
+def _own_log_density(denoiser: Denoiser, u: jax.Array, batch_shape: tuple[int, ...]) -> jax.Array:
+    return _over_all(density.clean_log_density, denoiser, u, batch_shape)
+
+
 @partial(jax.jit, static_argnums=(3, 4, 5))
 def _log_density(
-    solver: Heun,
-    denoiser: Denoiser,
-    u: jax.Array,
-    batch_shape: tuple[int, ...],
-    source: Source,
-    num_probes: int | None,
+    solver: Heun, denoiser: Denoiser, u: jax.Array, batch_shape: tuple[int, ...], probes: int | None, gradient: Gradient
 ) -> jax.Array:
-    key = None if num_probes is None else jax.random.key(0)
-
-    def of_flow(denoiser: Denoiser, u: jax.Array) -> jax.Array:
-        return density.log_prob(denoiser, u, solver, num_probes=num_probes, key=key).value
-
-    return _over_all(of_flow if source == "flow" else density.clean_log_density, denoiser, u, batch_shape)
+    key = None if probes is None else jax.random.key(0)
+    log_prob = partial(density.log_prob, solver=solver, num_probes=probes, key=key, gradient=gradient)
+    return _over_all(lambda denoiser, u: log_prob(denoiser, u).value, denoiser, u, batch_shape)
 
 
 def _over_all(function: Callable, denoiser: Denoiser, x: jax.Array, batch_shape: tuple[int, ...]) -> jax.Array:

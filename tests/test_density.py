@@ -8,6 +8,8 @@ from scipy.stats import multivariate_normal
 
 from numpyro_diffusion.denoise import Gaussian, GaussianMixture
 from numpyro_diffusion.density import log_prob
+from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.infer import Density
 from numpyro_diffusion.noise import VE, VP
 from numpyro_diffusion.solve import AdaptiveFlow, Heun
 
@@ -152,6 +154,14 @@ def test_gradient_of_the_solve_is_that_of_the_value(x64):
     np.testing.assert_allclose(gradient, (values[:, :2] - values[:, 2:]) / (2 * step), rtol=1e-6, atol=1e-6)
     assert np.abs(gradient - scores(denoiser, x)).max() > 0.1
     np.testing.assert_allclose(values[:, 0], log_probs(Heun(4), denoiser, beside[:, 0]), rtol=1e-12)
+
+    options = {"density": "flow", "density_solver": Heun(4)}
+    for prior, expected in (
+        (DiffusionPrior(denoiser, **options, density_gradient="solve"), gradient),
+        (DiffusionPrior(denoiser, **options), scores(denoiser, x)),
+    ):
+        for log_density in (prior.log_prob, lambda x, prior=prior: Density("flow").value(prior, x)):
+            np.testing.assert_allclose(jax.vmap(jax.grad(log_density))(x), expected, rtol=1e-8)
 
 
 @pytest.mark.parametrize(

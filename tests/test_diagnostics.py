@@ -302,7 +302,7 @@ def test_statistics_by_level():
         )
         np.testing.assert_allclose(said.levels["noise_level"], [10.0, 3.0, 1.0])
     attributes = data["posterior"].attrs
-    assert attributes["num_score_evals"] == 4200 and attributes["density"] == "Density(source='auto', gradient='score')"
+    assert attributes["num_score_evals"] == 4200 and attributes["density"] == "Density(source='auto', gradient=None)"
 
 
 def level_of(size):

@@ -411,6 +411,7 @@ BAD = {
         "that of a Product is not the flow of its law",
     ),
     "probes": (lambda: prior(density_probes=0), ValueError, "density_probes must be at least 1; got 0"),
+    "gradient": (lambda: prior(density_gradient="value"), ValueError, "density_gradient must be one of"),
     "density solver": (
         lambda: DiffusionPrior(DENOISER, density_solver=Ancestral(eta=0.0)),
         TypeError,

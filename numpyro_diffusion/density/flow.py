@@ -99,7 +99,7 @@ def log_prob(
         raise ValueError(f"x must be one point of shape {denoiser.event_shape}; got {x.shape}. Use jax.vmap")
     if not isinstance(solver, AdaptiveFlow) and type(solver) is not Heun:
         raise TypeError(f"solver must be Heun or AdaptiveFlow; got {solver!r}")
-    if isinstance(inside(denoiser), Product):
+    if not has_flow(denoiser):
         raise TypeError(
             "a Product has no probability flow: that of its summed scores is not the flow of its law. Its log_density "
             "is known up to a constant; kernels take it with Density(), NUTS with infer.with_density(model)"
@@ -113,6 +113,11 @@ def log_prob(
             return LogProb(*_solve(solver, denoiser, x, drawn))
     value, standard_error, num_evals = _log_prob(solver, denoiser, x, drawn)
     return LogProb(value, standard_error, num_evals)
+
+
+def has_flow(denoiser: Denoiser) -> bool:
+    """Whether the probability flow of a denoiser ends at its own law, as that of a `Product` does not."""
+    return not isinstance(inside(denoiser), Product)
 
 
 def _draw_probes(x: jax.Array, num_probes: int | None, key: jax.Array | None, law: str) -> jax.Array | None:

@@ -42,7 +42,7 @@ from numpyro.infer.reparam import Reparam
 from numpyro_diffusion import _checks
 from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.denoise.prediction import density_kind
-from numpyro_diffusion.density import Gradient, clean_score, log_prob
+from numpyro_diffusion.density import Gradient, clean_score
 from numpyro_diffusion.distributions import DiffusionPrior
 from numpyro_diffusion.infer.model.handlers import Model, as_written, is_diffusion_site
 
@@ -157,21 +157,23 @@ class Density(LogPrior):
         source: "denoiser" for the denoiser's own at the smallest noise level, one evaluation; "flow" for that of the
             probability flow, one solve with its trace; "auto" for the first that the prior has.
         gradient: of the flow's density: "score" for the denoiser's at the smallest noise level, which a learned one may
-            have far from it; "solve" for the gradient of the value, through the solve, at a few times the cost.
+            have far from it; "solve" for the gradient of the value, through the solve, at a few times the cost. None
+            takes the prior's `density_gradient`.
 
     Raises:
         ValueError: if `source` or `gradient` is unknown.
     """
 
     source: Source = "auto"
-    gradient: Gradient = "score"
+    gradient: Gradient | None = None
 
     status = Status("density", True, "leaves the law of the prior's density invariant: the denoiser's, or the flow's")
     has_density = True
 
     def __post_init__(self) -> None:
         _checks.one_of("source", self.source, SOURCES)
-        _checks.one_of("gradient", self.gradient, get_args(Gradient))
+        if self.gradient is not None:
+            _checks.one_of("gradient", self.gradient, get_args(Gradient))
 
     def source_of(self, prior: DiffusionPrior) -> Literal["denoiser", "flow"] | None:
         """Where the density of a prior comes from: "denoiser", "flow", or None if it has none."""
@@ -186,16 +188,7 @@ class Density(LogPrior):
                 f'a DiffusionPrior has a score but no density for {self}. Give it density="auto" (of no use for a '
                 f"Product, which has no flow), or take another kernel: {_WITHOUT_DENSITY}"
             )
-        if source == "flow" and self.gradient == "solve":
-            probes = prior.density_probes
-            key = None if probes is None else jax.random.key(0)  # as in `DiffusionPrior.log_density`
-
-            def one(denoiser: Denoiser, u: jax.Array) -> jax.Array:
-                solver = prior.density_solver
-                return log_prob(denoiser, u, solver, num_probes=probes, key=key, gradient="solve").value
-
-            return prior.over_points(one, u.shape[: u.ndim - len(prior.noise_shape)], u)
-        return DiffusionPrior.log_density(prior, u, source)
+        return DiffusionPrior.log_density(prior, u, source, self.gradient)
 
     def check(self, name: str, prior: DiffusionPrior, depends: bool, kernel: str) -> None:
         source = self.source_of(prior)
@@ -214,8 +207,8 @@ class Density(LogPrior):
     def evaluations(self, prior: DiffusionPrior, values: int = 1, tests: int = 0) -> int:
         if self.source_of(prior) == "denoiser":
             return values
-        # a solve, and the score
-        return values * (2 * (prior.density_solver.num_times - 1) + int(self.gradient == "score"))
+        solve = 2 * (prior.density_solver.num_times - 1)
+        return values * (solve + ((self.gradient or prior.density_gradient) == "score"))
 
 
 @dataclass(frozen=True)
@@ -340,5 +333,5 @@ class _PriorOfDensity(DiffusionPrior):
         self.__dict__.update(vars(prior), log_prior=log_prior)
         return self
 
-    def log_density(self, u: jax.Array, source: str | None = None) -> jax.Array:
+    def log_density(self, u: jax.Array, source: str | None = None, gradient: Gradient | None = None) -> jax.Array:
         return self.log_prior.value(self, u)
