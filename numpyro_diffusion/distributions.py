@@ -38,7 +38,7 @@ from numpyro_diffusion import _checks, _precision, density, solve
 from numpyro_diffusion.denoise import Conditioned, Denoiser, require_denoiser
 from numpyro_diffusion.denoise.batched import over_points, with_batch
 from numpyro_diffusion.denoise.prediction import density_kind
-from numpyro_diffusion.density import Gradient
+from numpyro_diffusion.density.flow import Gradient, has_flow
 from numpyro_diffusion.solve import DPMSolverPP, FlowMap, Heun, Solver
 from numpyro_diffusion.solve.flow import check_flow
 
@@ -187,7 +187,7 @@ class DiffusionPrior(dist.Distribution):
     @property
     def has_flow_density(self) -> bool:
         """Whether `density` allows that of the probability flow, and the flow is that of the prior's law."""
-        return self.density in ("auto", "flow") and density.has_flow(self.denoisers)
+        return self.density in ("auto", "flow") and has_flow(self.denoisers)
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:
@@ -287,7 +287,7 @@ def _check_density(source: str, denoiser: Denoiser) -> None:
             f'density="denoiser" needs a denoiser with a log_density, exact or an energy; {type(denoiser).__name__} '
             'has a score only. density="flow" integrates its probability flow'
         )
-    if source == "flow" and not density.has_flow(denoiser):
+    if source == "flow" and not has_flow(denoiser):
         raise ValueError(
             'density="flow" needs a probability flow, and that of a Product is not the flow of its law. '
             'density="denoiser" is its own log-density, up to a constant'

@@ -9,7 +9,7 @@ from numpyro_diffusion.density.bound import (
     importance_weighted_bound,
     learn_variances,
 )
-from numpyro_diffusion.density.flow import Gradient, LogProb, clean_log_density, clean_score, has_flow, log_prob
+from numpyro_diffusion.density.flow import Gradient, LogProb, clean_log_density, clean_score, log_prob
 from numpyro_diffusion.density.pushforward import Pushed, pushed
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "dequantize",
     "elbo",
     "elbo_gap",
-    "has_flow",
     "importance_weighted_bound",
     "learn_variances",
     "log_prob",
