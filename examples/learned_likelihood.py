@@ -26,8 +26,8 @@ ratios of standard deviations. The seed is that of simulations, training and dra
        1   --weighted           -.04    -.01   -.08     .02    .26         .07
        2   --weighted           -.05    -.05    .05    -.09    .25         .15
 
-All three put the tail index too high, by a quarter of a standard deviation. For a month that falls 30 % below the market's line, as one of the 120 did, learned and exact law say much the same; a
-normal law says .0001.
+All three put the tail index too high, by a quarter of a standard deviation. For a month that falls 30 % below the
+market's line, as one of the 120 did, learned and exact law say much the same; a normal law says .0001.
 
     python examples/learned_likelihood.py              # four minutes of CPU
     python examples/learned_likelihood.py --fast       # little training, few draws: to test the installation
