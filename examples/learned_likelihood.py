@@ -30,7 +30,7 @@ All three put the tail index too high, by a quarter of a standard deviation. For
 market's line, as one of the 120 did, learned and exact law say much the same; a normal law says .0001.
 
     python examples/learned_likelihood.py              # four minutes of CPU
-    python examples/learned_likelihood.py --fast       # little training, few draws: to test the installation
+    python examples/learned_likelihood.py --fast       # little training, few draws and data: to test the installation
     python examples/learned_likelihood.py --weighted   # the learned posterior by weights of exact draws, no NUTS on it
 
 Writes examples/output/learned_likelihood.png.
@@ -260,8 +260,8 @@ def main() -> None:
     parser.add_argument("--weighted", action="store_true", help="weight exact draws, no NUTS on the learned likelihood")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # verdicts say the same, in order
-    num_steps, num_pairs, *lengths = (300, 10_000, 20, 20, 40) if options.fast else (12_000, 1_000_000, 100, 1000, 1000)
-    data = returns()
+    num_steps, num_pairs, *lengths = (300, 10_000, 10, 10, 20) if options.fast else (12_000, 1_000_000, 100, 1000, 1000)
+    data = returns(num_months=30 if options.fast else 120)
     denoiser = learned(options.seed, num_steps, num_pairs)
     exact_run = sample(options.seed, data, None, 2 * lengths[0], lengths[2])
     if options.weighted:
