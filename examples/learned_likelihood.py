@@ -13,9 +13,9 @@ The truth is known after all: `Stable` inverts the characteristic function numer
 
 Trajectories in location and scale need the gradient of the density that they are accepted by, through its solve
 (`density_gradient="solve"`). With the network's score instead, which is the default and cheaper, NUTS did **not
-converge** here: R-hat 1.018 and 118 effective draws of 500, at a target of .6 with trees cut at depth 4; at .8 and
-without that limit 460 steps of two chains had not ended after five CPU minutes (seed 0, once each). As it is, R-hat is
-1.003, with 971 effective draws of 2000.
+converge** in an earlier form of this script: R-hat 1.018 and 118 effective draws of 500, at a target of .6 with trees
+cut at depth 4; at .8 and without that limit 460 steps of two chains had not ended after five CPU minutes (seed 0, once
+each). As it is, R-hat is 1.003, with 971 effective draws of 2000.
 
 How far means of the learned posterior are off, in exact posterior standard deviations, and the largest of the log
 ratios of standard deviations. The seed is that of simulations, training and draws; the Monte Carlo error is .03, and

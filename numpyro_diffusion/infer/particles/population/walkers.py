@@ -130,9 +130,10 @@ class Target:
         return Walker(q, log_density, gradient, jnp.full_like(log_density, jnp.nan)), nodes
 
     def drawn(self, u: jax.Array, walker: Walker, values: jax.Array, nodes: "Nodes") -> Walker:
-        """The walker with the site drawn from the values that it was summed over, by a uniform number."""
-        below = jnp.cumsum(jax.nn.softmax(nodes.log_density))
-        k = jnp.searchsorted(below, u * below[-1], side="right")
+        """The walker with the site drawn from the values that it was summed over, by a uniform number in [0, 1)."""
+        upper = jnp.cumsum(jax.nn.softmax(nodes.log_density))
+        below = jnp.minimum(u * upper[-1], jnp.nextafter(upper[-1], 0.0))  # rounding never ends at a value of none
+        k = jnp.searchsorted(upper, below, side="right")
         return walker._replace(q=walker.q.at[self.index].set(values[k]), log_likelihood=nodes.log_likelihood[k])
 
     def _tempered(self, parts: LogDensity) -> jax.Array:
