@@ -44,14 +44,15 @@ def model(y: jax.Array, prior: DiffusionPrior) -> None:
     numpyro.sample("y", dist.Normal(x[:ROWS], noise).to_event(2), obs=y)
 
 
-def trained(images: jax.Array, num_steps: int, path: Path) -> NetworkDenoiser:
+def trained(images: jax.Array, num_steps: int, path: Path, seed: int = 0) -> NetworkDenoiser:
     """Loads the denoiser at `path`, or trains it and saves it there."""
     if path.exists():
         print(f"loading {path}")
         return checkpoint.load(path)
-    backbone = MLP((8, 8), features=128, num_blocks=3, rngs=nnx.Rngs(0))
+    backbone = MLP((8, 8), features=128, num_blocks=3, rngs=nnx.Rngs(seed))
     # in units of the standard deviation: dequantisation is noise of 0.05, the widest direction is 3
-    result = fit(jax.random.key(0), backbone, images, schedule=VE(0.02, 20.0), num_steps=num_steps, batch_size=128)
+    key = jax.random.key(seed)
+    result = fit(key, backbone, images, schedule=VE(0.02, 20.0), num_steps=num_steps, batch_size=128)
     path.parent.mkdir(exist_ok=True)
     if not result.interrupted:
         checkpoint.save(path, result.denoiser)
@@ -102,12 +103,14 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="little training and few walkers")
     parser.add_argument("--digit", type=int, default=0, help="which held-out digit")
     parser.add_argument("--seed", type=int, default=1, help="random key of the sampler")
+    parser.add_argument("--training-seed", type=int, default=0, help="random key and initial weights of the prior")
     options = parser.parse_args()
     started = time.perf_counter()
 
     images, held_out = digits(jax.random.key(42))
-    stem = "quickstart-fast" if options.fast else "quickstart"
-    denoiser = trained(images, 200 if options.fast else 3000, OUTPUT / f"{stem}.safetensors")
+    stem, num_steps = ("quickstart-fast", 200) if options.fast else ("quickstart", 3000)
+    stem += f"-{options.training_seed}" if options.training_seed else ""
+    denoiser = trained(images, num_steps, OUTPUT / f"{stem}.safetensors", options.training_seed)
     prior = DiffusionPrior(denoiser, flow_solver=DPMSolverPP(10))
     print(f"prior ready after {time.perf_counter() - started:.0f} s")
 

@@ -243,12 +243,24 @@ def test_chains_go_on_while_that_brings_draws():
     values = {"x": np.random.default_rng(0).normal(size=(4, 8, 8))}  # some 256 effective ones, of 400
     moves = Moves(*map(np.asarray, (8, 0.1, 0, np.full(32, 0.7), 0)))
     history = [rounds.Temperature(*np.ones(9), num_blind=np.zeros(1))]
-    this = rounds.Round(values, evidence_of(jnp.zeros(4)), history, moves, 1, 1.0, 1.0, 8, 2)
+    this = rounds.Round(values, values, evidence_of(jnp.zeros(4)), history, moves, 1, 1.0, 1.0, 8, 2)
     found = rounds.look(this, this, ["x"])
     assert 150 < found.ess < 400 and found.problems and found.needs_draws and not found.needs_walkers
     for before, says in ((0.5, "needs_draws"), (0.9, "needs_walkers")):
         seen = rounds.look(this, this, ["x"], replace(found, ess=before * found.ess))
         assert (seen.needs_draws, seen.needs_walkers) == (says == "needs_draws", says == "needs_walkers")
+
+
+@pytest.mark.parametrize(("width", "length", "speaks"), [(2.0, 8, True), (1.2, 8, False), (2.0, 64, False)])
+def test_chains_must_be_long_where_no_walker_starts(width, length, speaks):
+    """A posterior twice as wide as its prior asks for five effective draws of each walker, one like it does not."""
+    rng = np.random.default_rng(2)
+    starts, chains = rng.normal(size=(4, 64, 1)), rng.normal(size=(4, 64, 1)) + 0.5 * rng.normal(size=(4, 64, length))
+    moves = Moves(*map(np.asarray, (8, 0.1, 0, np.full(256, 0.7), 0)))
+    history = [rounds.Temperature(*np.ones(9), num_blind=np.zeros(1))]
+    values = {"x": width * (chains if length == 8 else rng.normal(size=(4, 64, length)))}
+    this = rounds.Round(values, {"x": starts}, evidence_of(jnp.zeros(4)), history, moves, 1, 1.0, 1.0, 64, 2)
+    assert any("times as far as its prior" in text for text in rounds.look(this, None, ["x"]).problems) == speaks
 
 
 @pytest.mark.parametrize(("change", "says"), [(lambda x: x + 0.3, "means of x"), (lambda x: 1.3 * x, "spreads of x")])
@@ -260,7 +272,7 @@ def test_rounds_that_differ_in_mean_or_spread_disagree(change, says):
     }
     moves = Moves(*map(np.asarray, (8, 0.1, 0, np.full(128, 0.7), 0)))
     history = [rounds.Temperature(*np.ones(9), num_blind=np.zeros(1))]
-    this = rounds.Round(values, evidence_of(jnp.zeros(4)), history, moves, 1, 1.0, 1.0, 32, 2)
+    this = rounds.Round(values, values, evidence_of(jnp.zeros(4)), history, moves, 1, 1.0, 1.0, 32, 2)
     for other, disagrees in ((values["x"], False), (change(values["x"]), True)):
         found = rounds.look(this._replace(values={**values, "x": other}), this, ["x", "z"])
         assert (

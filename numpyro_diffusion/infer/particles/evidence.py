@@ -12,7 +12,8 @@ $k$ has the share $\hat Z_k / \sum_k \hat Z_k$: an island that has missed a mode
 The spread does not show what all islands miss in the same way. A sampler that detects such a problem widens the error,
 warns, and keeps the message in `ParticleSampler.problems`.
 
-For the estimates themselves see `tempered` and `twisted`; `ParticleSampler` is their common base.
+For the estimates themselves see `tempered` and `twisted`; that of `population` is by the walkers of neighbouring
+temperatures (`population.bridge`), and not unbiased. `ParticleSampler` is their common base.
 
 References:
     Vergé, Dubarry, Del Moral, Moulines, On parallel implementation of sequential Monte Carlo methods: the island
@@ -40,7 +41,7 @@ from numpyro_diffusion.infer.model.record import Reading, Record
 class Evidence(NamedTuple):
     """An estimate of the log-evidence, in nats."""
 
-    value: jax.Array  # log of the mean over islands
+    value: jax.Array  # of all islands together
     standard_error: jax.Array  # over islands, widened by what they share; NaN for a single one
     islands: jax.Array  # the estimate of each, (islands,)
 

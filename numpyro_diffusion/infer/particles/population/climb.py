@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import logsumexp
 
 from numpyro_diffusion.infer.kernel.choose import effective_size, next_temperature, without_improper
 from numpyro_diffusion.infer.kernel.compiled import Compiled
@@ -47,7 +46,6 @@ class Stage(NamedTuple):
     """The population at a temperature."""
 
     walkers: Walker
-    log_evidence: jax.Array  # of each island so far, (islands,)
     temperature: jax.Array  # inverse
     tuning: Tuning
 
@@ -103,7 +101,7 @@ class Climb:
         unknown, zero = jnp.full(len(q), jnp.nan, q.dtype), jnp.zeros((), q.dtype)
         walkers = Walker(q, unknown, -q, unknown)  # the gradient as if the prior were N(0, I)
         tuning = tuned(self._target(zero, args, kwargs), walkers, jnp.asarray(_FIRST_STEP, zero.dtype), islands)
-        return Stage(walkers, jnp.zeros(islands), zero, tuning)
+        return Stage(walkers, zero, tuning)
 
     def _reweigh(
         self, key: jax.Array, stage: Stage, args: tuple, kwargs: dict[str, Any]
@@ -115,9 +113,8 @@ class Climb:
         by_island = log_weights.reshape(islands, -1)
         ancestors = resample_islands(key, by_island).reshape(-1)
         walkers = jax.tree.map(lambda leaf: leaf[ancestors], stage.walkers)
-        log_evidence = stage.log_evidence + logsumexp(by_island, axis=1) - jnp.log(by_island.shape[1])
         enough = jnp.maximum(self._settings.correlation, least_correlation(walkers.q))
-        return Stage(walkers, log_evidence, new, stage.tuning), effective_size(log_weights), enough
+        return Stage(walkers, new, stage.tuning), effective_size(log_weights), enough
 
     def _tune(self, stage: Stage, args: tuple, kwargs: dict[str, Any]) -> Tuning:
         """How walkers move, from where they are."""
@@ -239,6 +236,7 @@ class Chains:
     def __init__(self, programs: Programs, key: jax.Array, stage: Stage, between: int) -> None:
         self._programs, self._key, self._stage, self._between = programs, key, stage, between
         self._draws: list[dict[str, np.ndarray]] = []
+        self._log_likelihoods: list[np.ndarray] = []
         self._moves: Moves | None = None
 
     def draw(self, number: int, tick: Callable[[], Any]) -> Moves:
@@ -258,9 +256,11 @@ class Chains:
             self._stage, some = self._programs.move(key, self._stage, q, self._between, adapting=False)
             self._moves = joined(self._moves, some)
             self._draws.append(self._programs.values(self._stage))
+            self._log_likelihoods.append(np.asarray(self._stage.walkers.log_likelihood))
             tick()
         if first:
             self._draws, self._between = self._draws[1::2], 2 * self._between
+            self._log_likelihoods = self._log_likelihoods[1::2]
         assert self._moves is not None
         return self._moves
 
@@ -268,6 +268,10 @@ class Chains:
         """Draws by site, (islands, N / islands, draws, ...)."""
         stacked = {name: np.stack([draw[name] for draw in self._draws], 1) for name in self._draws[0]}
         return {name: v.reshape(num_islands, -1, *v.shape[1:]) for name, v in stacked.items()}
+
+    def log_likelihoods(self, num_islands: int) -> np.ndarray:
+        """Of the draws, (islands, draws of all chains there)."""
+        return np.stack(self._log_likelihoods, 1).reshape(num_islands, -1)
 
 
 @jax.jit

@@ -10,6 +10,10 @@ with standard errors from the spread over islands; and so must the mean distance
 that have not reached the tails may well be centred. The factor $c$ grows with the number of coordinates. With normal
 errors rounds that agree would be sent on in one run of a hundred; those of four islands are somewhat rough, and it is
 some five.
+
+Where the posterior reaches further than the prior, no walker starts in its tails, and few are there by weight: they
+come by moving alone, and rounds of few effective draws for each walker are too short in the same way. So there the
+chains themselves must be long.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +43,11 @@ CURE = "Raise the budget"
 _DIVERGING = 0.2
 _GROWTH = 1.3
 """Of the effective size, by chains of twice the length: chains that mix have twice as much, others hardly more."""
+_BEYOND = 1.5
+"""Times the range of 98 % of the prior's draws, from which on a posterior reaches further than the prior."""
 _HARDLY = 0.1
+_LONG = 5.0
+"""Effective draws for each walker, where chains must be long by themselves."""
 _STUCK = 0.015
 
 
@@ -62,6 +70,7 @@ class Round(NamedTuple):
     """One run from the prior to draws of the posterior."""
 
     values: dict[str, np.ndarray]  # draws by site, constrained, (islands, N / islands, num_draws, ...)
+    starts: dict[str, np.ndarray]  # draws of the prior in the same layout, with a draw for each walker
     evidence: Evidence
     history: list[Temperature]
     moves: Moves  # those between draws
@@ -148,6 +157,7 @@ def look(this: Round, last: Round | None, names: list[str], shorter: Look | None
     nested, drift = agreement(this.values), _worst(this.values, early_late_rhat)
     distance, where = (np.nan, "") if last is None else _distance(this, last)
     problems = _of_islands(nested, drift)
+    problems += _of_reach(this, found.ess)
     against = [finding for finding in found.findings if finding.counts]
     problems += [f"{f.text}. {CURE}" for f in against if not (f.cause == "slow" and nested[0] >= LARGEST_RHAT)]
     others = _of_rounds(this, last, distance, where) + _of_moves(this, names)
@@ -189,6 +199,24 @@ def _of_islands(nested: tuple[float, str], drift: tuple[float, str]) -> list[str
             f"walkers drift: R-hat of {drift[1]} between early and late draws is {drift[0]:.3f}. Raise the budget"
         )
     return problems
+
+
+def _of_reach(this: Round, ess: float) -> list[str]:
+    """What draws say that lie where no walker started."""
+    needed = _LONG * this.num_walkers * len(this.evidence.islands)
+    ratio, where = _worst({name: (this.starts[name], value) for name, value in this.values.items()}, _wider)
+    if ratio < _BEYOND or ess >= needed:
+        return []
+    return [
+        f"{where} reaches {ratio:.1f} times as far as its prior, where walkers come by moving alone: chains must be "
+        f"long by themselves, with an effective sample size of {needed:.0f}, not {ess:.0f}. Raise the budget"
+    ]
+
+
+def _wider(pair: Sequence[np.ndarray]) -> np.ndarray:
+    """How many times as wide the range of 98 % of the latter is as that of the former, without infinite values."""
+    start, end = (np.diff(np.quantile(v.reshape(-1, *v.shape[3:]), [0.01, 0.99], axis=0), axis=0)[0] for v in pair)
+    return np.where(start > 0, end / np.where(start > 0, start, 1.0), 0.0)
 
 
 def _of_rounds(this: Round, last: Round | None, distance: float, where: str) -> list[str]:

@@ -10,7 +10,8 @@ the result counts as converged if, for every site,
 
 * islands agree: nested R-hat below 1.01, and the walkers are stationary: R-hat between early and late draws too;
 * the effective sample size exceeds 400, and hardly any walker is stuck where its steps are too long;
-* both runs agree in means, in spreads and in the log evidence, within their errors.
+* both runs agree in means, in spreads and in the log evidence (`bridge`), within their errors;
+* where the posterior reaches further than the prior, chains are long by themselves.
 
 If only the number of draws is wanting, chains go on, at twice the distance between draws, up to three times. If that
 brings hardly more effective draws, each walker is kept in its mode. If walkers drift or runs disagree, the moves are
@@ -43,10 +44,11 @@ from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.record import Reading, Record
 from numpyro_diffusion.infer.noise.lattice import can_be_summed, site_to_sum
 from numpyro_diffusion.infer.noise.vector import NoiseVector
-from numpyro_diffusion.infer.particles.evidence import Draws, Outcome, ParticleSampler, evidence_of
+from numpyro_diffusion.infer.particles.evidence import Draws, Outcome, ParticleSampler
+from numpyro_diffusion.infer.particles.population.bridge import bridged
 from numpyro_diffusion.infer.particles.population.climb import Chains, Climb, Programs, Settings
 from numpyro_diffusion.infer.particles.population.rounds import CURE, Look, Round, Temperature, agreement, look
-from numpyro_diffusion.infer.particles.tempered import look_at_start, widened
+from numpyro_diffusion.infer.particles.tempered import look_at_start
 from numpyro_diffusion.infer.particles.tempering import check_climb
 from numpyro_diffusion.reparam import noise_name
 
@@ -207,17 +209,20 @@ class PopulationHMC(ParticleSampler):
         key_start, key_at, key_climb, key_draw = jax.random.split(key, 4)
         stage, label = programs.at(key_at, programs.start(key_start)), f"round {len(self._looks) + 1}"
         history: list[Temperature] = []
+        log_likelihoods = [np.asarray(stage.walkers.log_likelihood)]
+        starts = {n: v.reshape(islands, -1, 1, *v.shape[1:]) for n, v in programs.values(stage).items()}
         if last is None:
-            look_at_start(np.asarray(stage.walkers.log_likelihood))
+            look_at_start(log_likelihoods[0])
         with self._bar(1.0, f"{label}, temperature") as bar:
             while float(stage.temperature) < 1.0:
                 stage, happened = programs.climb(jax.random.fold_in(key_climb, len(history)), stage, factor)
                 history.append(happened)
+                log_likelihoods.append(np.asarray(stage.walkers.log_likelihood))
                 bar.set_postfix_str(f"ESS {happened.effective_size:.0f}, moves {happened.num_moves}", refresh=False)
                 bar.update(float(happened.temperature) - bar.n)
         between = -(-int(history[-1].num_moves) // self._num_draws)  # draws span as many as it took
-        evidence, drawing = widened(evidence_of(stage.log_evidence), history), time.monotonic()
-        chains, lengths, seen = Chains(programs, key_draw, stage, between), 0, None
+        log_likelihoods = [v.reshape(islands, -1) for v in log_likelihoods]
+        chains, lengths, seen, drawing = Chains(programs, key_draw, stage, between), 0, None, time.monotonic()
         before, walkers = sum(int(h.num_moves) for h in history), len(stage.walkers.q)
         each = programs.settings.gradients * walkers
         while True:
@@ -226,9 +231,9 @@ class PopulationHMC(ParticleSampler):
             lengths, now, moves = lengths + 1, time.monotonic(), int(between_draws.num_moves)
             spent = (before + moves) * each + (1 + len(history)) * walkers
             seconds_each = (now - drawing) / (moves * each)
-            values = chains.values(islands)
-            cost = spent, now - started, seconds_each
-            this = Round(values, evidence, history, between_draws, *cost, walkers // islands, factor)
+            evidence = bridged(history, [*log_likelihoods[:-1], chains.log_likelihoods(islands)])
+            cost, size = (spent, now - started, seconds_each), (walkers // islands, factor)
+            this = Round(chains.values(islands), starts, evidence, history, between_draws, *cost, *size)
             seen = look(this, last, names, seen)
             goes_on = seen.needs_draws and lengths < _LENGTHS
             if not (goes_on and self._affords(spent, moves * each, moves * each * seconds_each)):
