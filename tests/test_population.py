@@ -472,7 +472,10 @@ def hierarchical(y):
 
 @pytest.mark.slow
 def test_walkers_enter_the_neck_of_a_funnel():
-    """Mean, standard deviation and evidence by quadrature, over four keys that did not choose anything."""
+    """Mean, standard deviation and evidence by quadrature, in the mean of four keys, within 4 standard errors.
+
+    Errors are standard deviations over 40 keys of a run, all of which converged: those of four may be lucky.
+    """
     grid = np.linspace(-25.0, 15.0, 8001)
     variance = np.exp(grid) + 0.25
     log_joint = -0.5 * (np.square(SEEN)[:, None] / variance + np.log(2.0 * np.pi * variance)).sum(0)
@@ -488,6 +491,5 @@ def test_walkers_enter_the_neck_of_a_funnel():
         draws = np.asarray(run.get_samples()["log_variance"], float)
         assert run.converged and run.rounds[-1].stuck < 0.005
         found.append([draws.mean(), draws.std(), float(run.log_evidence.value)])
-    found = np.array(found)
-    limits = 4.0 * found.std(0, ddof=1) / 2.0 + 0.01  # 4 standard errors of the mean of four runs
-    assert (abs(found.mean(0) - [mean, spread, evidence]) < limits).all() and (limits < [0.4, 0.4, 0.4]).all()
+    errors = np.array([0.042, 0.036, 0.065]) / np.sqrt(len(found))
+    assert (abs(np.mean(found, 0) - [mean, spread, evidence]) < 4.0 * errors).all()
