@@ -24,6 +24,7 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -69,10 +70,10 @@ def population(posterior, **options: object):
     return lambda key, args: sampler.run(key, *args)
 
 
-def nuts(posterior, num_draws: int, num_chains: int = 4):
+def nuts(posterior, num_draws: int, num_chains: int = 4, method: str | Callable = "vectorized"):
     """What runs NUTS in noise space, from starts of its own or from draws of another run."""
     counts = {"num_warmup": num_draws, "num_samples": num_draws, "num_chains": num_chains}
-    how = {"chain_method": "vectorized", "jit_model_args": True, "progress_bar": False}
+    how = {"chain_method": method, "jit_model_args": True, "progress_bar": False}
     mcmc = MCMC(NoiseSpace(posterior, max_tree_depth=5), **counts, **how)
 
     def run(key: jax.Array, args: tuple, other: PopulationHMC | None = None) -> MCMC:
@@ -147,7 +148,7 @@ def main() -> None:
         if method == "nuts":
             return nuts(posterior, 5 if options.fast else options.draws)
         if method == "second reference":
-            return nuts(posterior, options.reference_draws, 16)
+            return nuts(posterior, options.reference_draws, 16, jax.vmap)  # each adapts for itself
         if method == "reference":
             return population(posterior, num_walkers=1024, max_gradients=50_000_000)
         fewer = {"num_walkers": 64, "num_draws": 4, "max_seconds": 1.0} if options.fast else {"max_seconds": seconds}
