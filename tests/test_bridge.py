@@ -58,6 +58,7 @@ def test_a_likelihood_of_zero():
     value, _, islands = bridged(history(1.0), [before, np.zeros((ISLANDS, 2 * SIZE))])
     np.testing.assert_allclose(value, np.log(3.0 / 8.0), atol=1e-6)
     np.testing.assert_allclose(islands, np.log([3.0 / 8.0, 0.5, 0.5, 0.5]), atol=1e-6)
+    assert log_ratio(1.0, np.full(SIZE, -np.inf), np.zeros(SIZE)) == -np.inf
 
 
 def test_what_log_likelihoods_lack_widens_the_error():

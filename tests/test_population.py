@@ -259,7 +259,9 @@ def test_chains_must_be_long_where_no_walker_starts(width, length, speaks):
     moves = Moves(*map(np.asarray, (8, 0.1, 0, np.full(256, 0.7), 0)))
     history = [rounds.Temperature(*np.ones(9), num_blind=np.zeros(1))]
     values = {"x": width * (chains if length == 8 else rng.normal(size=(4, 64, length)))}
-    this = rounds.Round(values, {"x": starts}, evidence_of(jnp.zeros(4)), history, moves, 1, 1.0, 1.0, 64, 2)
+    starts = {"x": starts, "is_large": starts > 1.0, "undefined": np.full(starts.shape, np.nan)}
+    values |= {"is_large": values["x"] > 1.0, "undefined": np.full(values["x"].shape, np.nan)}
+    this = rounds.Round(values, starts, evidence_of(jnp.zeros(4)), history, moves, 1, 1.0, 1.0, 64, 2)
     assert any("times as far as its prior" in text for text in rounds.look(this, None, ["x"]).problems) == speaks
 
 

@@ -63,10 +63,15 @@ def log_ratio(step: float, before: np.ndarray, after: np.ndarray) -> float:
 
     Args:
         step: of the inverse temperature, positive.
-        before: log-likelihoods at the lower inverse temperature, some of them finite.
+        before: log-likelihoods at the lower inverse temperature.
         after: log-likelihoods at the higher.
+
+    Returns:
+        The logarithm; minus infinity where all likelihoods at the lower one are zero.
     """
     forward, back = step * before.reshape(-1), step * after.reshape(-1)
+    if not np.isfinite(forward).any():
+        return -np.inf
     finite = np.r_[forward, back][np.isfinite(np.r_[forward, back])]
 
     def excess(c: float) -> float:

@@ -214,9 +214,10 @@ def _of_reach(this: Round, ess: float) -> list[str]:
 
 
 def _wider(pair: Sequence[np.ndarray]) -> np.ndarray:
-    """How many times as wide the range of 98 % of the latter is as that of the former, without infinite values."""
-    start, end = (np.diff(np.quantile(v.reshape(-1, *v.shape[3:]), [0.01, 0.99], axis=0), axis=0)[0] for v in pair)
-    return np.where(start > 0, end / np.where(start > 0, start, 1.0), 0.0)
+    """How many times as wide the range of 98 % of the latter is as that of the former; zero if that is no number."""
+    flat = (v.reshape(-1, *v.shape[3:]).astype(float) for v in pair)
+    start, end = (np.diff(np.quantile(v, [0.01, 0.99], axis=0), axis=0)[0] for v in flat)
+    return np.nan_to_num(np.where(start > 0, end / np.where(start > 0, start, 1.0), 0.0), posinf=0.0)
 
 
 def _of_rounds(this: Round, last: Round | None, distance: float, where: str) -> list[str]:
