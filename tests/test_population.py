@@ -38,6 +38,7 @@ from numpyro_diffusion.infer.noise import lattice
 from numpyro_diffusion.infer.noise.vector import NoiseVector
 from numpyro_diffusion.infer.particles.evidence import evidence_of, resample_islands
 from numpyro_diffusion.infer.particles.population import parts, rounds
+from numpyro_diffusion.infer.particles.population.climb import Chains
 from numpyro_diffusion.infer.particles.population.sampler import _tell
 from numpyro_diffusion.infer.particles.population.walkers import (
     Moves,
@@ -249,6 +250,11 @@ def test_chains_go_on_while_that_brings_draws():
     for before, says in ((0.5, "needs_draws"), (0.9, "needs_walkers")):
         seen = rounds.look(this, this, ["x"], replace(found, ess=before * found.ess))
         assert (seen.needs_draws, seen.needs_walkers) == (says == "needs_draws", says == "needs_walkers")
+
+
+def test_log_likelihoods_of_draws_stay_on_their_islands():
+    chains = SimpleNamespace(_log_likelihoods=[np.arange(4.0), np.arange(10.0, 14.0)])
+    np.testing.assert_array_equal(Chains.log_likelihoods(chains, 2), [[0.0, 10.0, 1.0, 11.0], [2.0, 12.0, 3.0, 13.0]])
 
 
 @pytest.mark.parametrize(("width", "length", "speaks"), [(2.0, 8, True), (1.2, 8, False), (2.0, 64, False)])
