@@ -79,6 +79,7 @@ def nuts(posterior, num_draws: int, num_chains: int = 4, method: str | Callable 
     def run(key: jax.Array, args: tuple, other: PopulationHMC | None = None) -> MCMC:
         starts = None if other is None else other.init_params(num_chains)
         mcmc.run(key, *args, extra_fields=("num_score_evals",), init_params=starts)
+        jax.block_until_ready(mcmc.get_samples())
         return mcmc
 
     return run
