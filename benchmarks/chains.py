@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--noise", default="0.3,1,3")
     parser.add_argument("--mask", type=Path, help="a boolean 8x8 array (.npy), true where observed, as the pattern")
     parser.add_argument("--methods", default="population,nuts")
+    parser.add_argument("--walkers", type=int, default=256, help="of the population")
     parser.add_argument("--max-seconds", type=float, default=60.0, help="budget of the population")
     parser.add_argument("--draws", type=int, default=300, help="draws, and warm-up steps, of each of four NUTS chains")
     parser.add_argument("--seed", type=int, default=0)
@@ -155,8 +156,9 @@ def main() -> None:
             return nuts(posterior, options.reference_draws, 16, jax.vmap)  # each adapts for itself
         if method == "reference":
             return population(posterior, num_walkers=1024, max_gradients=50_000_000)
-        fewer = {"num_walkers": 64, "num_draws": 4, "max_seconds": 1.0} if options.fast else {"max_seconds": seconds}
-        return population(posterior, **fewer)
+        fewer = {"num_walkers": 64, "num_draws": 4, "max_seconds": 1.0}
+        usual = {"num_walkers": options.walkers, "max_seconds": seconds}
+        return population(posterior, **(fewer if options.fast else usual))
 
     seconds = options.max_seconds
     runners = {(pattern, method): runner(pattern, method) for pattern in patterns for method in names}

@@ -115,6 +115,7 @@ def test_without_a_network_levels_change_nothing():
     w = jax.random.normal(jax.random.key(0), (50, 2))
 
     @jax.jit
+    @jax.default_matmul_precision("highest")  # as samplers have it
     def compute(law):
         walks = jax.vmap(law.noised)(jax.random.split(jax.random.key(1), 50), w)
         exact = jax.vmap(law._replace(levels=jnp.zeros(0)).log_density)(w[:, None])

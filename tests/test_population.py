@@ -215,6 +215,7 @@ def test_a_metric_of_many_dimensions_does_not_bias_the_walkers():
 def test_islands_are_moved_in_threads(cores, number, monkeypatch, x64):
     """One for each core of a number that divides the islands; in the precision of the thread that starts them."""
     monkeypatch.setattr("numpyro_diffusion.infer.particles.population.parts._num_cores", lambda: cores)
+    monkeypatch.setattr("jax.default_backend", lambda: "cpu")  # on others there is one
     islands = parts.Parts(4)
     assert islands.number == number
 
@@ -398,6 +399,18 @@ def test_a_budget_that_ends_first_is_told():
         sampled = quiet(pair, 16, num_draws=4, max_gradients=1).run(KEY, 3.0)
     assert not sampled.converged and len(sampled.rounds) == 1
     assert not verdict(sampled).converged and "NOT CONVERGED" in str(verdict(sampled))
+
+
+def test_what_is_left_of_a_budget_goes_into_draws():
+    """Where it does not suffice for a second round; the run has not converged by that."""
+    sampler, spent = quiet(pair, 16, num_draws=4, max_gradients=1), []
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="did not suffice for a second round"):
+            sampler.run(KEY, 3.0)
+        spent.append(sampler.num_gradients)
+        assert len(sampler.rounds) == 1 and sampler.get_samples()["x"].shape == (64,)
+        sampler._max_gradients = int(2.9 * spent[0])
+    assert spent[0] < spent[1] <= 2.9 * spent[0]
 
 
 BAD = {

@@ -10,10 +10,14 @@ from flax import nnx
 from numpyro.distributions import transforms
 
 from numpyro_diffusion import _precision
-from numpyro_diffusion.denoise import GaussianMixture, NetworkDenoiser
+from numpyro_diffusion.denoise import FromFunction, Gaussian, GaussianMixture, NetworkDenoiser
 from numpyro_diffusion.distributions import DiffusionPrior
+from numpyro_diffusion.guidance import Guided, linear
+from numpyro_diffusion.infer.kernel.compiled import Compiled
 from numpyro_diffusion.nn import MLP
-from numpyro_diffusion.solve import DPMSolverPP, Heun
+from numpyro_diffusion.solve import DPMSolverPP, Heun, solve
+from numpyro_diffusion.train import Objective
+from numpyro_diffusion.train.losses import StableTargetField
 
 ROTATE = transforms.LowerCholeskyAffine(jnp.zeros(2), jnp.array([[1.0, 0.0], [0.5, 2.0]]))
 CORRELATED = np.array([[[1.0, 0.5], [0.5, 2.0]]] * 2)
@@ -65,6 +69,23 @@ def test_networks_keep_a_precision_of_their_own(use):
         assert inside == {expected} and outside <= {"HIGHEST"}, (inside, outside)
     with jax.default_matmul_precision("high"):
         assert precisions(use, DiffusionPrior(network(), transform=ROTATE, **SOLVERS))[0] == {"HIGH"}
+
+
+OWN = {
+    "samplers": lambda x: Compiled(lambda: None, lambda x, args, kwargs: x @ x).bind((), {})[0](x),
+    "guided denoisers": lambda x: Guided(Gaussian(x[0]), linear(x, x[1], 0.5))(x[0], 0.5).x0,
+    "walks of solvers": lambda x: solve(
+        Heun(3), FromFunction(lambda x_t, t, x: x @ x_t, (2,), "eps", parameters=x), x[0]
+    ),
+    "losses": lambda x: Objective(StableTargetField(x))(Gaussian(x[0]), jax.random.key(0), x, None, ())[0],
+}
+
+
+@pytest.mark.parametrize("use", OWN.values(), ids=OWN)
+def test_the_library_computes_in_full_precision(use):
+    """Its own products, wherever they are not a network's."""
+    inside, outside = precisions(use, jnp.eye(2))
+    assert (inside, outside) == (set(), {"HIGHEST"})
 
 
 def test_what_was_set_outside_comes_back():

@@ -228,7 +228,7 @@ class MixtureOf(_Composed):
         """The root mean square distance to it per dimension, a scalar."""
         locations, scales = self._moments()
         between = jnp.mean((locations - self.location) ** 2, axis=tuple(range(1, locations.ndim)))
-        return jnp.sqrt(jnp.exp(self.log_weights) @ (scales**2 + between))
+        return jnp.sqrt(jnp.dot(jnp.exp(self.log_weights), scales**2 + between, precision="highest"))
 
     def _log_joint(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
         densities = self._log_densities(x_t, t)

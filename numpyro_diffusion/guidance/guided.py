@@ -45,7 +45,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from numpyro_diffusion import _checks
+from numpyro_diffusion import _checks, _precision
 from numpyro_diffusion.denoise import Denoiser, Prediction
 from numpyro_diffusion.denoise.wrapped import Around
 from numpyro_diffusion.guidance.observation import Likelihood, Observation
@@ -114,6 +114,7 @@ class Guided(Around):
                 f'guidance must be "dps" for a Likelihood: {self.guidance!r} needs the noise of a Gaussian Observation'
             )
 
+    @_precision.highest()
     def __call__(self, x_t: jax.Array, t: ArrayLike) -> Prediction:
         """The prediction given the observation."""
         view = self._view(x_t, t)

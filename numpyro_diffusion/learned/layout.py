@@ -27,7 +27,7 @@ from numpyro.distributions.constraints import Constraint
 from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import sum_rightmost
 
-from numpyro_diffusion import _files
+from numpyro_diffusion import _files, _precision
 
 _ROUND_TRIP = 1e-3
 """By how much a value may differ from what its support makes of it: single precision, sums to one."""
@@ -237,7 +237,7 @@ def _unconstrained(site: Site, values: np.ndarray) -> np.ndarray:
     if site.is_real:  # in double precision: an offset costs no digits
         return values.reshape(len(values), -1).astype(np.float64)
     bijection = site.bijection
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), _precision.highest():
         u = bijection.inv(jnp.asarray(values))
         back = np.asarray(bijection(u), np.float64)
     inside = np.isfinite(np.asarray(u)).reshape(len(values), -1).all(1)

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from numpyro_diffusion import _checks
+from numpyro_diffusion import _checks, _precision
 from numpyro_diffusion.denoise import Denoiser
 from numpyro_diffusion.noise import TimeGrid
 
@@ -156,6 +156,7 @@ def terminal_point(denoiser: Denoiser, z: jax.Array) -> jax.Array:
     return mean + deviation * z
 
 
+@_precision.highest()
 def solve(
     solver: Solver,
     denoiser: Denoiser,
@@ -184,6 +185,7 @@ def solve(
     return denoiser(x_t, times[-1]).x0.astype(x_t.dtype)
 
 
+@_precision.highest()
 def walk(
     solver: Solver, denoiser: Denoiser, x_t: jax.Array, key: jax.Array | None, start: ArrayLike, times: jax.Array
 ) -> jax.Array:

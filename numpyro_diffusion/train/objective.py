@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from numpyro_diffusion import _precision
 from numpyro_diffusion.denoise import Denoiser, NetworkDenoiser
 from numpyro_diffusion.nn.condition import Condition
 from numpyro_diffusion.noise import Scaled
@@ -140,6 +141,7 @@ class Objective:
         values = self.weighting(log_snr) * slopes
         return self.noise_levels.update(state, log_snr, values, _standardised(denoiser))
 
+    @_precision.highest()
     def _losses(
         self, denoiser: Denoiser, key: jax.Array, x: jax.Array, cond: jax.Array | None, state: State, training: bool
     ) -> tuple[jax.Array, jax.Array]:

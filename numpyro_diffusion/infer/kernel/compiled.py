@@ -12,6 +12,9 @@ costs seconds.
 Arguments are treated as `MCMC` treats them: arrays and floats are arguments of the program; strings, booleans, integers
 and None stay Python values, so that a model may branch on them. A model that branches on a float or on a NumPy array
 gets these as Python values too, at the price of a compilation for new ones.
+
+Matrix products are in full precision, except those of networks: what a sampler compiles here is its weights, its moves
+and its ratios.
 """
 
 import re
@@ -22,6 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from numpyro_diffusion import _precision
 from numpyro_diffusion.infer.model.handlers import Model
 from numpyro_diffusion.infer.model.sites import traced
 
@@ -89,6 +93,7 @@ class Compiled:
         return {**self.__dict__, "_kept": []}
 
 
+@_precision.highest()
 def _call(function: Callable[..., Any], restore: Callable, arrays: list[Any], *operands: Any) -> Any:
     return function(*operands, *restore(arrays))
 

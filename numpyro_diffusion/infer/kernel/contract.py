@@ -14,7 +14,6 @@ is shared does not depend on where a chain is, so each chain by itself is as val
 import abc
 import copy
 from collections.abc import Callable, Iterable
-from functools import wraps
 from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import jax
@@ -57,17 +56,6 @@ def _across_chains(collective: Callable[[jax.Array], jax.Array], value: jax.Arra
         return collective(value)
     except NameError:  # no such axis: the chain runs alone
         return value
-
-
-def _precise(function: Callable) -> Callable:
-    """The function with its matrix products in full precision, except those of networks."""
-
-    @wraps(function)
-    def precise(*args: Any) -> Any:
-        with _precision.highest():
-            return function(*args)
-
-    return precise
 
 
 def _any_traced(tree: Any) -> bool:
@@ -203,7 +191,7 @@ class DiffusionKernel(MCMCKernel, abc.ABC, Generic[State]):
     def _start_all(self, keys: jax.Array, init_params: Any, args: tuple, kwargs: dict) -> State:
         reading = self.read(args, kwargs)
 
-        @_precise
+        @_precision.highest()
         def start(key: jax.Array, init_params: Any) -> State:
             return self._start(key, init_params, reading)
 
@@ -216,7 +204,7 @@ class DiffusionKernel(MCMCKernel, abc.ABC, Generic[State]):
         """Called by `MCMC`: the next state."""
         reading = self.read(model_args, model_kwargs)
 
-        @_precise
+        @_precision.highest()
         def step(state: State) -> State:
             return self._step(state, reading)
 

@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jax.typing import ArrayLike
 
-from numpyro_diffusion import _checks
+from numpyro_diffusion import _checks, _precision
 from numpyro_diffusion.denoise import NetworkDenoiser
 from numpyro_diffusion.train.run import Plan, begin, train
 from numpyro_diffusion.train.steps import TrainState, move_average
@@ -105,6 +105,7 @@ def _steps(
 ) -> tuple[TrainState, jax.Array]:
     """`count` gradient steps, and the loss of each, (max_count,), NaN beyond `count`."""
 
+    @_precision.highest()
     def loss(params: nnx.State, rows: jax.Array) -> jax.Array:
         one = learner.with_network(learner.network.with_params(params)).learned
         return jnp.mean((jax.vmap(one)(*(each[rows] for each in inputs)) - images[rows]) ** 2)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from numpyro_diffusion import _precision
 from numpyro_diffusion.denoise import NetworkDenoiser
 from numpyro_diffusion.infer.particles.learned.law import Law, Modes
 from numpyro_diffusion.nn import MLP
@@ -77,6 +78,7 @@ def corrected(
 
 
 @jax.jit
+@_precision.highest()
 def _bound(key: jax.Array, law: Law, rows: jax.Array) -> jax.Array:
     """A bound on the log-density of each row, from one walk."""
     keys = jax.random.split(key, len(rows))

@@ -100,8 +100,8 @@ class Look:
         num_gradients: of all walkers together.
         seconds: wall time.
         problems: what keeps it from counting as converged.
-        needs_draws: whether more draws of the same chains may be all that it takes: they are stationary, and rounds
-            agree.
+        is_short: whether more draws of the same chains may mend what its own numbers say.
+        needs_draws: whether that may be all that it takes: chains are stationary, and rounds agree.
         needs_walkers: whether longer chains have not brought more: each is kept in its mode.
     """
 
@@ -118,6 +118,7 @@ class Look:
     num_gradients: int
     seconds: float
     problems: tuple[str, ...]
+    is_short: bool
     needs_draws: bool
     needs_walkers: bool
 
@@ -162,6 +163,7 @@ def look(this: Round, last: Round | None, names: list[str], shorter: Look | None
     problems += [f"{f.text}. {CURE}" for f in against if not (f.cause == "slow" and nested[0] >= LARGEST_RHAT)]
     others = _of_rounds(this, last, distance, where) + _of_moves(this, names)
     is_locked = shorter is not None and found.ess < _GROWTH * shorter.ess
+    is_short = bool(problems) and not is_locked
     return Look(
         num_walkers=this.num_walkers * len(this.evidence.islands),
         factor=this.factor,
@@ -176,7 +178,8 @@ def look(this: Round, last: Round | None, names: list[str], shorter: Look | None
         num_gradients=this.num_gradients,
         seconds=this.seconds,
         problems=(*problems, *others),
-        needs_draws=bool(problems) and not others and not is_locked and drift[0] < LARGEST_RHAT,
+        is_short=is_short,
+        needs_draws=is_short and not others and drift[0] < LARGEST_RHAT,
         needs_walkers=bool(problems) and not others and is_locked,
     )
 

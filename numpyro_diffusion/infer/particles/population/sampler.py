@@ -15,8 +15,9 @@ the result counts as converged if, for every site,
 
 If only the number of draws is wanting, chains go on, at twice the distance between draws, up to three times. If that
 brings hardly more effective draws, each walker is kept in its mode. If walkers drift or runs disagree, the moves are
-doubled; if stationary islands disagree, or walkers keep to their modes, the walkers are. When the budget is spent
-first, the run says so and why: its draws are marked as not converged.
+doubled; if stationary islands disagree, or walkers keep to their modes, the walkers are. When the budget does not
+suffice for that, what is left goes into more draws of the same chains, where they are wanting, and the run says that it
+has not converged, and why.
 
 In the last phase, with nothing adapting, the chains leave the model's posterior in noise space invariant: exact for the
 prior that the flow's solver pushes forward. A model without diffusion sites serves as well: any sites whose
@@ -165,20 +166,12 @@ class PopulationHMC(ParticleSampler):
             key = jax.random.fold_in(rng_key, len(self._looks))
             if number not in self._climbs:
                 self._climbs[number] = Climb(self._model, settings, number)
-            this, seen = self._round(key, self._climbs[number].bind(args, kwargs), factor, last, names)
+            last, seen = self._round(key, self._climbs[number].bind(args, kwargs), factor, last, names)
+            following = None if seen.converged else self._following(last, seen)
             self._looks.append(seen)
-            last = this
-            if seen.converged:
+            if following is None:
                 break
-            if seen.needs_walkers or (seen.is_apart and len(self._looks) > 1):  # stationary, and kept apart by modes
-                number *= 2
-            else:
-                factor *= 2
-            gradients = this.num_gradients * number * factor // (this.num_walkers * this.factor)
-            # a first one compiles, which is the greater part where seconds count
-            compiling = 0.0 if number in self._climbs else self._looks[0].seconds
-            if not self._affords(0, gradients, gradients * this.seconds_each + compiling):
-                break
+            number, factor = following
         values = {name: value.reshape(-1, *value.shape[3:]) for name, value in last.values.items()}
         indices = np.arange(len(next(iter(values.values()))))
         draws = Draws(values, indices, indices.reshape(self._shape[0], -1))
@@ -194,6 +187,19 @@ class PopulationHMC(ParticleSampler):
                 f"depends on another site, or be 'auto' or None; got {self._collapsed!r}"
             )
         return self._collapsed
+
+    def _following(self, this: Round, seen: Look) -> tuple[int, int] | None:
+        """Walkers on each island and moves of the round after this one; None if the budget does not suffice."""
+        number, factor = this.num_walkers, this.factor
+        if seen.needs_walkers or (seen.is_apart and self._looks):  # stationary, and kept apart by modes
+            number *= 2
+        else:
+            factor *= 2
+        gradients = this.num_gradients * number * factor // (this.num_walkers * this.factor)
+        # a first one compiles, which is the greater part where seconds count
+        compiling = 0.0 if number in self._climbs else (self._looks or [seen])[0].seconds
+        affords = self._affords(this.num_gradients, gradients, gradients * this.seconds_each + compiling)
+        return (number, factor) if affords else None
 
     def _affords(self, since: int, gradients: int, seconds: float) -> bool:
         """Whether the budget suffices for so much more, after the rounds so far and `since` gradients."""
@@ -235,8 +241,9 @@ class PopulationHMC(ParticleSampler):
             cost, size = (spent, now - started, seconds_each), (walkers // islands, factor)
             this = Round(chains.values(islands), starts, evidence, history, between_draws, *cost, *size)
             seen = look(this, last, names, seen)
-            goes_on = seen.needs_draws and lengths < _LENGTHS
-            if not (goes_on and self._affords(spent, moves * each, moves * each * seconds_each)):
+            goes_on = seen.needs_draws or (seen.is_short and self._following(this, seen) is None)
+            more = moves * each
+            if lengths == _LENGTHS or not (goes_on and self._affords(spent, more, more * seconds_each)):
                 return this, seen
 
     def print_summary(self, prob: float = 0.9) -> None:
