@@ -70,7 +70,7 @@ def population(posterior, **options: object):
     return lambda key, args: sampler.run(key, *args)
 
 
-def nuts(posterior, num_draws: int, num_chains: int = 4, method: str | Callable = "vectorized"):
+def nuts(posterior, num_draws: int, num_chains: int, method: str | Callable = "vectorized"):
     """What runs NUTS in noise space, from starts of its own or from draws of another run."""
     counts = {"num_warmup": num_draws, "num_samples": num_draws, "num_chains": num_chains}
     how = {"chain_method": method, "jit_model_args": True, "progress_bar": False}
@@ -124,7 +124,8 @@ def main() -> None:
     parser.add_argument("--methods", default="population,nuts")
     parser.add_argument("--walkers", type=int, default=256, help="of the population")
     parser.add_argument("--max-seconds", type=float, default=60.0, help="budget of the population")
-    parser.add_argument("--draws", type=int, default=300, help="draws, and warm-up steps, of each of four NUTS chains")
+    parser.add_argument("--chains", type=int, default=4, help="of NUTS")
+    parser.add_argument("--draws", type=int, default=300, help="draws, and warm-up steps, of each chain of NUTS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reference", action="store_true", help="long runs, written to the references")
     parser.add_argument("--reference-draws", type=int, default=2000, help="and warm-up steps, of the second method")
@@ -151,7 +152,7 @@ def main() -> None:
     def runner(pattern: str, method: str):
         posterior = partial(model, observe=observer(pattern, mask))
         if method == "nuts":
-            return nuts(posterior, 5 if options.fast else options.draws)
+            return nuts(posterior, 5 if options.fast else options.draws, options.chains)
         if method == "second reference":
             return nuts(posterior, options.reference_draws, 16, jax.vmap)  # each adapts for itself
         if method == "reference":

@@ -158,6 +158,7 @@ def test_new_conditions_are_no_new_program():
     assert len(traces) == 1
 
 
+@jax.default_matmul_precision("highest")  # a GPU rounds to ten bits otherwise, batch and single differently
 def test_over_points():
     """A function of a denoiser and a point, mapped over both; a condition given by `Conditioned` is one like any."""
     batch = DiffusionPrior(Conditioned(NETWORK, COND), **SOLVERS)
