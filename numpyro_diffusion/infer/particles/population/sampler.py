@@ -71,7 +71,7 @@ class PopulationHMC(ParticleSampler):
             at a temperature end, in (0, 1). Smaller ones than the noise of the estimate count as that.
         max_moves: largest number of moves at a temperature, in the first round.
         max_gradients: budget: no round begins that is expected to exceed this number of gradients of the model, all
-            walkers together; the first always runs.
+            walkers together; the first always runs. Draws lie closer together in a round that takes more than expected.
         max_seconds: budget in seconds of wall time, compilation included, in the same way; None for no limit.
         collapsed: name of a scalar site, such as a noise level, that moves are summed over on a lattice of its values
             (`noise.lattice`): the funnel between a scale and what it scales is no obstacle then. "auto" takes the scale
@@ -226,11 +226,11 @@ class PopulationHMC(ParticleSampler):
                 log_likelihoods.append(np.asarray(stage.walkers.log_likelihood))
                 bar.set_postfix_str(f"ESS {happened.effective_size:.0f}, moves {happened.num_moves}", refresh=False)
                 bar.update(float(happened.temperature) - bar.n)
-        between = -(-int(history[-1].num_moves) // self._num_draws)  # draws span as many as it took
         log_likelihoods = [v.reshape(islands, -1) for v in log_likelihoods]
-        chains, lengths, seen, drawing = Chains(programs, key_draw, stage, between), 0, None, time.monotonic()
         before, walkers = sum(int(h.num_moves) for h in history), len(stage.walkers.q)
         each = programs.settings.gradients * walkers
+        between = self._moves_between(int(history[-1].num_moves), before * each, each, last)
+        chains, lengths, seen, drawing = Chains(programs, key_draw, stage, between), 0, None, time.monotonic()
         while True:
             with self._bar(self._num_draws, f"{label}, draws") as bar:
                 between_draws = chains.draw(self._num_draws, partial(_tell, bar, chains, islands))
@@ -245,6 +245,23 @@ class PopulationHMC(ParticleSampler):
             more = moves * each
             if lengths == _LENGTHS or not (goes_on and self._affords(spent, more, more * seconds_each)):
                 return this, seen
+
+    def _moves_between(self, num_moves: int, since: int, each: int, last: Round | None) -> int:
+        """Moves between draws, which span as many as it took to forget, or, after a first round, as the budget allows.
+
+        Args:
+            num_moves: that it took.
+            since: gradients of the round so far.
+            each: gradients of a move of all walkers.
+            last: the round before.
+        """
+        between = -(-num_moves // self._num_draws)
+        while last is not None and between > 1:
+            more = self._num_draws * between * each
+            if self._affords(since, more, more * last.seconds_each):
+                break
+            between -= 1
+        return between
 
     def print_summary(self, prob: float = 0.9) -> None:
         super().print_summary(prob)
