@@ -416,11 +416,9 @@ def test_what_is_left_of_a_budget_goes_into_draws():
 def test_draws_lie_closer_where_a_round_takes_more_than_expected(monkeypatch):
     """Ten draws 8 moves apart, of 100 gradients and a second: 5,000 gradients are left, or 29 seconds, or none."""
     monkeypatch.setattr("time.monotonic", lambda: 0.0)
-    sampler, last = (
-        quiet(pair, 16, num_draws=10, max_gradients=7000, max_seconds=50.0),
-        SimpleNamespace(seconds_each=0.01),
-    )
+    sampler = quiet(pair, 16, num_draws=10, max_gradients=7000, max_seconds=50.0)
     sampler._looks, sampler._started = [SimpleNamespace(num_gradients=1500)], 0.0
+    last = SimpleNamespace(seconds_each=0.01)
     assert sampler._moves_between(75, 500, 100, None) == 8
     assert sampler._moves_between(75, 500, 100, last) == 5
     sampler._max_seconds = 29.0

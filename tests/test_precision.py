@@ -74,9 +74,7 @@ def test_networks_keep_a_precision_of_their_own(use):
 OWN = {
     "samplers": lambda x: Compiled(lambda: None, lambda x, args, kwargs: x @ x).bind((), {})[0](x),
     "guided denoisers": lambda x: Guided(Gaussian(x[0]), linear(x, x[1], 0.5))(x[0], 0.5).x0,
-    "walks of solvers": lambda x: solve(
-        Heun(3), FromFunction(lambda x_t, t, x: x @ x_t, (2,), "eps", parameters=x), x[0]
-    ),
+    "walks of solvers": lambda x: solve(Heun(3), FromFunction(lambda x, t, a: a @ x, (2,), "eps", parameters=x), x[0]),
     "losses": lambda x: Objective(StableTargetField(x))(Gaussian(x[0]), jax.random.key(0), x, None, ())[0],
 }
 

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from numpyro_diffusion import _precision
 from numpyro_diffusion.infer.combine import Cycle
 from numpyro_diffusion.infer.gradient.target import Target
 from numpyro_diffusion.infer.kernel.choose import metropolised_gibbs, without_improper
@@ -148,8 +147,7 @@ class Chains:
 
         def step(i: jax.Array, state: Any) -> tuple[Any, Record[jax.Array]]:
             keys = jax.random.split(jax.random.fold_in(key, i), self._num_chains)
-            with _precision.highest():
-                jumps = jax.vmap(move)(keys, _flat(state.z))
+            jumps = jax.vmap(move)(keys, _flat(state.z))
             state = self._local.refresh(state._replace(z=jax.vmap(target.unflatten)(jumps.q)), args, kwargs)
             state, (q, accept_prob, diverging, evaluations) = self._local_move(state, args, kwargs)
             return state, Record(

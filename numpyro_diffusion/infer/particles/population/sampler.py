@@ -189,7 +189,7 @@ class PopulationHMC(ParticleSampler):
         return self._collapsed
 
     def _following(self, this: Round, seen: Look) -> tuple[int, int] | None:
-        """Walkers on each island and moves of the round after this one; None if the budget does not suffice."""
+        """Walkers on each island and `factor` of the round after this one; None if the budget does not suffice."""
         number, factor = this.num_walkers, this.factor
         if seen.needs_walkers or (seen.is_apart and self._looks):  # stationary, and kept apart by modes
             number *= 2
