@@ -1,6 +1,7 @@
 """A population of Hamiltonian chains: laws and evidence in closed form, exactness of its moves, and what it refuses."""
 
 import io
+import itertools
 import pickle
 import warnings
 from dataclasses import replace
@@ -240,17 +241,63 @@ def test_draws_of_a_key_do_not_depend_on_the_number_of_cores(monkeypatch):
     np.testing.assert_allclose(*draws, atol=1e-2)
 
 
+def round_of(values, num_walkers, starts=None):
+    moves = Moves(*map(np.asarray, (8, 0.1, 0, np.full(4 * num_walkers, 0.7), 0)))
+    history = [rounds.Temperature(*np.ones(9), num_blind=np.zeros(1))]
+    starts = values if starts is None else starts
+    return rounds.Round(values, starts, evidence_of(jnp.zeros(4)), history, moves, 1, 1.0, 1.0, num_walkers, 2)
+
+
 def test_chains_go_on_while_that_brings_draws():
     """Too few draws, and nothing else wrong: more of them, or walkers where twice the length brought hardly any."""
-    values = {"x": np.random.default_rng(0).normal(size=(4, 8, 8))}  # some 256 effective ones, of 400
-    moves = Moves(*map(np.asarray, (8, 0.1, 0, np.full(32, 0.7), 0)))
-    history = [rounds.Temperature(*np.ones(9), num_blind=np.zeros(1))]
-    this = rounds.Round(values, values, evidence_of(jnp.zeros(4)), history, moves, 1, 1.0, 1.0, 8, 2)
-    found = rounds.look(this, this, ["x"])
-    assert 150 < found.ess < 400 and found.problems and found.needs_draws and not found.needs_walkers
+    this, last = (round_of({"x": np.random.default_rng(i).normal(size=(4, 8, 8))}, 8) for i in range(2))
+    found = rounds.look(this, last, ["x"])
+    assert 150 < found.own_ess < 400 and found.problems and found.needs_draws and not found.needs_walkers
     for before, says in ((0.5, "needs_draws"), (0.9, "needs_walkers")):
-        seen = rounds.look(this, this, ["x"], replace(found, ess=before * found.ess))
+        seen = rounds.look(this, last, ["x"], replace(found, own_ess=before * found.own_ess))
         assert (seen.needs_draws, seen.needs_walkers) == (says == "needs_draws", says == "needs_walkers")
+
+
+def test_draws_of_rounds_that_agree_are_pooled():
+    """Slow chains of both rounds have twice the effective draws of one, and as many draws; drift is of one round."""
+    rng = np.random.default_rng(0)
+    slow = [rng.normal(size=(4, 64, 1, 2)) + 0.2 * rng.normal(size=(4, 64, 9, 2)) for _ in range(2)]
+    this, last = (round_of({"x": x}, 64) for x in slow)
+    alone, both = rounds.look(this, None, ["x"]), rounds.look(this, last, ["x"])
+    assert not alone.is_pooled and both.is_pooled and "of both rounds" in str(both)
+    assert alone.ess == alone.own_ess == both.own_ess < 400 and both.converged
+    assert 1.6 * alone.ess < both.ess < 2.4 * alone.ess
+    assert both.drift == alone.drift
+    values = rounds.pooled(this, last)["x"]
+    np.testing.assert_array_equal(values, np.concatenate([slow[1][:, :, 1::2], slow[0][:, :, ::2]], 2))
+    for other in (round_of({"x": slow[1] + 1.0}, 64), round_of({"x": slow[1][:, :32]}, 32)):
+        assert not rounds.look(this, other, ["x"]).is_pooled  # they disagree, or the walkers are others
+
+
+def test_a_run_has_the_draws_of_rounds_that_agree(monkeypatch):
+    sampler, seen = quiet(pair, num_draws=4), []
+    monkeypatch.setattr(sampler, "_round", lambda *args: seen.append(PopulationHMC._round(sampler, *args)) or seen[-1])
+    sampler.run(KEY, 3.0)
+    (first, _), (second, look) = seen[-2:]
+    assert sampler.converged and look.is_pooled
+    np.testing.assert_array_equal(
+        sampler.get_samples(group_by_chain=True)["x"], rounds.pooled(second, first)["x"].reshape(4, -1)
+    )
+
+
+@pytest.mark.parametrize(("more", "kept"), [(4, [1, 3, 5, 7]), (2, [1, 2, 4, 5]), (1, [1, 2, 3, 4])])
+def test_more_draws_are_thinned_evenly(more, kept):
+    """To as many as before; all of them at once are twice as far from each other."""
+    moves = Moves(*map(np.asarray, (3, 0.1, 0, np.ones(2), 0)))
+    counter = itertools.count()
+    programs = SimpleNamespace(
+        move=lambda key, stage, *_, **__: (stage, moves), values=lambda stage: {"x": np.full(2, next(counter))}
+    )
+    chains = Chains(programs, KEY, SimpleNamespace(walkers=Walker(*np.zeros((4, 2)))), 3)
+    chains.draw(4, lambda: None)
+    assert int(chains.draw(more, lambda: None).num_moves) == 3 * (4 + more)
+    np.testing.assert_array_equal(chains.values(2)["x"][0, 0], kept)
+    assert chains.between == (6 if more == 4 else 3)
 
 
 def test_log_likelihoods_of_draws_stay_on_their_islands():
@@ -263,12 +310,10 @@ def test_chains_must_be_long_where_no_walker_starts(width, length, speaks):
     """A posterior twice as wide as its prior asks for five effective draws of each walker, one like it does not."""
     rng = np.random.default_rng(2)
     starts, chains = rng.normal(size=(4, 64, 1)), rng.normal(size=(4, 64, 1)) + 0.5 * rng.normal(size=(4, 64, length))
-    moves = Moves(*map(np.asarray, (8, 0.1, 0, np.full(256, 0.7), 0)))
-    history = [rounds.Temperature(*np.ones(9), num_blind=np.zeros(1))]
     values = {"x": width * (chains if length == 8 else rng.normal(size=(4, 64, length)))}
     starts = {"x": starts, "is_large": starts > 1.0, "undefined": np.full(starts.shape, np.nan)}
     values |= {"is_large": values["x"] > 1.0, "undefined": np.full(values["x"].shape, np.nan)}
-    this = rounds.Round(values, starts, evidence_of(jnp.zeros(4)), history, moves, 1, 1.0, 1.0, 64, 2)
+    this = round_of(values, 64, starts)
     assert any("times as far as its prior" in text for text in rounds.look(this, None, ["x"]).problems) == speaks
 
 
@@ -279,9 +324,7 @@ def test_rounds_that_differ_in_mean_or_spread_disagree(change, says):
         "x": np.random.default_rng(0).normal(size=(4, 32, 8)),
         "z": np.random.default_rng(1).normal(size=(4, 32, 8)),
     }
-    moves = Moves(*map(np.asarray, (8, 0.1, 0, np.full(128, 0.7), 0)))
-    history = [rounds.Temperature(*np.ones(9), num_blind=np.zeros(1))]
-    this = rounds.Round(values, values, evidence_of(jnp.zeros(4)), history, moves, 1, 1.0, 1.0, 32, 2)
+    this = round_of(values, 32)
     for other, disagrees in ((values["x"], False), (change(values["x"]), True)):
         found = rounds.look(this._replace(values={**values, "x": other}), this, ["x", "z"])
         assert (

@@ -234,16 +234,16 @@ class Chains:
     """
 
     def __init__(self, programs: Programs, key: jax.Array, stage: Stage, between: int) -> None:
-        self._programs, self._key, self._stage, self._between = programs, key, stage, between
+        self._programs, self._key, self._stage, self.between = programs, key, stage, between
         self._draws: list[dict[str, np.ndarray]] = []
         self._log_likelihoods: list[np.ndarray] = []
         self._moves: Moves | None = None
 
     def draw(self, number: int, tick: Callable[[], Any]) -> Moves:
-        """Draws of every chain; those of before are thinned, so that all draws are equally far from each other.
+        """Draws of every chain; the second time all are thinned, evenly, to as many as there were before.
 
         Args:
-            number: how many there are afterwards, too, at least one.
+            number: how many; the second time at most as many as before.
             tick: is called after each.
 
         Returns:
@@ -253,14 +253,16 @@ class Chains:
         for _ in range(number):
             done = 0 if self._moves is None else int(self._moves.num_moves)
             key, q = jax.random.fold_in(self._key, done), self._stage.walkers.q
-            self._stage, some = self._programs.move(key, self._stage, q, self._between, adapting=False)
+            self._stage, some = self._programs.move(key, self._stage, q, self.between, adapting=False)
             self._moves = joined(self._moves, some)
             self._draws.append(self._programs.values(self._stage))
             self._log_likelihoods.append(np.asarray(self._stage.walkers.log_likelihood))
             tick()
         if first:
-            self._draws, self._between = self._draws[1::2], 2 * self._between
-            self._log_likelihoods = self._log_likelihoods[1::2]
+            kept = [-(-(i + 1) * (first + number) // first) - 1 for i in range(first)]
+            self._draws = [self._draws[i] for i in kept]
+            self._log_likelihoods = [self._log_likelihoods[i] for i in kept]
+            self.between *= 2 if number == first else 1
         assert self._moves is not None
         return self._moves
 

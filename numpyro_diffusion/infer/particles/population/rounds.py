@@ -11,6 +11,9 @@ that have not reached the tails may well be centred. The factor $c$ grows with t
 errors rounds that agree would be sent on in one run of a hundred; those of four islands are somewhat rough, and it is
 some five.
 
+Draws of rounds that agree are *pooled*: every second one of each, so that there are as many as of one round, and nearly
+as many effective ones as of both. Numbers of convergence are theirs then, but for drift, which is of one round.
+
 Where the posterior reaches further than the prior, no walker starts in its tails, and few are there by weight: they
 come by moving alone, and rounds of few effective draws for each walker are too short in the same way. So there the
 chains themselves must be long.
@@ -26,6 +29,7 @@ import numpy as np
 
 from numpyro_diffusion.diagnostics.nested import (
     LARGEST_RHAT,
+    Numbers,
     early_late_rhat,
     nested_rhat,
     numbers_of,
@@ -92,6 +96,8 @@ class Look:
         drift: the largest R-hat between early and late draws.
         r_hat: the largest of ArviZ, with islands as chains.
         ess: the smallest effective sample size of ArviZ, with islands as chains.
+        own_ess: that of this round's draws by themselves.
+        is_pooled: whether all these numbers but `own_ess` and `drift` are of draws of this round and the one before.
         worst: the site and entry with the largest nested R-hat.
         distance: by how many standard errors means or spreads differ from the round before, in the worst coordinate;
             NaN for the first.
@@ -100,7 +106,7 @@ class Look:
         num_gradients: of all walkers together.
         seconds: wall time.
         problems: what keeps it from counting as converged.
-        is_short: whether more draws of the same chains may mend what its own numbers say.
+        is_short: whether its own numbers say something, which more draws of the same chains may mend.
         needs_draws: whether that may be all that it takes: chains are stationary, and rounds agree.
         needs_walkers: whether longer chains have not brought more: each is kept in its mode.
     """
@@ -111,6 +117,8 @@ class Look:
     drift: float
     r_hat: float
     ess: float
+    own_ess: float
+    is_pooled: bool
     worst: str
     distance: float
     diverging: float
@@ -134,9 +142,10 @@ class Look:
 
     def __str__(self) -> str:
         distance = "" if np.isnan(self.distance) else f"distance {self.distance:.1f}, "
+        both = " of both rounds" if self.is_pooled else ""
         return (
             f"{self.num_walkers} walkers, {self.factor} x the moves: nested R-hat {self.nested_r_hat:.3f} "
-            f"({self.worst}), early/late {self.drift:.3f}, ESS {self.ess:.0f}, {distance}"
+            f"({self.worst}), early/late {self.drift:.3f}, ESS {self.ess:.0f}{both}, {distance}"
             f"{self.diverging:.1%} diverging, {self.stuck:.1%} stuck, {self.num_gradients} gradients, "
             f"{self.seconds:.0f} s"
         )
@@ -154,16 +163,20 @@ def look(this: Round, last: Round | None, names: list[str], shorter: Look | None
     Returns:
         The `Look`.
     """
-    found = numbers_of({name: v.reshape(v.shape[0], -1, *v.shape[3:]) for name, v in this.values.items()}, tails=True)
-    nested, drift = agreement(this.values), _worst(this.values, early_late_rhat)
     distance, where = (np.nan, "") if last is None else _distance(this, last)
+    against_last = _of_rounds(this, last, distance, where)
+    values, is_pooled = this.values, False
+    own = found = _numbers(values)
+    if last is not None and not against_last and last.num_walkers == this.num_walkers:
+        values, is_pooled = pooled(this, last), True
+        found = _numbers(values)
+    nested, drift = agreement(values), _worst(this.values, early_late_rhat)
     problems = _of_islands(nested, drift)
-    problems += _of_reach(this, found.ess)
+    problems += _of_reach(this, own.ess)
     against = [finding for finding in found.findings if finding.counts]
     problems += [f"{f.text}. {CURE}" for f in against if not (f.cause == "slow" and nested[0] >= LARGEST_RHAT)]
-    others = _of_rounds(this, last, distance, where) + _of_moves(this, names)
-    is_locked = shorter is not None and found.ess < _GROWTH * shorter.ess
-    is_short = bool(problems) and not is_locked
+    others = against_last + _of_moves(this, names)
+    is_locked = shorter is not None and own.ess < _GROWTH * shorter.own_ess
     return Look(
         num_walkers=this.num_walkers * len(this.evidence.islands),
         factor=this.factor,
@@ -171,6 +184,8 @@ def look(this: Round, last: Round | None, names: list[str], shorter: Look | None
         drift=drift[0],
         r_hat=found.r_hat,
         ess=found.ess,
+        own_ess=own.ess,
+        is_pooled=is_pooled,
         worst=nested[1],
         distance=distance,
         diverging=_diverging(this),
@@ -178,10 +193,25 @@ def look(this: Round, last: Round | None, names: list[str], shorter: Look | None
         num_gradients=this.num_gradients,
         seconds=this.seconds,
         problems=(*problems, *others),
-        is_short=is_short,
-        needs_draws=is_short and not others and drift[0] < LARGEST_RHAT,
+        is_short=bool(problems),
+        needs_draws=bool(problems) and not is_locked and not others and drift[0] < LARGEST_RHAT,
         needs_walkers=bool(problems) and not others and is_locked,
     )
+
+
+def pooled(this: Round, last: Round) -> dict[str, np.ndarray]:
+    """Draws of two rounds with as many walkers, every second one, walkers side by side."""
+
+    def halves(name: str) -> np.ndarray:
+        before, after = (round.values[name] for round in (last, this))
+        return np.concatenate([before[:, :, 1::2], after[:, :, (after.shape[2] + 1) % 2 :: 2]], axis=2)
+
+    return {name: halves(name) for name in this.values}
+
+
+def _numbers(values: dict[str, np.ndarray]) -> Numbers:
+    """R-hat and effective sample sizes, with islands as chains."""
+    return numbers_of({name: v.reshape(v.shape[0], -1, *v.shape[3:]) for name, v in values.items()}, tails=True)
 
 
 def agreement(values: dict[str, np.ndarray]) -> tuple[float, str]:

@@ -13,7 +13,8 @@ the result counts as converged if, for every site,
 * both runs agree in means, in spreads and in the log evidence (`bridge`), within their errors;
 * where the posterior reaches further than the prior, chains are long by themselves.
 
-If only the number of draws is wanting, chains go on, at twice the distance between draws, up to three times. If that
+Draws of rounds that agree are pooled. If only their number is wanting, chains go on, at twice the distance between
+draws, up to three times. If that
 brings hardly more effective draws, each walker is kept in its mode. If walkers drift or runs disagree, the moves are
 doubled; if stationary islands disagree, or walkers keep to their modes, the walkers are. When the budget does not
 suffice for that, what is left goes into more draws of the same chains, where they are wanting, and the run says that it
@@ -48,7 +49,7 @@ from numpyro_diffusion.infer.noise.vector import NoiseVector
 from numpyro_diffusion.infer.particles.evidence import Draws, Outcome, ParticleSampler
 from numpyro_diffusion.infer.particles.population.bridge import bridged
 from numpyro_diffusion.infer.particles.population.climb import Chains, Climb, Programs, Settings
-from numpyro_diffusion.infer.particles.population.rounds import CURE, Look, Round, Temperature, agreement, look
+from numpyro_diffusion.infer.particles.population.rounds import CURE, Look, Round, Temperature, agreement, look, pooled
 from numpyro_diffusion.infer.particles.tempered import look_at_start
 from numpyro_diffusion.infer.particles.tempering import check_climb
 from numpyro_diffusion.reparam import noise_name
@@ -161,18 +162,19 @@ class PopulationHMC(ParticleSampler):
         if settings != self._settings:
             self._settings, self._climbs = settings, {}
         names, self._started = NoiseVector(reading).names, time.monotonic()
-        number, factor, last, self._looks = self._shape[1], 1, None, []
+        number, factor, before, self._looks = self._shape[1], 1, None, []
         while True:
             key = jax.random.fold_in(rng_key, len(self._looks))
             if number not in self._climbs:
                 self._climbs[number] = Climb(self._model, settings, number)
-            last, seen = self._round(key, self._climbs[number].bind(args, kwargs), factor, last, names)
+            last, seen = self._round(key, self._climbs[number].bind(args, kwargs), factor, before, names)
             following = None if seen.converged else self._following(last, seen)
             self._looks.append(seen)
             if following is None:
                 break
-            number, factor = following
-        values = {name: value.reshape(-1, *value.shape[3:]) for name, value in last.values.items()}
+            before, (number, factor) = last, following
+        values = pooled(last, before) if seen.is_pooled and before else last.values
+        values = {name: value.reshape(-1, *value.shape[3:]) for name, value in values.items()}
         indices = np.arange(len(next(iter(values.values()))))
         draws = Draws(values, indices, indices.reshape(self._shape[0], -1))
         return Outcome(draws, last.evidence, last.history, seen.problems)
@@ -230,10 +232,11 @@ class PopulationHMC(ParticleSampler):
         before, walkers = sum(int(h.num_moves) for h in history), len(stage.walkers.q)
         each = programs.settings.gradients * walkers
         between = self._moves_between(int(history[-1].num_moves), before * each, each, last)
-        chains, lengths, seen, drawing = Chains(programs, key_draw, stage, between), 0, None, time.monotonic()
+        chains, drawing = Chains(programs, key_draw, stage, between), time.monotonic()
+        lengths, number, seen = 0, self._num_draws, None
         while True:
-            with self._bar(self._num_draws, f"{label}, draws") as bar:
-                between_draws = chains.draw(self._num_draws, partial(_tell, bar, chains, islands))
+            with self._bar(number, f"{label}, draws") as bar:
+                between_draws = chains.draw(number, partial(_tell, bar, chains, islands))
             lengths, now, moves = lengths + 1, time.monotonic(), int(between_draws.num_moves)
             spent = (before + moves) * each + (1 + len(history)) * walkers
             seconds_each = (now - drawing) / (moves * each)
@@ -242,8 +245,10 @@ class PopulationHMC(ParticleSampler):
             this = Round(chains.values(islands), starts, evidence, history, between_draws, *cost, *size)
             seen = look(this, last, names, seen)
             goes_on = seen.needs_draws or (seen.is_short and self._following(this, seen) is None)
-            more = moves * each
-            if lengths == _LENGTHS or not (goes_on and self._affords(spent, more, more * seconds_each)):
+            if not goes_on or lengths == _LENGTHS or number < self._num_draws:
+                return this, seen
+            number = self._most(self._num_draws, spent, chains.between * each, seconds_each)
+            if number == 0:
                 return this, seen
 
     def _moves_between(self, num_moves: int, since: int, each: int, last: Round | None) -> int:
@@ -256,12 +261,15 @@ class PopulationHMC(ParticleSampler):
             last: the round before.
         """
         between = -(-num_moves // self._num_draws)
-        while last is not None and between > 1:
-            more = self._num_draws * between * each
-            if self._affords(since, more, more * last.seconds_each):
-                break
-            between -= 1
-        return between
+        return (
+            between if last is None else max(self._most(between, since, self._num_draws * each, last.seconds_each), 1)
+        )
+
+    def _most(self, number: int, since: int, gradients: int, seconds_each: float) -> int:
+        """How many times so many gradients the budget suffices for, at most `number`."""
+        while number and not self._affords(since, number * gradients, number * gradients * seconds_each):
+            number -= 1
+        return number
 
     def print_summary(self, prob: float = 0.9) -> None:
         super().print_summary(prob)
