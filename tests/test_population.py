@@ -456,6 +456,17 @@ def test_what_is_left_of_a_budget_goes_into_draws():
     assert spent[0] < spent[1] <= 2.9 * spent[0]
 
 
+def test_a_round_is_given_up_where_the_budget_ends_on_the_way(monkeypatch):
+    """One of 64 times the moves, which was thought to fit: the round before stands, and what was spent is counted."""
+    sampler = quiet(pair, 16, num_draws=4, max_gradients=6000)
+    monkeypatch.setattr(sampler, "_following", lambda this, seen: (this.num_walkers, 64))
+    with pytest.warns(UserWarning, match="did not suffice for a second round"):
+        sampler.run(KEY, 3.0)
+    (only,) = sampler.rounds
+    assert only.num_gradients < 6000 < sampler.num_gradients
+    assert not sampler.converged and sampler.get_samples()["x"].shape == (64,)
+
+
 def test_draws_lie_closer_where_a_round_takes_more_than_expected(monkeypatch):
     """Ten draws 8 moves apart, of 100 gradients and a second: 5,000 gradients are left, or 29 seconds, or none."""
     monkeypatch.setattr("time.monotonic", lambda: 0.0)

@@ -14,11 +14,10 @@ the result counts as converged if, for every site,
 * where the posterior reaches further than the prior, chains are long by themselves.
 
 Draws of rounds that agree are pooled. If only their number is wanting, chains go on, at twice the distance between
-draws, up to three times. If that
-brings hardly more effective draws, each walker is kept in its mode. If walkers drift or runs disagree, the moves are
-doubled; if stationary islands disagree, or walkers keep to their modes, the walkers are. When the budget does not
-suffice for that, what is left goes into more draws of the same chains, where they are wanting, and the run says that it
-has not converged, and why.
+draws, up to three times. If that brings hardly more effective draws, each walker is kept in its mode. If walkers drift
+or runs disagree, the moves are doubled; if stationary islands disagree, or walkers keep to their modes, the walkers
+are. When the budget does not suffice for that, what is left goes into more draws of the same chains, where they are
+wanting, and the run says that it has not converged, and why.
 
 In the last phase, with nothing adapting, the chains leave the model's posterior in noise space invariant: exact for the
 prior that the flow's solver pushes forward. A model without diffusion sites serves as well: any sites whose
@@ -72,7 +71,8 @@ class PopulationHMC(ParticleSampler):
             at a temperature end, in (0, 1). Smaller ones than the noise of the estimate count as that.
         max_moves: largest number of moves at a temperature, in the first round.
         max_gradients: budget: no round begins that is expected to exceed this number of gradients of the model, all
-            walkers together; the first always runs. Draws lie closer together in a round that takes more than expected.
+            walkers together; the first always runs. Draws lie closer together in a round that takes more than expected,
+            and one that has not reached the posterior when the budget ends is given up.
         max_seconds: budget in seconds of wall time, compilation included, in the same way; None for no limit.
         collapsed: name of a scalar site, such as a noise level, that moves are summed over on a lattice of its values
             (`noise.lattice`): the funnel between a scale and what it scales is no obstacle then. "auto" takes the scale
@@ -132,6 +132,7 @@ class PopulationHMC(ParticleSampler):
         self._settings: Settings | None = None
         self._climbs: dict[int, Climb] = {}
         self._looks: list[Look] = []
+        self._given_up = 0  # gradients of a round that was
 
     @property
     def converged(self) -> bool:
@@ -151,9 +152,9 @@ class PopulationHMC(ParticleSampler):
 
     @property
     def num_gradients(self) -> int:
-        """Gradients of the model in all rounds, of all walkers together."""
+        """Gradients of the model in all rounds, of all walkers together, with one that was given up."""
         _ = self._ran
-        return sum(round.num_gradients for round in self._looks)
+        return sum(round.num_gradients for round in self._looks) + self._given_up
 
     def _sample(self, rng_key: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Outcome:
         reading = Record(self._model).at(args, kwargs)
@@ -162,18 +163,24 @@ class PopulationHMC(ParticleSampler):
         if settings != self._settings:
             self._settings, self._climbs = settings, {}
         names, self._started = NoiseVector(reading).names, time.monotonic()
-        number, factor, before, self._looks = self._shape[1], 1, None, []
+        runs: list[tuple[Round, Look]] = []  # the last two
+        number, factor, self._looks, self._given_up = self._shape[1], 1, [], 0
         while True:
             key = jax.random.fold_in(rng_key, len(self._looks))
             if number not in self._climbs:
                 self._climbs[number] = Climb(self._model, settings, number)
-            last, seen = self._round(key, self._climbs[number].bind(args, kwargs), factor, before, names)
-            following = None if seen.converged else self._following(last, seen)
-            self._looks.append(seen)
+            programs = self._climbs[number].bind(args, kwargs)
+            found = self._round(key, programs, factor, runs[-1][0] if runs else None, names)
+            if found is None:
+                break
+            runs = [*runs[-1:], found]
+            following = None if found[1].converged else self._following(*found)
+            self._looks.append(found[1])
             if following is None:
                 break
-            before, (number, factor) = last, following
-        values = pooled(last, before) if seen.is_pooled and before else last.values
+            number, factor = following
+        (before, _), (last, seen) = runs[0], runs[-1]
+        values = pooled(last, before) if seen.is_pooled else last.values
         values = {name: value.reshape(-1, *value.shape[3:]) for name, value in values.items()}
         indices = np.arange(len(next(iter(values.values()))))
         draws = Draws(values, indices, indices.reshape(self._shape[0], -1))
@@ -211,26 +218,33 @@ class PopulationHMC(ParticleSampler):
 
     def _round(
         self, key: jax.Array, programs: Programs, factor: int, last: Round | None, names: list[str]
-    ) -> tuple[Round, Look]:
-        """From the prior to draws of the posterior, with `factor` times the moves that it takes to forget."""
+    ) -> tuple[Round, Look] | None:
+        """From the prior to draws of the posterior, with `factor` times the moves that it takes to forget.
+
+        None if the budget ends on the way; the first one comes to its end.
+        """
         started, islands = time.monotonic(), self._shape[0]
         key_start, key_at, key_climb, key_draw = jax.random.split(key, 4)
         stage, label = programs.at(key_at, programs.start(key_start)), f"round {len(self._looks) + 1}"
         history: list[Temperature] = []
+        walkers, before = len(stage.walkers.q), 0
+        each = programs.settings.gradients * walkers
         log_likelihoods = [np.asarray(stage.walkers.log_likelihood)]
         starts = {n: v.reshape(islands, -1, 1, *v.shape[1:]) for n, v in programs.values(stage).items()}
         if last is None:
             look_at_start(log_likelihoods[0])
         with self._bar(1.0, f"{label}, temperature") as bar:
             while float(stage.temperature) < 1.0:
+                if last is not None and not self._affords(before * each, 0, 0.0):
+                    self._given_up = before * each
+                    return None
                 stage, happened = programs.climb(jax.random.fold_in(key_climb, len(history)), stage, factor)
                 history.append(happened)
+                before += int(happened.num_moves)
                 log_likelihoods.append(np.asarray(stage.walkers.log_likelihood))
                 bar.set_postfix_str(f"ESS {happened.effective_size:.0f}, moves {happened.num_moves}", refresh=False)
                 bar.update(float(happened.temperature) - bar.n)
         log_likelihoods = [v.reshape(islands, -1) for v in log_likelihoods]
-        before, walkers = sum(int(h.num_moves) for h in history), len(stage.walkers.q)
-        each = programs.settings.gradients * walkers
         between = self._moves_between(int(history[-1].num_moves), before * each, each, last)
         chains, drawing = Chains(programs, key_draw, stage, between), time.monotonic()
         lengths, number, seen = 0, self._num_draws, None
@@ -261,9 +275,9 @@ class PopulationHMC(ParticleSampler):
             last: the round before.
         """
         between = -(-num_moves // self._num_draws)
-        return (
-            between if last is None else max(self._most(between, since, self._num_draws * each, last.seconds_each), 1)
-        )
+        if last is None:
+            return between
+        return max(self._most(between, since, self._num_draws * each, last.seconds_each), 1)
 
     def _most(self, number: int, since: int, gradients: int, seconds_each: float) -> int:
         """How many times so many gradients the budget suffices for, at most `number`."""
