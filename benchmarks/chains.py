@@ -43,7 +43,7 @@ from numpyro_diffusion.infer import NoiseSpace, PopulationHMC
 from numpyro_diffusion.solve import DPMSolverPP
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from quickstart import OUTPUT, trained
+from quickstart import trained
 
 REFERENCES = Path(__file__).parent / "data" / "chains_references.json"
 GRID = np.arange(64).reshape(8, 8)
@@ -137,9 +137,7 @@ def main() -> None:
         parser.error("references are of the usual patterns and the quickstart's prior: no --mask, --prior or --fast")
 
     images, held_out = digits(jax.random.key(42))
-    stem, num_steps = ("quickstart-fast", 200) if options.fast else ("quickstart", 3000)
-    path = OUTPUT / f"{stem}.safetensors"
-    denoiser = checkpoint.load(options.prior) if options.prior else trained(images, num_steps, path)
+    denoiser = checkpoint.load(options.prior) if options.prior else trained(images, options.fast)
     solver = DPMSolverPP(10)
     prior = DiffusionPrior(denoiser, flow_solver=solver)
     mask = None if options.mask is None else np.load(options.mask)
@@ -157,7 +155,7 @@ def main() -> None:
             return nuts(posterior, options.reference_draws, 16, jax.vmap)  # each adapts for itself
         if method == "reference":
             return population(posterior, num_walkers=1024, max_gradients=50_000_000)
-        fewer = {"num_walkers": 64, "num_draws": 4, "max_seconds": 1.0}
+        fewer = {"num_walkers": 16, "num_draws": 4, "max_seconds": 1.0}
         usual = {"num_walkers": options.walkers, "max_seconds": seconds}
         return population(posterior, **(fewer if options.fast else usual))
 

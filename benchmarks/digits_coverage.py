@@ -27,7 +27,7 @@ from numpyro_diffusion.infer import PopulationHMC
 from numpyro_diffusion.solve import DPMSolverPP
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from quickstart import OUTPUT, ROWS, model, trained
+from quickstart import ROWS, model, trained
 
 
 def main() -> None:
@@ -39,10 +39,9 @@ def main() -> None:
     num_digits = 1 if options.fast else options.digits
 
     images, held_out = digits(jax.random.key(42))
-    name, num_steps = ("quickstart-fast", 200) if options.fast else ("quickstart", 3000)
-    denoiser = trained(images, num_steps, OUTPUT / f"{name}.safetensors")
+    denoiser = trained(images, options.fast)
     prior = DiffusionPrior(denoiser, flow_solver=DPMSolverPP(10))
-    sampler = PopulationHMC(model, 64, 4, max_gradients=1) if options.fast else PopulationHMC(model)
+    sampler = PopulationHMC(model, 16, 4, max_gradients=1) if options.fast else PopulationHMC(model)
     rows = []
     for i in range(num_digits):
         started = time.perf_counter()

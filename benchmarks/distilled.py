@@ -177,7 +177,7 @@ def given_map(name: str, denoiser: Any, options: Any, **size: int) -> tuple[Give
         quality = given_quality(jax.random.key(1), made, denoiser, DEAR)
     else:
         short = {"num_pairs": 500, "num_steps": 50, "num_test_draws": 100} if options.fast else {}
-        student = MLP(joined_shape(denoiser.event_shape), features=size.pop("features", 128), rngs=nnx.Rngs(0))
+        student = MLP(joined_shape(denoiser.event_shape), features=32 if options.fast else 128, rngs=nnx.Rngs(0))
         training = {**size, **short, "student": student, "progress_bar": False}
         made, quality, *_ = distill_given(jax.random.key(0), denoiser, DEAR, **training)
         seconds = time.process_time() - started
@@ -324,7 +324,7 @@ def noise_part(denoiser: Any, held_out: jax.Array, options: Any) -> dict[str, An
         maps, trained_maps = maps_of(denoiser, options.evaluations, options.seeds, options.fast)
     prior = DiffusionPrior(denoiser, flow_solver=TEACHER)
     flows = {"teacher": prior, "map": prior.with_flow(maps[options.evaluations[0]])}
-    short = {"num_walkers": 64, "num_draws": 4, "max_gradients": 1} if options.fast else {}
+    short = {"num_walkers": 16, "num_draws": 4, "max_gradients": 1} if options.fast else {}
     samplers = {name: PopulationHMC(model, **short, progress_bar=False) for name in flows}
     starter = samplers["map"] if options.fast else PopulationHMC(model, max_gradients=1, progress_bar=False)
     runs, populations = [], []
@@ -394,8 +394,7 @@ def main() -> None:
         options.evaluations, options.chains, options.depth, options.dimensions = [1], 2, 2, [2]
 
     images, held_out = digits(jax.random.key(42))
-    name, num_steps = ("quickstart-fast", 200) if options.fast else ("quickstart", 3000)
-    denoiser = trained(images, num_steps, OUTPUT / f"{name}.safetensors")
+    denoiser = trained(images, options.fast)
     results = noise_part(denoiser, held_out, options) if options.part != "moves" else {}
     if options.part != "noise":
         results |= moves_part(denoiser, held_out, options)

@@ -228,11 +228,11 @@ def main() -> None:
     for increments in options.increments:
         priors = {"exact": DiffusionPrior(exact_denoiser(increments), sampler=SAMPLER, flow_solver=FLOW)}
         if options.learned:
-            learned = learned_denoiser(increments, 200 if options.fast else 4000)
+            learned = learned_denoiser(increments, 50 if options.fast else 4000)
             priors["learned"] = DiffusionPrior(learned, sampler=SAMPLER, flow_solver=FLOW)
         for name in options.operators:
             problem = pose(increments, name, options.signals)
-            gold = exact_draws(0, problem, increments, 500 if options.fast else 4000, 5)
+            gold = exact_draws(0, problem, increments, 200 if options.fast else 4000, 5)
             control = exact_draws(1, problem, increments, options.draws, 5)
 
             def arguments(i: int, prior: DiffusionPrior, problem: Problem = problem) -> tuple:

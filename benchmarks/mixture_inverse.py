@@ -317,7 +317,7 @@ def main() -> None:
         parser.error(f"unknown methods {sorted(unknown)}; there are {METHODS}")
     efforts = [float(effort) for effort in options.effort.split(",")]
     if options.fast:
-        problems, efforts = dict(list(problems.items())[:1]), [0.25]
+        problems, efforts = dict(list(problems.items())[:1]), [0.1]
     references = {name: refer(name, fields, options.seed) for name, fields in problems.items()}
     results = []
     print(

@@ -333,8 +333,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.fast:
         options.tasks, options.simulations, options.seeds, options.data = "mixture", "1000", "0", 1
-        options.draws = options.corrected = 400
-        options.steps, options.sbc, options.chains = 500, 20, 100
+        options.draws = options.corrected = 200
+        options.steps, options.sbc, options.chains = 100, 10, 50
     results = {"rows": [], "sbc": None}
     print("task             pairs seed  before  after  floor accept |  NPSE   NPE  ceiling  CPU s")
     rows = itertools.product(options.tasks.split(","), options.simulations.split(","), options.seeds.split(","))

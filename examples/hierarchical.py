@@ -91,14 +91,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="random key of the sampler")
     options = parser.parse_args()
     images, held_out = digits(jax.random.key(42))
-    stem, num_steps = ("quickstart-fast", 200) if options.fast else ("quickstart", 3000)
-    prior = DiffusionPrior(
-        trained(images, num_steps, OUTPUT / f"{stem}.safetensors"), flow_solver=DPMSolverPP(4 if options.fast else 10)
-    )
+    prior = DiffusionPrior(trained(images, options.fast), flow_solver=DPMSolverPP(4 if options.fast else 10))
     truth = np.asarray(held_out[options.first : options.first + NUM_IMAGES])
     y = truth[:, :ROWS] + NOISE * jax.random.normal(jax.random.key(3), (NUM_IMAGES, ROWS, 8))
 
-    few = {"num_walkers": 32, "num_draws": 2, "max_moves": 4, "max_gradients": 1}
+    few = {"num_walkers": 16, "num_draws": 2, "max_moves": 4, "max_gradients": 1}
     sizes = few if options.fast else {"max_gradients": 3_000_000}
     print("all three")
     together = sample(options.seed, y, prior, **sizes).get_samples()

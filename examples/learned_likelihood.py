@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--weighted", action="store_true", help="weight exact draws, no NUTS on the learned likelihood")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # verdicts say the same, in order
-    num_steps, num_pairs, *lengths = (300, 10_000, 10, 10, 20) if options.fast else (12_000, 1_000_000, 100, 1000, 1000)
+    num_steps, num_pairs, *lengths = (100, 5_000, 10, 10, 20) if options.fast else (12_000, 1_000_000, 100, 1000, 1000)
     data = returns(num_months=30 if options.fast else 120)
     denoiser = learned(options.seed, num_steps, num_pairs)
     exact_run = sample(options.seed, data, None, 2 * lengths[0], lengths[2])

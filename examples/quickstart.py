@@ -44,12 +44,19 @@ def model(y: jax.Array, prior: DiffusionPrior) -> None:
     numpyro.sample("y", dist.Normal(x[:ROWS], noise).to_event(2), obs=y)
 
 
-def trained(images: jax.Array, num_steps: int, path: Path, seed: int = 0) -> NetworkDenoiser:
-    """Loads the denoiser at `path`, or trains it and saves it there."""
+def stem_of(fast: bool, seed: int = 0) -> str:
+    """What files of a run are called."""
+    return "quickstart" + ("-fast" if fast else "") + (f"-{seed}" if seed else "")
+
+
+def trained(images: jax.Array, fast: bool = False, seed: int = 0) -> NetworkDenoiser:
+    """Loads the denoiser of an earlier run, or trains it and saves it; the fast form is small and knows little."""
+    path = OUTPUT / f"{stem_of(fast, seed)}.safetensors"
     if path.exists():
         print(f"loading {path}")
         return checkpoint.load(path)
-    backbone = MLP((8, 8), features=128, num_blocks=3, rngs=nnx.Rngs(seed))
+    size, num_steps = ({"features": 32, "num_blocks": 1}, 200) if fast else ({"features": 128, "num_blocks": 3}, 3000)
+    backbone = MLP((8, 8), **size, rngs=nnx.Rngs(seed))
     # in units of the standard deviation: dequantisation is noise of 0.05, the widest direction is 3
     key = jax.random.key(seed)
     result = fit(key, backbone, images, schedule=VE(0.02, 20.0), num_steps=num_steps, batch_size=128)
@@ -61,7 +68,7 @@ def trained(images: jax.Array, num_steps: int, path: Path, seed: int = 0) -> Net
 
 def sample(key: jax.Array, y: jax.Array, prior: DiffusionPrior, fast: bool) -> PopulationHMC:
     """Samples pixels and noise level jointly; prints the table of the noise level and the verdict."""
-    population = PopulationHMC(model, 64, 4, max_gradients=1) if fast else PopulationHMC(model, max_gradients=2_500_000)
+    population = PopulationHMC(model, 16, 4, max_gradients=1) if fast else PopulationHMC(model, max_gradients=2_500_000)
     started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the verdict says the same, in order
@@ -108,16 +115,19 @@ def main() -> None:
     started = time.perf_counter()
 
     images, held_out = digits(jax.random.key(42))
-    stem, num_steps = ("quickstart-fast", 200) if options.fast else ("quickstart", 3000)
-    stem += f"-{options.training_seed}" if options.training_seed else ""
-    denoiser = trained(images, num_steps, OUTPUT / f"{stem}.safetensors", options.training_seed)
+    denoiser = trained(images, options.fast, options.training_seed)
     prior = DiffusionPrior(denoiser, flow_solver=DPMSolverPP(10))
     print(f"prior ready after {time.perf_counter() - started:.0f} s")
 
     truth = held_out[options.digit]
     y = truth[:ROWS] + 1.0 * jax.random.normal(jax.random.key(3), (ROWS, 8))
     population = sample(jax.random.key(options.seed), y, prior, options.fast)
-    draw_picture(OUTPUT / f"{stem}.png", truth, y, np.asarray(population.get_samples()["x"]))
+    draw_picture(
+        OUTPUT / f"{stem_of(options.fast, options.training_seed)}.png",
+        truth,
+        y,
+        np.asarray(population.get_samples()["x"]),
+    )
     print(f"\n{time.perf_counter() - started:.0f} s in all; the true noise is 1.0")
 
 

@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="the first study, little training, few draws")
     parser.add_argument("--seed", type=int, default=0, help="of chains and training")
     options = parser.parse_args()
-    sizes, names = ((800, 300), ["regression"]) if options.fast else ((NUM_DRAWS, NUM_STEPS), list(STUDIES))
+    sizes, names = ((400, 100), ["regression"]) if options.fast else ((NUM_DRAWS, NUM_STEPS), list(STUDIES))
     found = {name: look(name, options.seed, *sizes)[0] for name in names}
     draw(found, OUTPUT / ("sequential-fast.png" if options.fast else "sequential.png"))
 
