@@ -1,6 +1,6 @@
 """Runs benchmarks and examples, two at a time, and prints what each has to say as it ends.
 
-    python -m benchmarks --fast                                   all of them in their fast form, some ten minutes
+    python -m benchmarks --fast                                   all of them in their fast form, some five minutes
     python -m benchmarks benchmarks/smc.py benchmarks/mog40.py    these two at full size
     python -m benchmarks --keep examples/quickstart.py            at full size, and what it gives is kept for the site
     python -m benchmarks --page                                   writes docs/benchmarks.md from what is kept

@@ -328,7 +328,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30_000, help="of training, at most")
     parser.add_argument("--sbc", type=int, default=300, help="simulations of SBC, 0 for none")
     parser.add_argument("--sbc-task", default="mixture")
-    parser.add_argument("--fast", action="store_true", help="one task, short training, few draws: two minutes")
+    parser.add_argument("--fast", action="store_true", help="one task, short training, few draws")
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()
     if options.fast:

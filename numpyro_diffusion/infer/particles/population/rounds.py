@@ -12,7 +12,8 @@ errors rounds that agree would be sent on in one run of a hundred; those of four
 some five.
 
 Draws of rounds that agree are *pooled*: every second one of each, so that there are as many as of one round, and nearly
-as many effective ones as of both. Numbers of convergence are theirs then, but for drift, which is of one round.
+as many effective ones as of both. Numbers of convergence are theirs then, but for drift; the evidence, and what moves
+say, are of the later round.
 
 Where the posterior reaches further than the prior, no walker starts in its tails, and few are there by weight: they
 come by moving alone, and rounds of few effective draws for each walker are too short in the same way. So there the
@@ -97,7 +98,7 @@ class Look:
         r_hat: the largest of ArviZ, with islands as chains.
         ess: the smallest effective sample size of ArviZ, with islands as chains.
         own_ess: that of this round's draws by themselves.
-        is_pooled: whether all these numbers but `own_ess` and `drift` are of draws of this round and the one before.
+        is_pooled: whether `nested_r_hat`, `r_hat`, `ess` and `worst` are of draws of this round and the one before.
         worst: the site and entry with the largest nested R-hat.
         distance: by how many standard errors means or spreads differ from the round before, in the worst coordinate;
             NaN for the first.
@@ -106,7 +107,7 @@ class Look:
         num_gradients: of all walkers together.
         seconds: wall time.
         problems: what keeps it from counting as converged.
-        is_short: whether its own numbers say something, which more draws of the same chains may mend.
+        is_short: whether numbers of its draws are among the problems, which more draws of the same chains may mend.
         needs_draws: whether that may be all that it takes: chains are stationary, and rounds agree.
         needs_walkers: whether longer chains have not brought more: each is kept in its mode.
     """
@@ -200,7 +201,7 @@ def look(this: Round, last: Round | None, names: list[str], shorter: Look | None
 
 
 def pooled(this: Round, last: Round) -> dict[str, np.ndarray]:
-    """Draws of two rounds with as many walkers, every second one, walkers side by side."""
+    """Draws of two rounds with as many walkers: every second one of the first, then every second one of the other."""
 
     def halves(name: str) -> np.ndarray:
         before, after = (round.values[name] for round in (last, this))
