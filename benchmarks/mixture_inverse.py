@@ -223,11 +223,11 @@ class Reference(NamedTuple):
     floor: float
 
 
-def refer(name: str, fields: dict[str, Any], seed: int) -> Reference:
+def refer(name: str, fields: dict[str, Any], seed: int, num_exact: int, num_floors: int) -> Reference:
     problem = read(name, fields)
     keys = jax.random.split(jax.random.key(seed), 3)
-    exact = exact_draws(keys[0], problem, NUM_EXACT)
-    others = [exact_draws(key, problem, NUM_DRAWS) for key in jax.random.split(keys[2], NUM_FLOORS)]
+    exact = exact_draws(keys[0], problem, num_exact)
+    others = [exact_draws(key, problem, NUM_DRAWS) for key in jax.random.split(keys[2], num_floors)]
     return Reference(problem, exact, float(np.mean([sliced_w1(keys[2], draws, exact) for draws in others])))
 
 
@@ -316,9 +316,10 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown methods {sorted(unknown)}; there are {METHODS}")
     efforts = [float(effort) for effort in options.effort.split(",")]
+    sizes = NUM_EXACT, NUM_FLOORS
     if options.fast:
-        problems, efforts = dict(list(problems.items())[:1]), [0.1]
-    references = {name: refer(name, fields, options.seed) for name, fields in problems.items()}
+        problems, efforts, sizes = dict(list(problems.items())[:1]), [0.02], (1000, 1)
+    references = {name: refer(name, fields, options.seed, *sizes) for name, fields in problems.items()}
     results = []
     print(
         f"{'problem':11} {'method':30} {'effort':>6} {'sliced W1':>9} {'floor':>7} {'evaluations':>11} {'seconds':>8}"

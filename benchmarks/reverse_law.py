@@ -79,8 +79,10 @@ def conditional(law: GaussianMixture, u: jax.Array, level: jax.Array) -> Gaussia
     return GaussianMixture(jax.nn.softmax(log_joint), means, variances * level**2 / spread)
 
 
-@partial(jax.jit, static_argnums=0)
-def compare(solver: Solver, law: Denoiser, level: jax.Array, key: jax.Array) -> tuple[jax.Array, ...]:
+@partial(jax.jit, static_argnums=(0, 4))
+def compare(
+    solver: Solver, law: Denoiser, level: jax.Array, key: jax.Array, points: int = POINTS
+) -> tuple[jax.Array, ...]:
     """W1 of draws and of exact ones, and their variances, in units of the conditional law; over noisy points."""
     t = law.schedule.inverse_noise_level(level)
 
@@ -97,10 +99,10 @@ def compare(solver: Solver, law: Denoiser, level: jax.Array, key: jax.Array) -> 
         w1 = [jnp.abs(jnp.sort(v @ lines, 0)[:, None] - sorted_exact).mean() / truth.scale for v in (x, floor)]
         return *w1, *(v.var(0).mean() / truth.scale**2 for v in (x, floor))
 
-    return jax.lax.map(one, jax.random.split(key, POINTS))
+    return jax.lax.map(one, jax.random.split(key, points))
 
 
-def at_equal_evaluations(evaluations: list[int], levels: tuple[float, ...]) -> list[dict]:
+def at_equal_evaluations(evaluations: list[int], levels: tuple[float, ...], points: int) -> list[dict]:
     rows = []
     print(f"\n{'law':10} {'solver':20} {'evaluations':>11} {'level':>6} {'W1 / floor':>10} {'variance':>9}")
     for name, law in LAWS.items():
@@ -108,7 +110,7 @@ def at_equal_evaluations(evaluations: list[int], levels: tuple[float, ...]) -> l
             for n in evaluations:
                 for level in levels:
                     solver = make(n)
-                    w1, floor, variance, exact = compare(solver, law, level * law.scale, jax.random.key(0))
+                    w1, floor, variance, exact = compare(solver, law, level * law.scale, jax.random.key(0), points)
                     row = {
                         "law": name,
                         "solver": kind,
@@ -184,7 +186,7 @@ def main() -> None:
                 print("{solver:28} {num_times:5} {level:6.2f} {variance_over_truth:9.3f} {mean_error:8.4f} "
                       "{evaluations:11}".format(**row))  # fmt: skip
     few = [8] if options.fast else [8, 16, 32, 64]
-    rows += at_equal_evaluations(few, (0.3,) if options.fast else (0.1, 0.3, 1.0, 10.0))
+    rows += at_equal_evaluations(few, *(((0.3,), 1) if options.fast else ((0.1, 0.3, 1.0, 10.0), POINTS)))
     rows += moves_of_pcn([16] if options.fast else [16, 32, 64], count)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))

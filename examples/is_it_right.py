@@ -52,7 +52,13 @@ def model(y: jax.Array, prior: DiffusionPrior) -> None:
 
 
 def look(
-    kernel: Callable, y: jax.Array, prior: DiffusionPrior, num_simulations: int, num_draws: int, num_samples: int
+    kernel: Callable,
+    y: jax.Array,
+    prior: DiffusionPrior,
+    num_simulations: int,
+    num_draws: int,
+    num_warmup: int,
+    num_samples: int,
 ) -> Calibration:
     """All that can be asked of one sampler."""
     options = {"num_warmup": num_draws, "num_samples": num_draws, "num_chains": 4, "chain_method": "vectorized"}
@@ -60,7 +66,7 @@ def look(
     mcmc.run(jax.random.key(0), y, prior)
     print(f"\n{kernel.__name__}\nverdict: {verdict(mcmc)}")
     print(f"bias_report: {bias_report(jax.random.key(1), mcmc)}")
-    sizes = {"num_simulations": num_simulations, "num_warmup": 500, "num_samples": num_samples}
+    sizes = {"num_simulations": num_simulations, "num_warmup": num_warmup, "num_samples": num_samples}
     found = SBC(kernel, model, **sizes).run(jax.random.key(2), None, prior)
     print(f"SBC: {found}")
     share, error = (np.mean(part) for part in found.coverage(0.9)["x"])
@@ -97,7 +103,7 @@ def main() -> None:
     kernels = {GuidedReverse: (1000, 100), MALA: (5000, 800)}  # draws of a chain, of the run and of a simulation
     found = {}
     for kernel, (num_draws, num_samples) in kernels.items():
-        sizes = (100, 100, 100) if options.fast else (400, num_draws, num_samples)
+        sizes = (40, 100, 50, 50) if options.fast else (400, num_draws, 500, num_samples)
         found[kernel.__name__] = look(kernel, y, prior, *sizes)
     draw(found, options.png)
 

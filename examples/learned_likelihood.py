@@ -154,10 +154,17 @@ def model(y: jax.Array, market: jax.Array, denoiser: NetworkDenoiser | None) -> 
     numpyro.sample("y", dist.TransformedDistribution(law, AffineTransform(drift + slope * market, scale)), obs=y)
 
 
-def sample(seed: int, data: tuple, denoiser: NetworkDenoiser | None, num_warmup: int, num_samples: int) -> MCMC:
+def sample(
+    seed: int,
+    data: tuple,
+    denoiser: NetworkDenoiser | None,
+    num_warmup: int,
+    num_samples: int,
+    max_tree_depth: int = 10,
+) -> MCMC:
     sites = tuple(ROUGHLY)
     options = {"dense_mass": [sites], "inverse_mass_matrix": {sites: np.diag(list(ROUGHLY.values()))}}
-    kernel = NUTS(model, init_strategy=init_to_median, **options)
+    kernel = NUTS(model, init_strategy=init_to_median, max_tree_depth=max_tree_depth, **options)
     mcmc = MCMC(
         kernel,
         num_warmup=num_warmup,
@@ -263,10 +270,11 @@ def main() -> None:
     num_steps, num_pairs, *lengths = (100, 5_000, 10, 10, 20) if options.fast else (12_000, 1_000_000, 100, 1000, 1000)
     data = returns(num_months=30 if options.fast else 120)
     denoiser = learned(options.seed, num_steps, num_pairs)
-    exact_run = sample(options.seed, data, None, 2 * lengths[0], lengths[2])
+    depth = 3 if options.fast else 10
+    exact_run = sample(options.seed, data, None, 2 * lengths[0], lengths[2], depth)
     if options.weighted:
         return weighted(options.seed, data, denoiser, exact_run)
-    runs = {"learned": sample(options.seed, data, denoiser, *lengths[:2]), "exact": exact_run}
+    runs = {"learned": sample(options.seed, data, denoiser, *lengths[:2], depth), "exact": exact_run}
     for name, run in runs.items():
         print(f"{name}: {verdict(run)}")
     draws, exact = ({k: np.asarray(v) for k, v in run.get_samples().items()} for run in runs.values())

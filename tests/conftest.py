@@ -51,17 +51,17 @@ def _is_double(item):
     return "x64" in getattr(item, "fixturenames", ())
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Most of the time is the compiler's, so it does not optimise, but for tests that say `optimised`."""
+    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("optimised") is None)
+
+
 @pytest.fixture(autouse=True, scope="module")
-def programs(request):
-    """Most of the time is the compiler's, so it does not optimise, but for modules that say `OPTIMISED = True`."""
-    optimised = getattr(request.module, "OPTIMISED", False)
-    if optimised:
-        forget()
-        jax.config.update("jax_disable_most_optimizations", False)
+def programs():
+    """Lets programs go between modules: they take memory, and many thousands end in a crash of XLA."""
     yield
-    if optimised:
-        jax.config.update("jax_disable_most_optimizations", True)
-    if optimised or len(COMPILED) > 1000:  # they take memory, and many thousands end in a crash of XLA
+    if len(COMPILED) > 1000:
         forget()
 
 

@@ -19,7 +19,6 @@ from numpyro_diffusion.infer.gradient.target import Evaluation
 from numpyro_diffusion.infer.kernel.adapt import Root
 from numpyro_diffusion.noise import VE
 
-OPTIMISED = True
 SLOW = pytest.mark.slow
 MODES = jnp.array([-6.0, 6.0])
 
@@ -222,6 +221,7 @@ def figures_of_forty_modes(key, kernel, num_samples, chains=10):
 
 
 @SLOW
+@pytest.mark.optimised
 def test_forty_modes():
     """The published setting: one level of alpha = .1, 200 sweeps a draw of a restart and 5 MALA steps of .1."""
     alpha = 0.1

@@ -9,7 +9,7 @@ from numpyro_diffusion.denoise import GaussianMixture
 from numpyro_diffusion.nn import MLP
 from numpyro_diffusion.train import fit
 
-OPTIMISED = True
+pytestmark = pytest.mark.optimised
 LAW = GaussianMixture([0.3, 0.7], [[-1.0, 0.0], [1.0, 0.5]], [0.2, 0.4])
 
 

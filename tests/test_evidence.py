@@ -18,8 +18,7 @@ from numpyro_diffusion.infer.particles.evidence import evidence_of, pool_islands
 from numpyro_diffusion.noise import VE
 from numpyro_diffusion.solve import Adams
 
-OPTIMISED = True
-SLOW = pytest.mark.slow
+SLOW, OPTIMISED = pytest.mark.slow, pytest.mark.optimised
 QUIET = {"progress_bar": False}
 MEANS = np.array([[-3.0, 0.0], [3.0, 1.0]])
 WEIGHTS = np.array([0.7, 0.3])
@@ -70,7 +69,7 @@ def test_unbiased_at_given_temperatures(model, kernel):
 
 
 @SLOW
-@pytest.mark.parametrize("model", [gaussian, mixture])
+@pytest.mark.parametrize("model", [gaussian, pytest.param(mixture, marks=OPTIMISED)])
 def test_unbiased_when_everything_adapts(model):
     """200 runs of 100 particles with the defaults, to 4 standard errors."""
     smc = TemperedSMC(model, 100, num_islands=1, **QUIET)
@@ -121,7 +120,9 @@ def benchmark():
 
 
 @SLOW
-@pytest.mark.parametrize(("name", "error"), [("funnel", 0.1), ("many_well", 0.4), ("brownian", 0.16)])
+@pytest.mark.parametrize(
+    ("name", "error"), [("funnel", 0.1), pytest.param("many_well", 0.4, marks=OPTIMISED), ("brownian", 0.16)]
+)
 def test_known_constants(name, error):
     """Within 4 of its own standard errors, and those as small as the published samplers' are not."""
     module = benchmark()

@@ -96,6 +96,7 @@ def test_two_sources_are_separated_as_in_closed_form(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # what keeps one round from counting as converged
+@pytest.mark.optimised
 def test_images_that_share_a_noise_level_tell_it_as_in_closed_form():
     """With a normal prior the level's posterior is by quadrature.
 

@@ -221,7 +221,8 @@ LONGER = {
     ),
 }
 ROWS = [pytest.param(*row, id=name) for name, row in QUICK.items()]
-ROWS += [pytest.param(*row, id=name, marks=SLOW) for name, row in LONGER.items()]
+MARKS = {name: [SLOW, pytest.mark.optimised] for name in ("independence_learned", "independence_learned_proposal")}
+ROWS += [pytest.param(*row, id=name, marks=MARKS.get(name, SLOW)) for name, row in LONGER.items()]
 CHAINS, STEPS = 40_000, 10
 DEAR = {  # chains and steps of the kernels that walk or flow
     DiffusionPCN: (20_000, 3),

@@ -12,7 +12,6 @@ from numpyro.distributions import constraints
 from numpyro_diffusion import prior_from_samples
 from numpyro_diffusion.diagnostics import classifier_test
 
-OPTIMISED = True
 NUM = 4000
 CENTRES = np.array([[-2.0, 1.0], [2.0, 0.0]])
 
@@ -97,6 +96,7 @@ def test_normal_draws_stay_normal_and_forgotten_supports_are_named():
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_studies_in_sequence():
     """The example: first posterior and second data give that of all; a normal law fails where there are two modes.
 

@@ -13,7 +13,7 @@ from scipy.stats import kstest, levy_stable, norm
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 learned_likelihood = importlib.import_module("learned_likelihood")
 
-OPTIMISED = True
+pytestmark = pytest.mark.optimised
 
 
 @pytest.fixture

@@ -560,6 +560,7 @@ def hierarchical(y):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_walkers_enter_the_neck_of_a_funnel():
     """Mean, standard deviation and evidence by quadrature, in the mean of four keys, within 4 standard errors.
 

@@ -106,6 +106,7 @@ def test_nuts_with_an_exact_simulator():
 
 
 @SLOW
+@pytest.mark.optimised
 def test_nuts_with_a_learned_likelihood(learned):
     """Three data have three times the network's error: .17 posterior sd in a mean, 8 % of a standard deviation."""
     draws = {"num_warmup": 100, "num_samples": 150, "chains": 4}

@@ -237,6 +237,7 @@ def test_a_hard_constraint_is_met_or_said_to_be_out_of_reach(constrained):
 
 
 @SLOW
+@pytest.mark.optimised
 def test_a_soft_constraint_reaches_what_a_hard_one_does_not():
     """1e-6 of the prior by a distance with a temperature: x above 4.753 but for 0.02, and log 1e-6 as evidence."""
 

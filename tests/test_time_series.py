@@ -14,7 +14,7 @@ from numpyro_diffusion.infer import PopulationHMC
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 time_series = importlib.import_module("time_series")
 
-OPTIMISED = True
+pytestmark = pytest.mark.optimised
 
 
 def test_hidden_hours_of_a_mixture_are_those_of_bayes_rule():

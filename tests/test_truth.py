@@ -79,7 +79,7 @@ def linear(prior, matrix, y, sigma):
 @pytest.mark.parametrize(
     "make",
     [
-        partial(DiffusionPCN, num_proposals=4, global_fraction=1.0),
+        pytest.param(partial(DiffusionPCN, num_proposals=4, global_fraction=1.0), marks=pytest.mark.optimised),
         partial(Mixture, [partial(DiffusionPCN, num_proposals=4, global_fraction=1.0), MALA], [0.7, 0.3]),
     ],
     ids=["pcn", "mixture_with_mala"],

@@ -155,9 +155,9 @@ def counts(y, rate):
 
 
 @jax.jit
-def evidence_by_quadrature(y, rate):
-    log_rate = jnp.log(rate) + GRID @ MATRIX.T
-    log_joint = dist.Normal().log_prob(GRID).sum(-1) + (y * log_rate - jnp.exp(log_rate) - gammaln(y + 1.0)).sum(-1)
+def evidence_by_quadrature(y, rate, grid):  # an argument: the compiler works out constants, four million of them
+    log_rate = jnp.log(rate) + grid @ MATRIX.T
+    log_joint = dist.Normal().log_prob(grid).sum(-1) + (y * log_rate - jnp.exp(log_rate) - gammaln(y + 1.0)).sum(-1)
     return logsumexp(log_joint) + 2.0 * jnp.log(10.0 / 2000)
 
 
@@ -185,7 +185,7 @@ def test_counts(of_counts, rate, x):
     y = jnp.round(rate * jnp.exp(MATRIX @ jnp.array(x)))
     value, error, _ = of_counts.run(jax.random.key(0), y, rate).log_evidence
     assert of_counts.problems == () and error < 0.1
-    assert abs(value - evidence_by_quadrature(y, rate)) < 4.0 * error + 0.05
+    assert abs(value - evidence_by_quadrature(y, rate, GRID)) < 4.0 * error + 0.05
 
 
 @pytest.mark.slow
