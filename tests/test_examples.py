@@ -74,11 +74,12 @@ def test_the_linear_separation_is_the_mean_of_the_joint_normal_law():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # what keeps one round from counting as converged
 def test_two_sources_are_separated_as_in_closed_form(monkeypatch):
-    """With a normal prior for the digits and gains held at the truth, NUTS meets the linear separation.
+    """With a normal prior for the digits and gains held at the truth, a round meets the linear separation.
 
-    Of the 128 means the largest error is some three standard errors; a posterior standard deviation is at most that of
-    the prior, 2 and 1, and there are 100 effective draws or more: .6 and .3.
+    Of the 128 means the largest error is some three standard errors, four at most; a posterior standard deviation is at
+    most that of the prior, 2 and 1, and there are 400 effective draws or more: .4 and .2.
     """
     held = numpyro.handlers.condition(separation.model, separation.GAINS)
     monkeypatch.setattr(separation, "model", held)
@@ -88,10 +89,12 @@ def test_two_sources_are_separated_as_in_closed_form(monkeypatch):
     laws = Gaussian(flat.mean(0), np.cov(flat.T)), Gaussian(np.zeros(64), separation.waves())
     y = rng.normal(2.0, 4.0, (8, 8)).astype(np.float32)
     priors = [DiffusionPrior(law, flow_solver=DPMSolverPP(10)) for law in laws]
-    draws = separation.sample(0, y, *priors, num=100).get_samples()
+    population = separation.sample(0, y, *priors, max_gradients=1)
+    draws = population.get_samples()
+    assert population.rounds[0].ess > 400
     digit, texture = separation.linear(y, examples)
-    np.testing.assert_allclose(draws["digit"].mean(0), digit.ravel(), atol=0.6)
-    np.testing.assert_allclose(draws["texture"].mean(0), texture.ravel(), atol=0.3)
+    np.testing.assert_allclose(draws["digit"].mean(0), digit.ravel(), atol=0.4)
+    np.testing.assert_allclose(draws["texture"].mean(0), texture.ravel(), atol=0.2)
 
 
 @pytest.mark.slow
