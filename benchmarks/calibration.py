@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from calibration_rows import (
+from _calibration_rows import (
     EXACT,
     GAUSSIAN,
     MIXTURE,

@@ -39,8 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from flax import nnx
-from levy_truth import (
+from _levy_truth import (
     INCREMENTS,
     OPERATORS,
     SIZE,
@@ -52,6 +51,7 @@ from levy_truth import (
     log_density,
     pose,
 )
+from flax import nnx
 from numpyro.diagnostics import split_gelman_rubin
 from numpyro.infer import MCMC, NUTS
 

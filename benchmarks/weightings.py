@@ -1,9 +1,12 @@
-"""Draws the weightings of `train.weighting` on one axis, for docs/concepts/training.md.
+"""What each weighting of `train.weighting` makes of the noise levels: its weight at three, and whether it is monotonic.
 
-python benchmarks/weightings.py --png docs/concepts/weightings.png
+    python benchmarks/weightings.py --png docs/concepts/weightings.png
+
+The figure, of docs/concepts/training.md, has all of them on one axis.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +48,19 @@ def draw(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="the same: it takes seconds")
+    parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--png", type=Path, help="where to write the figure")
     options = parser.parse_args()
+    rows = []
+    print(f"{'weighting':26}{'monotonic':>10}{'w(-6)':>10}{'w(0)':>10}{'w(6)':>10}")
     for name, weight in SHOWN.items():
-        values = np.asarray(weight(np.array([-6.0, 0.0, 6.0])))
-        print(f"{name:26} monotonic {weight.monotonic!s:5}  w(-6), w(0), w(6) = {np.array2string(values, precision=4)}")
+        values = [float(value) for value in weight(np.array([-6.0, 0.0, 6.0]))]
+        rows.append(
+            {"weighting": name, "monotonic": weight.monotonic, "w(-6)": values[0], "w(0)": values[1], "w(6)": values[2]}
+        )
+        print(f"{name:26}{weight.monotonic!s:>10}{values[0]:10.4g}{values[1]:10.4g}{values[2]:10.4g}")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
     if options.png:
         draw(options.png)
 

@@ -10,7 +10,7 @@ import pytest
 from scipy import integrate, stats
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from levy_truth import INCREMENTS, OPERATORS, SIZE, exact_denoiser, gibbs, law_of, log_density, operator, pose
+from _levy_truth import INCREMENTS, OPERATORS, SIZE, exact_denoiser, gibbs, law_of, log_density, operator, pose
 
 LAWS = {
     "gauss": stats.norm(0, 0.5),
