@@ -80,9 +80,7 @@ def conditional(law: GaussianMixture, u: jax.Array, level: jax.Array) -> Gaussia
 
 
 @partial(jax.jit, static_argnums=(0, 4))
-def compare(
-    solver: Solver, law: Denoiser, level: jax.Array, key: jax.Array, points: int = POINTS
-) -> tuple[jax.Array, ...]:
+def compare(solver: Solver, law: Denoiser, level: jax.Array, key: jax.Array, points: int) -> tuple[jax.Array, ...]:
     """W1 of draws and of exact ones, and their variances, in units of the conditional law; over noisy points."""
     t = law.schedule.inverse_noise_level(level)
 
@@ -185,8 +183,8 @@ def main() -> None:
                 rows.append(row)
                 print("{solver:28} {num_times:5} {level:6.2f} {variance_over_truth:9.3f} {mean_error:8.4f} "
                       "{evaluations:11}".format(**row))  # fmt: skip
-    few = [8] if options.fast else [8, 16, 32, 64]
-    rows += at_equal_evaluations(few, *(((0.3,), 1) if options.fast else ((0.1, 0.3, 1.0, 10.0), POINTS)))
+    sizes = ([8], (0.3,), 1) if options.fast else ([8, 16, 32, 64], (0.1, 0.3, 1.0, 10.0), POINTS)
+    rows += at_equal_evaluations(*sizes)
     rows += moves_of_pcn([16] if options.fast else [16, 32, 64], count)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
