@@ -12,7 +12,7 @@ ISLANDS, SIZE, TIMES = 4, 64, 300
 
 def history(*temperatures, lags=None):
     """What `bridged` reads of a climb: inverse temperatures, and what the log-likelihood lacks at each."""
-    blank = Temperature(*np.ones(9), num_blind=np.zeros(1))._replace(lag=0.0)
+    blank = Temperature(*np.ones(11), num_blind=np.zeros(1))._replace(lag=0.0)
     lags = lags or [0.0] * len(temperatures)
     return [blank._replace(temperature=t, lag=lag) for t, lag in zip(temperatures, lags, strict=True)]
 

@@ -38,7 +38,7 @@ from numpyro_diffusion.infer.model.record import Record
 from numpyro_diffusion.infer.noise import lattice
 from numpyro_diffusion.infer.noise.vector import NoiseVector
 from numpyro_diffusion.infer.particles.evidence import evidence_of, resample_islands
-from numpyro_diffusion.infer.particles.population import parts, rounds
+from numpyro_diffusion.infer.particles.population import climb, parts, rounds
 from numpyro_diffusion.infer.particles.population.climb import Chains
 from numpyro_diffusion.infer.particles.population.sampler import _tell
 from numpyro_diffusion.infer.particles.population.walkers import (
@@ -243,7 +243,7 @@ def test_draws_of_a_key_do_not_depend_on_the_number_of_cores(monkeypatch):
 
 def round_of(values, num_walkers, starts=None):
     moves = Moves(*map(np.asarray, (8, 0.1, 0, np.full(4 * num_walkers, 0.7), 0)))
-    history = [rounds.Temperature(*np.ones(9), num_blind=np.zeros(1))]
+    history = [rounds.Temperature(*np.ones(11), num_blind=np.zeros(1))]
     starts = values if starts is None else starts
     return rounds.Round(values, starts, evidence_of(jnp.zeros(4)), history, moves, 1, 1.0, 1.0, num_walkers, 2)
 
@@ -465,6 +465,25 @@ def test_a_round_is_given_up_where_the_budget_ends_on_the_way(monkeypatch):
     (only,) = sampler.rounds
     assert only.num_gradients < 6000 < sampler.num_gradients
     assert not sampler.converged and sampler.get_samples()["x"].shape == (64,)
+
+
+def test_walkers_that_are_slow_to_forget_move_further(monkeypatch):
+    """One step a move: after two moves, here, there are two steps in each, and gradients are counted."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fast = quiet(pair, 64, num_steps=8, max_gradients=1).run(KEY, 3.0)
+        monkeypatch.setattr(climb, "_MANY", 2)
+        slow = quiet(pair, 64, num_steps=1, max_gradients=1).run(KEY, 3.0)
+    assert {int(each.num_steps) for each in fast.temperatures} == {8}
+    history = slow.temperatures
+    lengthened = [int(each.num_steps) for each in history].index(2)
+    for i, each in enumerate(history):
+        short = 0 if i > lengthened else 2 if i == lengthened else each.num_moves
+        assert each.num_gradients == 2 * each.num_moves - short and each.num_steps == 1 + (i >= lengthened)
+    last = history[-1]
+    draws = slow._num_draws * -(-last.num_gradients // (2 * slow._num_draws)) * 2
+    spent = sum(each.num_gradients for each in history) + draws + 1 + len(history)
+    assert slow.rounds[0].num_gradients == 64 * spent
 
 
 def test_draws_lie_closer_where_a_round_takes_more_than_expected(monkeypatch):

@@ -1,8 +1,8 @@
 r"""The climb of a population from the prior to the posterior, and its chains there.
 
 At each temperature walkers are reweighted, resampled on their island, and moved (`walkers`) until they have forgotten
-where they were. At $\beta = 1$ adaptation ends, and every walker goes on as a chain. The programs are compiled once for
-all temperatures, and driven from the host.
+where they were; if they have not in eight moves, the following ones are twice as long. At $\beta = 1$ adaptation ends,
+and every walker goes on as a chain. The programs are compiled once for all temperatures, and driven from the host.
 """
 
 from collections.abc import Callable
@@ -38,6 +38,8 @@ from numpyro_diffusion.infer.particles.tempered import lag_of
 
 _AT_ONCE = 2
 """Moves between two estimates of the metric."""
+_MANY = 8
+"""Moves after which walkers that have not forgotten where they were go on in moves of twice the length."""
 _FIRST_STEP = 0.3
 """Leapfrog step in units of the metric's root, to begin with."""
 
@@ -48,22 +50,18 @@ class Stage(NamedTuple):
     walkers: Walker
     temperature: jax.Array  # inverse
     tuning: Tuning
+    num_steps: jax.Array  # leapfrog steps of a move
 
 
 class Settings(NamedTuple):
     """How a population climbs."""
 
     num_islands: int
-    num_steps: int  # leapfrog steps of a move
+    num_steps: int  # leapfrog steps of a move, to begin with
     ess_threshold: float
     correlation: float  # that counts as forgotten
     max_moves: int
     summed: str | None  # site that moves are summed over, see `noise.lattice`
-
-    @property
-    def gradients(self) -> int:
-        """Of the model, for a move of a walker."""
-        return self.num_steps + (self.summed is not None)
 
 
 class Climb:
@@ -101,7 +99,7 @@ class Climb:
         unknown, zero = jnp.full(len(q), jnp.nan, q.dtype), jnp.zeros((), q.dtype)
         walkers = Walker(q, unknown, -q, unknown)  # the gradient as if the prior were N(0, I)
         tuning = tuned(self._target(zero, args, kwargs), walkers, jnp.asarray(_FIRST_STEP, zero.dtype), islands)
-        return Stage(walkers, zero, tuning)
+        return Stage(walkers, zero, tuning, jnp.asarray(self._settings.num_steps, jnp.int32))
 
     def _reweigh(
         self, key: jax.Array, stage: Stage, args: tuple, kwargs: dict[str, Any]
@@ -114,7 +112,7 @@ class Climb:
         ancestors = resample_islands(key, by_island).reshape(-1)
         walkers = jax.tree.map(lambda leaf: leaf[ancestors], stage.walkers)
         enough = jnp.maximum(self._settings.correlation, least_correlation(walkers.q))
-        return Stage(walkers, new, stage.tuning), effective_size(log_weights), enough
+        return stage._replace(walkers=walkers, temperature=new), effective_size(log_weights), enough
 
     def _tune(self, stage: Stage, args: tuple, kwargs: dict[str, Any]) -> Tuning:
         """How walkers move, from where they are."""
@@ -162,6 +160,10 @@ class Programs(NamedTuple):
     parts: Parts
     settings: Settings
 
+    def gradients(self, stage: Stage) -> int:
+        """Of the model, for a move of a walker."""
+        return int(stage.num_steps) + (self.settings.summed is not None)
+
     def at(self, key: jax.Array, stage: Stage) -> Stage:
         """The walkers at the temperature of a stage: a move of no steps."""
         stage = stage._replace(tuning=self.tune(stage))
@@ -173,7 +175,7 @@ class Programs(NamedTuple):
         """Moves all walkers, adapting or not; correlations are those with `origin`."""
         if adapting:
             stage = stage._replace(tuning=self.tune(stage))
-        walkers, sums = self._advance(key, stage, num_moves, self.settings.num_steps, anew=0)
+        walkers, sums = self._advance(key, stage, num_moves, int(stage.num_steps), anew=0)
         stage = stage._replace(walkers=walkers)
         step_size, moves = self.judge(stage, origin, sums, np.int32(num_moves))
         tuning = stage.tuning._replace(step_size=step_size)
@@ -205,18 +207,26 @@ class Programs(NamedTuple):
         stage = self.at(key_at, before)
         origin, moves, needed = stage.walkers.q, None, self.settings.max_moves
         blind = np.sum(~np.isfinite(np.asarray(stage.walkers.gradient)), axis=0)
-        while (done := 0 if moves is None else int(moves.num_moves)) < needed * factor:
-            key_now = jax.random.fold_in(key_moves, done)
+        spent, gradients = 0, 0  # of moves, a long one as two
+        while spent < needed * factor:
+            key_now = jax.random.fold_in(key_moves, spent)
             stage, some = self.move(key_now, stage, origin, _AT_ONCE, adapting=True)
             moves = joined(moves, some)
-            if float(moves.correlation) <= float(enough) and needed == self.settings.max_moves:
-                needed = done + _AT_ONCE
+            length = int(stage.num_steps) // self.settings.num_steps
+            spent, gradients = spent + _AT_ONCE * length, gradients + _AT_ONCE * self.gradients(stage)
+            if needed == self.settings.max_moves:  # not forgotten yet
+                if float(moves.correlation) <= float(enough):
+                    needed = spent
+                elif spent >= _MANY and length == 1:
+                    stage = stage._replace(num_steps=jnp.asarray(2 * self.settings.num_steps, jnp.int32))
         assert moves is not None
         happened = Temperature(
             stage.temperature,
             effective,
             **moves._replace(accept_prob=moves.accept_prob.mean())._asdict(),
             step_size=stage.tuning.step_size,
+            num_steps=stage.num_steps,
+            num_gradients=jnp.asarray(gradients),
             lag=_lag(before.walkers.log_likelihood, stage.walkers.log_likelihood),
             num_blind=blind,
         )

@@ -66,6 +66,8 @@ class Temperature(NamedTuple):
     worst: jax.Array  # index of that coordinate
     accept_prob: jax.Array  # mean over moves and walkers
     step_size: jax.Array
+    num_steps: jax.Array  # leapfrog steps of a move, in the end
+    num_gradients: jax.Array  # of the model, of each walker
     num_diverging: jax.Array  # of all walkers and moves
     lag: jax.Array  # by how much the mean log-likelihood may fall short of its equilibrium after the moves, in nats
     num_blind: jax.Array  # walkers at which a coordinate's gradient is not finite, before they move, (D,)

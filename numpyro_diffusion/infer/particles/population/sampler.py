@@ -3,7 +3,8 @@ r"""A population of Hamiltonian chains in noise space, from the prior to the pos
 Walkers start as draws of the prior and are carried through $\pi_\beta \propto p\, L^\beta$ to $\beta = 1$, as in
 `tempered`: reweighted, resampled on their island, and moved until they have forgotten where they were. Here the moves
 are Hamiltonian trajectories in noise space (`walkers`). Their step size, and for each island a metric from the walkers
-of the others, go on from temperature to temperature. At $\beta = 1$ adaptation ends, and every walker is a chain.
+of the others, go on from temperature to temperature, and trajectories become twice as long where it takes many of them
+to forget. At $\beta = 1$ adaptation ends, and every walker is a chain.
 
 One run cannot show what all of its islands have in common. So a run is followed by another with twice the moves, and
 the result counts as converged if, for every site,
@@ -65,11 +66,11 @@ class PopulationHMC(ParticleSampler):
         num_walkers: chains in all, at least 2 an island.
         num_draws: draws of each chain, at least 2.
         num_islands: independent parts of the population, at least 2.
-        num_steps: leapfrog steps of a move.
+        num_steps: leapfrog steps of a move; twice as many from where walkers have not forgotten where they were in 8.
         ess_threshold: share of the walkers that a step of the temperature leaves effective, in (0, 0.999].
         correlation: largest correlation with their ancestors that walkers may have, in any coordinate, when the moves
             at a temperature end, in (0, 1). Smaller ones than the noise of the estimate count as that.
-        max_moves: largest number of moves at a temperature, in the first round.
+        max_moves: largest number of moves at a temperature, in the first round; a long one counts as two.
         max_gradients: budget: no round begins that is expected to exceed this number of gradients of the model, all
             walkers together; the first always runs. Draws lie closer together in a round that takes more than expected,
             and one that has not reached the posterior when the budget ends is given up.
@@ -228,31 +229,32 @@ class PopulationHMC(ParticleSampler):
         stage, label = programs.at(key_at, programs.start(key_start)), f"round {len(self._looks) + 1}"
         history: list[Temperature] = []
         walkers, before = len(stage.walkers.q), 0
-        each = programs.settings.gradients * walkers
         log_likelihoods = [np.asarray(stage.walkers.log_likelihood)]
         starts = {n: v.reshape(islands, -1, 1, *v.shape[1:]) for n, v in programs.values(stage).items()}
         if last is None:
             look_at_start(log_likelihoods[0])
         with self._bar(1.0, f"{label}, temperature") as bar:
             while float(stage.temperature) < 1.0:
-                if last is not None and not self._affords(before * each, 0, 0.0):
-                    self._given_up = before * each
+                if last is not None and not self._affords(before, 0, 0.0):
+                    self._given_up = before
                     return None
                 stage, happened = programs.climb(jax.random.fold_in(key_climb, len(history)), stage, factor)
                 history.append(happened)
-                before += int(happened.num_moves)
+                before += int(happened.num_gradients) * walkers
                 log_likelihoods.append(np.asarray(stage.walkers.log_likelihood))
                 bar.set_postfix_str(f"ESS {happened.effective_size:.0f}, moves {happened.num_moves}", refresh=False)
                 bar.update(float(happened.temperature) - bar.n)
         log_likelihoods = [v.reshape(islands, -1) for v in log_likelihoods]
-        between = self._moves_between(int(history[-1].num_moves), before * each, each, last)
+        each = programs.gradients(stage) * walkers
+        to_forget = -(-int(history[-1].num_gradients) * walkers // each)
+        between = self._moves_between(to_forget, before, each, last)
         chains, drawing = Chains(programs, key_draw, stage, between), time.monotonic()
         lengths, number, seen = 0, self._num_draws, None
         while True:
             with self._bar(number, f"{label}, draws") as bar:
                 between_draws = chains.draw(number, partial(_tell, bar, chains, islands))
             lengths, now, moves = lengths + 1, time.monotonic(), int(between_draws.num_moves)
-            spent = (before + moves) * each + (1 + len(history)) * walkers
+            spent = before + moves * each + (1 + len(history)) * walkers
             seconds_each = (now - drawing) / (moves * each)
             evidence = bridged(history, [*log_likelihoods[:-1], chains.log_likelihoods(islands)])
             cost, size = (spent, now - started, seconds_each), (walkers // islands, factor)

@@ -22,7 +22,8 @@ Where the model has an unknown scale, moves are of all other coordinates, summed
 (`noise.lattice`), and the scale is drawn at their end. What is called $q$ above is without it then.
 
 Moves at a temperature end when the walkers have forgotten where they started, in the *worst* coordinate: a mean over
-coordinates hides the slowest, which is often a scale.
+coordinates hides the slowest, which is often a scale. Where that takes many moves, trajectories become twice as long
+(`climb`): many short ones are a random walk, which needs more gradients.
 
 References:
     Bou-Rabee, Carpenter, Marsden, GIST: Gibbs self-tuning for locally adaptive Hamiltonian Monte Carlo, 2024,
