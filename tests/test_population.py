@@ -468,11 +468,18 @@ def test_a_round_is_given_up_where_the_budget_ends_on_the_way(monkeypatch):
 
 
 def test_walkers_that_are_slow_to_forget_move_further(monkeypatch):
-    """One step a move: after two moves, here, there are two steps in each, and gradients are counted."""
+    """One step a move: after two moves, here, there are two steps in each, and as many gradients as are made."""
+    advance, made = climb.Programs._advance, []
+
+    def counted(programs, key, stage, num_moves, num_steps, *, anew):
+        made.append(num_moves * num_steps + anew)
+        return advance(programs, key, stage, num_moves, num_steps, anew=anew)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fast = quiet(pair, 64, num_steps=8, max_gradients=1).run(KEY, 3.0)
         monkeypatch.setattr(climb, "_MANY", 2)
+        monkeypatch.setattr(climb.Programs, "_advance", counted)
         slow = quiet(pair, 64, num_steps=1, max_gradients=1).run(KEY, 3.0)
     assert {int(each.num_steps) for each in fast.temperatures} == {8}
     history = slow.temperatures
@@ -480,10 +487,16 @@ def test_walkers_that_are_slow_to_forget_move_further(monkeypatch):
     for i, each in enumerate(history):
         short = 0 if i > lengthened else 2 if i == lengthened else each.num_moves
         assert each.num_gradients == 2 * each.num_moves - short and each.num_steps == 1 + (i >= lengthened)
-    last = history[-1]
-    draws = slow._num_draws * -(-last.num_gradients // (2 * slow._num_draws)) * 2
-    spent = sum(each.num_gradients for each in history) + draws + 1 + len(history)
-    assert slow.rounds[0].num_gradients == 64 * spent
+    assert made[-1] % 2 == 0 and slow.rounds[0].num_gradients == 64 * sum(made)
+
+
+def test_long_moves_count_twice_where_walkers_never_forget(monkeypatch):
+    monkeypatch.setattr(climb, "_MANY", 2)
+    monkeypatch.setattr(climb, "least_correlation", lambda q: 0.0)
+    with pytest.warns(UserWarning, match="did not suffice for a second round"):
+        never = quiet(pair, 16, num_draws=4, num_steps=1, max_moves=20, correlation=1e-9, max_gradients=1).run(KEY, 3.0)
+    assert {int(each.num_steps) for each in never.temperatures} == {2}
+    assert all(20 <= each.num_gradients < 24 for each in never.temperatures)  # two long moves at once
 
 
 def test_draws_lie_closer_where_a_round_takes_more_than_expected(monkeypatch):
