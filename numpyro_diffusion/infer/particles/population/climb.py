@@ -1,7 +1,7 @@
 r"""The climb of a population from the prior to the posterior, and its chains there.
 
 At each temperature walkers are reweighted, resampled on their island, and moved (`walkers`) until they have forgotten
-where they were; if they have not in eight moves, the following ones are twice as long. At $\beta = 1$ adaptation ends,
+where they were; if hardly in eight moves, the following ones are twice as long. At $\beta = 1$ adaptation ends,
 and every walker goes on as a chain. The programs are compiled once for all temperatures, and driven from the host.
 """
 
@@ -38,8 +38,8 @@ from numpyro_diffusion.infer.particles.tempered import lag_of
 
 _AT_ONCE = 2
 """Moves between two estimates of the metric."""
-_MANY = 8
-"""Moves after which walkers that have not forgotten where they were go on in moves of twice the length."""
+_MANY, _MUCH = 8, 0.25
+"""Moves, and the correlation left after them, from which on walkers go on in moves of twice the length."""
 _FIRST_STEP = 0.3
 """Leapfrog step in units of the metric's root, to begin with."""
 
@@ -217,7 +217,7 @@ class Programs(NamedTuple):
             if needed == self.settings.max_moves:  # not forgotten yet
                 if float(moves.correlation) <= float(enough):
                     needed = spent
-                elif spent >= _MANY and length == 1:
+                elif spent >= _MANY and float(moves.correlation) > _MUCH and length == 1:
                     stage = stage._replace(num_steps=jnp.asarray(2 * self.settings.num_steps, jnp.int32))
         assert moves is not None
         happened = Temperature(

@@ -66,7 +66,7 @@ class PopulationHMC(ParticleSampler):
         num_walkers: chains in all, at least 2 an island.
         num_draws: draws of each chain, at least 2.
         num_islands: independent parts of the population, at least 2.
-        num_steps: leapfrog steps of a move; twice as many from where walkers have not forgotten where they were in 8.
+        num_steps: leapfrog steps of a move; twice as many from where 8 moves leave a correlation above 1/4.
         ess_threshold: share of the walkers that a step of the temperature leaves effective, in (0, 0.999].
         correlation: largest correlation with their ancestors that walkers may have, in any coordinate, when the moves
             at a temperature end, in (0, 1). Smaller ones than the noise of the estimate count as that.
