@@ -490,16 +490,18 @@ def test_walkers_that_are_slow_to_forget_move_further(monkeypatch):
     assert made[-1] % 2 == 0 and slow.rounds[0].num_gradients == 64 * sum(made)
 
 
-def test_long_moves_count_twice_where_walkers_never_forget(monkeypatch):
-    """And none are where they forget nearly, however little must be left."""
-    for name, value in ("_MANY", 2), ("_MUCH", 0.0), ("least_correlation", lambda q: 0.0):
+def test_long_moves_count_twice_where_walkers_never_forget(compiling, monkeypatch):
+    """None are where they forget nearly, however little must be left; they compile nothing."""
+    for name, value in ("_MANY", 2), ("_MUCH", 1.0), ("least_correlation", lambda q: 0.0):
         monkeypatch.setattr(climb, name, value)
     with pytest.warns(UserWarning, match="did not suffice for a second round"):
         never = quiet(pair, 16, num_draws=4, num_steps=1, max_moves=20, correlation=1e-9, max_gradients=1).run(KEY, 3.0)
-        assert {int(each.num_steps) for each in never.temperatures} == {2}
-        assert all(20 <= each.num_gradients < 24 for each in never.temperatures)  # two long moves at once
-        monkeypatch.setattr(climb, "_MUCH", 1.0)
-        assert {int(each.num_steps) for each in never.run(KEY, 3.0).temperatures} == {1}
+        assert {int(each.num_steps) for each in never.temperatures} == {1}
+        monkeypatch.setattr(climb, "_MUCH", 0.0)
+        with compiling() as programs:
+            never.run(KEY, 3.0)
+    assert not programs and {int(each.num_steps) for each in never.temperatures} == {2}
+    assert all(20 <= each.num_gradients < 24 for each in never.temperatures)  # two long moves at once
 
 
 def test_draws_lie_closer_where_a_round_takes_more_than_expected(monkeypatch):

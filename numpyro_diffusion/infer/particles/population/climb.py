@@ -218,7 +218,7 @@ class Programs(NamedTuple):
                 if float(moves.correlation) <= float(enough):
                     needed = spent
                 elif spent >= _MANY and float(moves.correlation) > _MUCH and length == 1:
-                    stage = stage._replace(num_steps=jnp.asarray(2 * self.settings.num_steps, jnp.int32))
+                    stage = stage._replace(num_steps=jnp.asarray(np.int32(2 * self.settings.num_steps)))
         assert moves is not None
         happened = Temperature(
             stage.temperature,
@@ -226,7 +226,7 @@ class Programs(NamedTuple):
             **moves._replace(accept_prob=moves.accept_prob.mean())._asdict(),
             step_size=stage.tuning.step_size,
             num_steps=stage.num_steps,
-            num_gradients=jnp.asarray(gradients),
+            num_gradients=jnp.asarray(np.int32(gradients)),
             lag=_lag(before.walkers.log_likelihood, stage.walkers.log_likelihood),
             num_blind=blind,
         )
